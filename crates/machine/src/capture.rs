@@ -364,7 +364,7 @@ impl Machine {
             self.vcpus.with_saved(index, |bytes| staging.push_section(StateKind::Vcpu, index as u16, bytes));
         }
         let version = self.state_versions.of(StateKind::Vm);
-        vm_state::save(&self.vm, self.vcpus.asked(), version, &mut self.scratch)?;
+        vm_state::save(&self.vm, self.vcpus.asked(), self.restarts, version, &mut self.scratch)?;
         staging.push_section(StateKind::Vm, 0, &self.scratch);
         for (slot, device) in self.devices.iter().enumerate() {
             self.scratch.clear();

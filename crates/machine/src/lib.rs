@@ -49,7 +49,8 @@ pub use check::{CheckError, DiskHash, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
 pub use devices::valve::{EpochError, HeldOutput, Lease, OutputMode, Permit, Valve};
 pub use devices::virtio::blk::{
-    BlockDevice, BlockError, CHUNK, ChunkSet, DiskOptions, Image, ImageError, LogMode, SectorSize, WriteLog,
+    BlockDevice, BlockError, CHUNK, ChunkSet, DiskOptions, Image, ImageError, LockedImage, LogMode,
+    SectorSize, WriteLog,
 };
 pub use devices::virtio::net::{
     Frame, FrameRing, InputTail, MAX_PACKET, MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits,
@@ -72,5 +73,6 @@ pub use thread::{at_thread_start, precise_timers, spawn, urgent};
 pub use vcpu::VcpuError;
 pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};
 pub use vm_state::{
-    Item as VmItem, RESTORE_ORDER as VM_RESTORE_ORDER, SAVE_ORDER as VM_SAVE_ORDER, VmStateError,
+    Item as VmItem, RESTORE_ORDER as VM_RESTORE_ORDER, RestartCount, SAVE_ORDER as VM_SAVE_ORDER,
+    VmStateError,
 };

@@ -33,7 +33,7 @@ use crate::shape::StateTooLarge;
 use crate::vcpu::platform::{GuestKind, Platform};
 use crate::vcpu::set::{Parts, VcpuSet};
 use crate::vcpu::{VcpuError, state};
-use crate::vm_state::{self, VmStateError};
+use crate::vm_state::{self, RestartCount, VmStateError};
 
 /// What a machine is made of.
 #[derive(Clone)]
@@ -140,6 +140,7 @@ pub struct Machine {
     pub(crate) check_due: Option<Vec<DiskHash>>,
     pub(crate) fresh: FreshState,
     pub(crate) state_versions: StateVersions,
+    pub(crate) restarts: RestartCount,
     pub(crate) host: Arc<Host>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) ram: Arc<Ram>,
@@ -274,6 +275,7 @@ impl Machine {
             check_due: None,
             fresh,
             state_versions: StateVersions::NEWEST,
+            restarts: RestartCount::default(),
             host,
             vm,
             ram,
@@ -389,6 +391,16 @@ impl Machine {
     pub fn next_is_base(&mut self, versions: StateVersions) {
         self.constants_sent = false;
         self.state_versions = versions;
+    }
+
+    /// How often the guest has restarted: on the host that it came from, or as it was [set](Self::set_restarts).
+    pub fn restarts(&self) -> RestartCount {
+        self.restarts
+    }
+
+    /// Goes with every checkpoint from now on.
+    pub fn set_restarts(&mut self, restarts: RestartCount) {
+        self.restarts = restarts;
     }
 
     /// A stop begins. Returns whether the guest was running.

@@ -22,7 +22,7 @@ use crate::machine::{CreateError, Machine};
 use crate::map::{Range, lines};
 use crate::vcpu::set::VcpuSet;
 use crate::vcpu::{VcpuError, state};
-use crate::vm_state::{self, Clock, VmStateError};
+use crate::vm_state::{self, Clock, RestartCount, VmStateError};
 
 /// A step of a restart: one kind of part of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +74,7 @@ impl FreshState {
         let saved = (0..vcpus.len()).map(|index| vcpus.with_saved(index, |bytes| Arc::new(bytes.to_vec())));
         let saved = saved.collect();
         let mut chips = Vec::new();
-        vm_state::save(vm, None, FRESH_VERSION, &mut chips)?;
+        vm_state::save(vm, None, RestartCount::default(), FRESH_VERSION, &mut chips)?;
         Ok(Self { vcpus: saved, vm: chips })
     }
 

@@ -12,7 +12,7 @@ use crate::state::StateError;
 use crate::tsc;
 use crate::vcpu::state::Unkept;
 use crate::vcpu::{VcpuError, state};
-use crate::vm_state::{self, Clock, VmStateError};
+use crate::vm_state::{self, Clock, Restored, VmStateError};
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
@@ -147,8 +147,9 @@ impl Machine {
         })?;
         let clock = Clock::Advance { elapsed, from };
         let saved = find(sections, StateKind::Vm, 0)?;
-        let asked = vm_state::restore(&self.vm, saved.version, saved.bytes, clock)?;
+        let Restored { asked, restarts } = vm_state::restore(&self.vm, saved.version, saved.bytes, clock)?;
         self.vcpus.set_asked(asked);
+        self.restarts = restarts;
         for (slot, device) in self.devices.iter().enumerate() {
             device.restore(find(sections, StateKind::Device, slot as u16)?.bytes)?;
         }

@@ -32,6 +32,43 @@ const ASKED: u16 = 6;
 /// [`PowerRequest::way_number`].
 const ASKED_BY: u16 = 7;
 
+/// Field of a `StateKind::Vm` section: how often the guest has restarted in a row, and how many milliseconds ago it did
+/// so last. An older release skips it, and does not have it either: then the count begins anew.
+const RESTARTED: u16 = 8;
+
+/// How often a guest has restarted, as far as its next restart depends on it. It goes with the VM's state to the host
+/// that takes the VM over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RestartCount {
+    /// How many restarts came soon after another, including the last.
+    pub in_a_row: u32,
+    /// When it restarted last, if it ever did.
+    pub last: Option<Instant>,
+}
+
+impl RestartCount {
+    /// What stands for no restart at all.
+    const NEVER: u64 = u64::MAX;
+
+    fn numbers(self) -> [u64; 2] {
+        let ago = self.last.map(|last| u64::try_from(last.elapsed().as_millis()).unwrap_or(Self::NEVER));
+        [self.in_a_row.into(), ago.unwrap_or(Self::NEVER)]
+    }
+
+    /// The time between the checkpoint and now does not count: the guest has not run in it.
+    fn from_numbers([in_a_row, ago]: [u64; 2]) -> Self {
+        let last = Instant::now().checked_sub(Duration::from_millis(ago)).filter(|_| ago != Self::NEVER);
+        Self { in_a_row: u32::try_from(in_a_row).unwrap_or(u32::MAX), last }
+    }
+}
+
+/// What a saved state says of the guest, beside the chips.
+pub(crate) struct Restored {
+    /// What it had asked for.
+    pub(crate) asked: Option<PowerRequest>,
+    pub(crate) restarts: RestartCount,
+}
+
 /// The order of save, and why. It comes after the vCPUs' part: an event that a vCPU's exit raises is then in
 /// the chips.
 pub const SAVE_ORDER: [(Item, &str); 5] = [
@@ -94,6 +131,7 @@ const WITH_WAY: u16 = 2;
 pub(crate) fn save(
     vm: &VmFd,
     asked: Option<PowerRequest>,
+    restarts: RestartCount,
     version: u16,
     to: &mut Vec<u8>,
 ) -> Result<(), VmStateError> {
@@ -102,6 +140,7 @@ pub(crate) fn save(
     if version >= WITH_WAY {
         fields.put_plain(ASKED_BY, &asked.map_or(0, PowerRequest::way_number));
     }
+    fields.put_plain(RESTARTED, &restarts.numbers());
     for (item, _reason) in SAVE_ORDER {
         let field = item as u16;
         match (item, chip(item)) {
@@ -134,14 +173,9 @@ pub(crate) enum Clock {
     Keep,
 }
 
-/// Writes a saved state, a section of this version, into a VM whose vCPUs do not run. Returns what its guest
-/// had asked for.
-pub(crate) fn restore(
-    vm: &VmFd,
-    version: u16,
-    bytes: &[u8],
-    clock: Clock,
-) -> Result<Option<PowerRequest>, VmStateError> {
+/// Writes a saved state, a section of this version, into a VM whose vCPUs do not run. Returns what it says
+/// of the guest.
+pub(crate) fn restore(vm: &VmFd, version: u16, bytes: &[u8], clock: Clock) -> Result<Restored, VmStateError> {
     let fields = FieldReader::new(bytes)?;
     for (item, _reason) in RESTORE_ORDER {
         let field = item as u16;
@@ -168,5 +202,30 @@ pub(crate) fn restore(
     }
     // Version 1 does not have it; 0 stands for no way in particular.
     let way = if version >= WITH_WAY { fields.get_plain(ASKED_BY)? } else { 0 };
-    Ok(PowerRequest::from_numbers(fields.get_plain(ASKED)?, way))
+    let asked = PowerRequest::from_numbers(fields.get_plain(ASKED)?, way);
+    // Releases up to 0.2 do not write it.
+    let restarts = match fields.get_plain(RESTARTED) {
+        Ok(numbers) => RestartCount::from_numbers(numbers),
+        Err(_) if fields.get(RESTARTED).is_err() => RestartCount::default(),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Restored { asked, restarts })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_count_of_restarts_comes_back_whatever_a_peer_says() {
+        assert_eq!(RestartCount::from_numbers(RestartCount::default().numbers()), RestartCount::default());
+        let last = Instant::now().checked_sub(Duration::from_secs(7)).unwrap();
+        let [in_a_row, ago] = RestartCount { in_a_row: 5, last: Some(last) }.numbers();
+        assert!(in_a_row == 5 && (7_000..8_000).contains(&ago), "{ago}");
+        let back = RestartCount::from_numbers([in_a_row, ago]);
+        assert!(back.in_a_row == 5 && back.last.unwrap().elapsed() >= Duration::from_secs(7));
+        // A guest cannot have run for longer than its host's clock.
+        let nonsense = RestartCount::from_numbers([u64::MAX, u64::MAX - 1]);
+        assert_eq!(nonsense, RestartCount { in_a_row: u32::MAX, last: None });
+    }
 }

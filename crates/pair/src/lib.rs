@@ -130,6 +130,7 @@
 
 mod claim;
 pub mod driver;
+mod image;
 #[cfg(test)]
 mod model;
 mod planted;
@@ -147,6 +148,7 @@ use std::time::Duration;
 use outlive_epoch::LeaveReason;
 
 pub use driver::{After, PrimaryDriver, PrimaryPorts, StandbyDriver, StandbyPorts, TakeOver};
+pub use image::{Danger, Differs, ImageArbiter, ImageEnd, ImageFacts, ImageRole, ImageStanding, Won, rival};
 pub use primary::{
     Broken, ExitReason, Kept, OutputMode, Primary, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote,
     PrimaryStatus, Ticket, Wanted,

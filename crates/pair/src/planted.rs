@@ -56,11 +56,15 @@ pub(crate) enum Bug {
     ReleaseLate,
     // Mistakes of the valve.
     HeldUntold,
-    // Mistakes of the arbiter and of a start from an image, in the worlds of simulator and model.
+    // Mistakes of the arbiter and of a start from an image.
     TwoWinners,
     AnyArbiter,
     StaleImageStarts,
     EarlierClaimForgotten,
+    CopyCountsAsOriginal,
+    CopyKeepsProcesses,
+    ForkEndsNothing,
+    SupersededIgnored,
 }
 
 /// The mistake planted in one machine.

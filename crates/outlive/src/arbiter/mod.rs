@@ -49,6 +49,8 @@ pub use served::{ServeError, ServedFault, ServedSpecError, with_keys};
 pub(crate) use watch::{Here, Sight, Watch};
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
+use outlive_pair::Won;
+
 use crate::link::LinkKind;
 use crate::process;
 
@@ -90,6 +92,13 @@ pub struct Win {
     pub winner: Option<Winner>,
     /// When, by the arbiter's clock.
     pub at: Option<SystemTime>,
+}
+
+impl From<Win> for Won<String> {
+    fn from(win: Win) -> Self {
+        let winner = win.winner.map(|winner| (winner.process, winner.owner));
+        Self { generation: win.generation, winner }
+    }
 }
 
 /// A VM's end in order.

@@ -11,7 +11,7 @@ use super::part::{self, PartError};
 use super::sense::SenseError;
 use super::standby::ItsOwnStandby;
 use super::{ActiveOptions, Command, RunOptions, StandbyOptions};
-use crate::disk::Part;
+use crate::disk::{Held, Part};
 use crate::events::{Event, Role};
 use crate::link::SecurityError;
 use crate::logs::LogError;
@@ -135,7 +135,7 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     if !options.or_standby {
         let standing = Standing::new(Role::Primary, options.name.as_deref(), STARTS);
         let place = Place::claim(options, standing)?;
-        let launch = launch(options, &place)?;
+        let launch = launch(options, &hold(options)?, &place)?;
         return started(options, place, launch);
     }
     // The question may take most of a minute. Meanwhile the process can be asked, and a second one with the same
@@ -150,18 +150,20 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
 /// decision and the claim, this one asks once more.
 fn start_or_wait(options: &RunOptions, place: Place) -> Result<Ready, BeginError> {
     let mut lost = None;
+    let held = hold(options)?;
     loop {
-        // Only until it is decided: what follows locks them itself.
-        let held = disk::hold(options.written().into_iter().map(|(_, path)| path))?;
         let part = part::of(options, &place.stops, |now| place.standing.now(now))?;
-        drop(held);
         match (part, lost.take()) {
-            (Part::Waits { why, name }, _) => return wait(options, place, &why, name.as_deref()),
+            (Part::Waits { why, name }, _) => {
+                // A standby locks them when a primary comes, and then looks at them once more.
+                drop(held);
+                return wait(options, place, &why, name.as_deref());
+            }
             // The arbiter said that another host has the VM, and now it says that none has.
             (Part::Starts { .. }, Some(why)) => return Err(StartError::Plan(why).into()),
             (Part::Starts { .. }, None) => {
                 place.standing.starts_here(STARTS);
-                match launch(options, &place) {
+                match launch(options, &held, &place) {
                     Ok(launch) => return started(options, place, launch),
                     Err(StartError::Plan(why)) if why.tells_of_another_host() => {
                         tracing::warn!("{why}; looking again which host starts the VM");
@@ -218,11 +220,16 @@ fn check_security(options: &ActiveOptions, listen: Option<&str>) -> Result<(), S
     options.security().check(addresses())
 }
 
-fn launch(options: &RunOptions, place: &Place) -> Result<Launch, StartError> {
+/// Locks the images that the VM writes to and does not share: its machine has them without a gap.
+fn hold(options: &RunOptions) -> Result<Held, disk::PrepareError> {
+    Held::of(options.written().into_iter().map(|(_, path)| path))
+}
+
+fn launch(options: &RunOptions, held: &Held, place: &Place) -> Result<Launch, StartError> {
     if options.listen.is_some() || !options.active.standbys.is_empty() {
         place.standing.link(options.active.security().kind());
     }
-    primary::start(options, place.standing.clone(), place.stops.clone())
+    primary::start(options, held, place.standing.clone(), place.stops.clone())
 }
 
 fn started(options: &RunOptions, place: Place, launch: Launch) -> Result<Ready, BeginError> {

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::prepare::{self, PrepareError};
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
 use super::sidecar::{Role, Sidecar};
-use super::standing::{Danger, Standing};
+use super::standing::{Told, judge};
 use super::start::{SidecarNotWritten, cannot_write, new_vm, record};
 use crate::arbiter::{self, Arbiter, ArbiterError, ArbiterSpecError, Claim};
 use crate::cli::{ImageCommand, ImageOptions};
@@ -123,13 +123,13 @@ impl Shown {
                 return Ok(shown);
             }
         };
-        let mut standing = Standing::of(&sidecar, arbiter)?;
-        standing.dangers.extend(stamp.and_then(|stamp| stamp.differs(image)).map(Danger::Moved));
+        let differs = stamp.and_then(|stamp| stamp.differs(image));
+        let standing = judge(&sidecar, differs.as_ref(), arbiter)?;
         let Provenance { vm, name, arbiter, .. } = &sidecar.provenance;
         shown.vm = Some(vm.to_string());
         shown.name = Some(name.clone());
         shown.disk = Some(sidecar.disk);
-        shown.role = Some(standing.role);
+        shown.role = Some(standing.role.into());
         shown.whole = Some(sidecar.whole);
         shown.generation = Some(standing.generation);
         shown.arbiter = arbiter.id().map(str::to_owned);

@@ -49,7 +49,7 @@ pub(crate) use command::command;
 pub(crate) use hash::contents as hash_contents;
 pub(crate) use overwrite::{OverwriteError, Target};
 pub(crate) use part::{Part, PartError};
-pub(crate) use prepare::{PrepareError, for_run, for_standby, hold, refuse_unfinished};
+pub(crate) use prepare::{Held, PrepareError, for_run, for_standby, refuse_unfinished};
 pub use provenance::DangerKind;
 pub(crate) use provenance::{Accepted, Provenance};
 pub(crate) use replica::{DiskEvent, Replica, ReplicaDisk, ReplicaEndError, ReplicaStartError, STUCK};

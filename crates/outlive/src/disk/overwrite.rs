@@ -9,11 +9,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use outlive_pair::Differs;
+
 use super::blank::{self, Content};
 use super::provenance::{Accepted, DangerKind, Provenance};
 use super::sidecar::{Sidecar, SidecarError};
-use super::stamp::Differs;
-use super::standing::Standing;
+use super::standing::judge;
 use super::start::record;
 use crate::arbiter::{Arbiter, ArbiterError};
 
@@ -109,7 +110,7 @@ fn stranger(
 ) -> Result<Option<String>, OverwriteError> {
     let Provenance { vm, name, .. } = &sidecar.provenance;
     // Its process may have won a generation and died before the sidecar said so; the arbiter knows.
-    let own = Standing::of(sidecar, Some(arbiter)).map_err(OverwriteError::Unknown)?.generation;
+    let own = judge(sidecar, None, Some(arbiter)).map_err(OverwriteError::Unknown)?.generation;
     if provenance.includes(generation, *vm, own) {
         return Ok(None);
     }

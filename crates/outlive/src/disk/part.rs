@@ -21,11 +21,12 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use outlive_pair::{Danger, Differs, ImageRole};
+
 use super::blank::{self, Content};
 use super::provenance::DangerKind;
-use super::sidecar::{CopyEnd, Role, Sidecar, SidecarError};
-use super::stamp::Differs;
-use super::standing::{Danger, Given, Standing};
+use super::sidecar::{CopyEnd, Sidecar, SidecarError};
+use super::standing::{Given, Told, judge};
 use crate::arbiter::{Arbiter, ArbiterError};
 
 /// How long an image without a sidecar is searched, apart from its ends.
@@ -128,21 +129,22 @@ impl Part {
                 unknown.push(image);
                 continue;
             };
-            let misplaced = given.dangers(&sidecar, stamp.as_ref());
+            let differs = stamp.and_then(|stamp| stamp.differs(image));
             // A new file in the place of a lost one has nothing of what the sidecar says.
-            if misplaced.contains(&Danger::Moved(Differs::File)) && is_blank(image)? {
+            if differs == Some(Differs::File) && is_blank(image)? {
                 let image = image.display();
                 waits.get_or_insert_with(|| format!("the disk image {image} is empty, and was made anew"));
                 continue;
             }
-            if let Some(danger) = misplaced.first() {
+            let moved = differs.map(Danger::Moved);
+            if let Some(danger) = moved.iter().chain(&given.dangers(&sidecar)).next() {
                 return Err(PartError::Unclear(danger.refusal(image)));
             }
             let known = &sidecar.provenance.name;
             name = name.or_else(|| Some(known.clone()).filter(|name| !name.is_empty()));
-            let standing = Standing::of(&sidecar, Some(&mut *arbiter))
+            let standing = judge(&sidecar, None, Some(&mut *arbiter))
                 .map_err(|source| PartError::Arbiter { image: image.to_path_buf(), source })?;
-            if sidecar.whole && standing.role == Role::Primary && standing.dangers.is_empty() {
+            if sidecar.whole && standing.role == ImageRole::Primary && standing.dangers.is_empty() {
                 own = own.or(Some(image));
             }
             if !sidecar.whole {
@@ -156,7 +158,7 @@ impl Part {
                 };
             }
             may_be_taken_over |= standing.highest.is_some() && sidecar.end.is_none();
-            if standing.role == Role::Replica && sidecar.end == Some(CopyEnd::Followed) {
+            if standing.role == ImageRole::Replica && sidecar.end == Some(CopyEnd::Followed) {
                 after = AFTER_YOU;
             }
         }

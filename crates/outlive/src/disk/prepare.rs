@@ -7,11 +7,13 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use outlive_machine::{ImageError, LockedImage};
+use outlive_pair::Differs;
+
 use super::apply::recover;
 use super::image::Store;
 use super::journal::{Identity, Journal};
 use super::sidecar::{Sidecar, SidecarError};
-use super::stamp::Differs;
 use super::start::{SidecarNotWritten, cannot_write};
 use crate::cli::StandbyDisk;
 
@@ -82,6 +84,9 @@ pub(crate) enum PrepareError {
     /// Another program has the image.
     #[error("the disk image {0} is in use: stop the program that uses it")]
     InUse(PathBuf),
+    /// It is locked, and cannot be used nevertheless.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// The file system refuses a lock.
     #[error("cannot lock the disk image {image}: {source}")]
     Lock { image: PathBuf, source: io::Error },
@@ -91,13 +96,13 @@ pub(crate) enum PrepareError {
 }
 
 /// Checks the images that a VM will run on and replays their journals. `paths` are those that it writes to
-/// and does not share. Call it before the machine opens them.
+/// and does not share; those that are `held` stay so. Call it before the machine has them.
 ///
 /// # Errors
 /// One line that names the remedy.
-pub(crate) fn for_run(paths: &[&Path]) -> Result<(), PrepareError> {
+pub(crate) fn for_run(paths: &[&Path], held: &Held) -> Result<(), PrepareError> {
     // The machine reports a missing image, because it knows what the image is for.
-    for path in paths.iter().filter(|path| path.exists()) {
+    for path in paths.iter().filter(|path| held.at(path).is_none() && path.exists()) {
         check_unused(path)?;
     }
     let sidecars = read_sidecars(paths)?;
@@ -113,7 +118,7 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), PrepareError> {
             return Err(PrepareError::Moved { image: path.to_path_buf(), journal: journal.clone() });
         }
     }
-    replay(paths, &sidecars)
+    replay(paths, &sidecars, held)
 }
 
 /// Refuses an image that is used as it is, read-only or shared, if it is an unfinished copy of a standby.
@@ -150,7 +155,7 @@ pub(crate) fn for_standby(disks: &[StandbyDisk]) -> Result<(), PrepareError> {
     }
     let kept: Vec<&Path> =
         disks.iter().filter(|disk| !disk.overwrite).map(|disk| disk.path.as_path()).collect();
-    let replayed = own_sidecars(&kept).and_then(|sidecars| replay(&kept, &sidecars));
+    let replayed = own_sidecars(&kept).and_then(|sidecars| replay(&kept, &sidecars, &Held::default()));
     replayed.map_err(|error| PrepareError::OrOverwrite(Box::new(error)))
 }
 
@@ -171,14 +176,19 @@ fn read_sidecars(paths: &[&Path]) -> Result<Vec<Option<Sidecar>>, PrepareError> 
 }
 
 /// Replays every journal that the sidecars name.
-fn replay(paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), PrepareError> {
+fn replay(paths: &[&Path], sidecars: &[Option<Sidecar>], held: &Held) -> Result<(), PrepareError> {
     let mut journals: Vec<&Path> = sidecars.iter().flatten().filter_map(|s| s.journal.as_deref()).collect();
     journals.sort_unstable();
     journals.dedup();
-    journals.into_iter().try_for_each(|journal| replay_one(journal, paths, sidecars))
+    journals.into_iter().try_for_each(|journal| replay_one(journal, paths, sidecars, held))
 }
 
-fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), PrepareError> {
+fn replay_one(
+    path: &Path,
+    paths: &[&Path],
+    sidecars: &[Option<Sidecar>],
+    held: &Held,
+) -> Result<(), PrepareError> {
     let open_journal = || OpenOptions::new().read(true).write(true).open(path);
     let journal = || path.to_path_buf();
     let file = open_journal().map_err(|source| PrepareError::NoJournal { journal: journal(), source })?;
@@ -218,7 +228,7 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
         });
         let (image, sidecar) =
             found.ok_or_else(|| PrepareError::MissingDisk { journal: journal(), disk: index })?;
-        let file = open(image)?;
+        let file = held.open(image)?;
         let bytes = file.bytes().map_err(|e| damaged(e.into()))?;
         if bytes < *size {
             return Err(damaged(format!("{} has {bytes} bytes, but had {size}", image.display()).into()));
@@ -312,15 +322,21 @@ fn cannot_open(path: &Path, error: &io::Error) -> String {
 }
 
 /// The kernel keeps files open that a killed process used through io_uring, for some moments after the
-/// process is gone.
-fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(), PrepareError> {
+/// process is gone. Tries again as long as an error says that.
+fn when_released<T, E>(attempt: impl Fn() -> Result<T, E>, in_use: impl Fn(&E) -> bool) -> Result<T, E> {
     let deadline = Instant::now() + RELEASED_AFTER;
-    let mut locked = attempt();
-    while matches!(locked, Err(TryLockError::WouldBlock)) && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(10));
-        locked = attempt();
+    loop {
+        match attempt() {
+            Err(error) if in_use(&error) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
     }
-    match locked {
+}
+
+fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(), PrepareError> {
+    match when_released(attempt, |error| matches!(error, TryLockError::WouldBlock)) {
         Ok(()) => Ok(()),
         Err(TryLockError::WouldBlock) => Err(PrepareError::InUse(path.to_path_buf())),
         // Not every file system has locks.
@@ -329,14 +345,41 @@ fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(
     }
 }
 
-/// Holds images that this process may start a VM from, so that no other process begins to use them, until what is
-/// returned is dropped. An image that cannot be opened is somebody else's to complain about.
-///
-/// # Errors
-/// One is in use.
-pub(crate) fn hold<'a>(images: impl Iterator<Item = &'a Path>) -> Result<Vec<File>, PrepareError> {
-    let opened = images.filter_map(|path| Some((path, File::open(path).ok()?)));
-    opened.map(|(path, file)| lock(path, || file.try_lock()).map(|()| file)).collect()
+/// The images that this process may start a VM from, locked, so that no other process begins to use them. The VM's
+/// machine gets the locks handed over: there is no moment between the first look at an image and the end of its VM in
+/// which somebody else could take it.
+#[derive(Default)]
+pub(crate) struct Held(Vec<LockedImage>);
+
+impl Held {
+    /// Locks images. One that cannot be opened is somebody else's to complain about.
+    ///
+    /// # Errors
+    /// One is in use.
+    pub(crate) fn of<'a>(images: impl Iterator<Item = &'a Path>) -> Result<Self, PrepareError> {
+        let mut held = Vec::new();
+        for path in images {
+            match when_released(|| LockedImage::open(path), |error| matches!(error, ImageError::InUse(_))) {
+                Ok(image) => held.push(image),
+                Err(ImageError::InUse(image)) => return Err(PrepareError::InUse(image)),
+                Err(_) => {}
+            }
+        }
+        Ok(Self(held))
+    }
+
+    /// The image at this path, if it is held.
+    pub(crate) fn at(&self, path: &Path) -> Option<&LockedImage> {
+        self.0.iter().find(|image| image.path() == path)
+    }
+
+    /// Opens an image for writing and locks it, unless it is held.
+    fn open(&self, path: &Path) -> Result<File, PrepareError> {
+        match self.at(path) {
+            Some(image) => Ok(image.file()?),
+            None => open(path),
+        }
+    }
 }
 
 /// Opens an image for writing and locks it.

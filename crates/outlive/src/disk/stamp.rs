@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::UNIX_EPOCH;
 
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, statfs};
+use outlive_pair::Differs;
 use serde::{Deserialize, Serialize};
 
 /// File systems that give a file one number for its whole life, over restarts too. Others, such as most of FUSE, may
@@ -23,17 +24,6 @@ pub(crate) struct Stamp {
     /// Its number and the time when it was made, where both tell it from every other file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     file: Option<String>,
-}
-
-/// How a file differs from the one that a sidecar was written for.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Differs {
-    /// It is another file.
-    #[error("it was copied, restored or made anew since")]
-    File,
-    /// It has lost its end. (It may have grown: that is how disks are enlarged.)
-    #[error("it has {is} bytes and had {was}")]
-    Shorter { was: u64, is: u64 },
 }
 
 impl Stamp {

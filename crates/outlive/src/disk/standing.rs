@@ -1,34 +1,13 @@
-//! The standing of an image, by its sidecar and by what the arbiter knows: whether its VM may go on with it.
+//! The standing of an image, by its sidecar and by what the arbiter knows: whether its VM may go on with it. What
+//! follows from these facts is decided in `outlive_pair`, where the simulator decides it as well.
 
 use std::path::Path;
 
+use outlive_pair::{Danger, Differs, ImageArbiter, ImageEnd, ImageFacts, ImageRole, ImageStanding};
+
 use super::provenance::{DangerKind, KnownArbiter};
 use super::sidecar::{CopyEnd, Role, Sidecar, beside};
-use super::stamp::{Differs, Stamp};
-use crate::arbiter::{Arbiter, ArbiterError, Win};
-
-/// What speaks against starting a VM from an image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Danger {
-    /// The VM ran in a newer generation, elsewhere.
-    Stale { generation: u64, newest: u64, owner: Option<String> },
-    /// The standby gave the image up, and the VM continued without it.
-    Released { generation: u64 },
-    /// It is a copy as of the last commit.
-    Replica { generation: u64 },
-    /// The image knows another arbiter than the one that was given.
-    OtherArbiter { known: String, given: String },
-    /// The arbiter knows less of the VM than the image does.
-    LostClaims { generation: u64, highest: Option<u64> },
-    /// The image knows an arbiter (perhaps not which), and none was given.
-    NoArbiter { known: Option<String> },
-    /// The image is not the file that its sidecar was written for.
-    Moved(Differs),
-    /// The image was another one of the VM's disks.
-    OtherPlace { was: u16, given: u16 },
-    /// The VM had more disks.
-    Missing { had: u16, given: usize },
-}
+use crate::arbiter::{Arbiter, ArbiterError};
 
 /// One of the images that a VM is to start from.
 #[derive(Clone, Copy, Debug)]
@@ -47,20 +26,29 @@ impl<'a> Given<'a> {
         images.iter().map(|&(disk, image)| Self { disk, image, of: images.len() })
     }
 
-    /// What speaks against using the image in this place with a sidecar that has this stamp.
-    pub(super) fn dangers(&self, sidecar: &Sidecar, stamp: Option<&Stamp>) -> Vec<Danger> {
-        let moved = stamp.and_then(|stamp| stamp.differs(self.image)).map(Danger::Moved);
+    /// What speaks against using the image in this place with this sidecar.
+    pub(super) fn dangers(&self, sidecar: &Sidecar) -> Vec<Danger> {
         let (was, given) = (sidecar.disk, self.disk);
         // Earlier releases do not say how many there were, and some of their sidecars do not say which one this is.
         let place = sidecar.disks.filter(|_| was != given).map(|_| Danger::OtherPlace { was, given });
         let (had, given) = (sidecar.disks.unwrap_or(0), self.of);
         let missing = (usize::from(had) > given).then_some(Danger::Missing { had, given });
-        moved.into_iter().chain(place).chain(missing).collect()
+        place.into_iter().chain(missing).collect()
     }
 }
 
-impl Danger {
-    pub(super) fn kind(&self) -> DangerKind {
+/// How a danger is told to people, and accepted by them.
+pub(super) trait Told {
+    /// The option that accepts it.
+    fn kind(&self) -> DangerKind;
+    /// One line with the remedy.
+    fn refusal(&self, image: &Path) -> String;
+    /// What was accepted, for the record.
+    fn about(&self, vm: &str) -> String;
+}
+
+impl Told for Danger {
+    fn kind(&self) -> DangerKind {
         match self {
             Self::Stale { .. } | Self::Released { .. } => DangerKind::StaleImage,
             Self::Replica { .. } => DangerKind::Replica,
@@ -72,8 +60,7 @@ impl Danger {
         }
     }
 
-    /// One line with the remedy.
-    pub(super) fn refusal(&self, image: &Path) -> String {
+    fn refusal(&self, image: &Path) -> String {
         let image_path = image;
         let (image, option) = (image.display(), self.kind().option());
         match self {
@@ -134,8 +121,7 @@ impl Danger {
         }
     }
 
-    /// What was accepted, for the record.
-    pub(super) fn about(&self, vm: &str) -> String {
+    fn about(&self, vm: &str) -> String {
         match self {
             Self::Stale { generation, newest, owner } => {
                 let owner = owner.as_ref().map_or_else(String::new, |owner| format!(", won by {owner},"));
@@ -161,74 +147,61 @@ impl Danger {
     }
 }
 
-/// The standing of an image; see the module.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Standing {
-    /// The generation of the image: that of its sidecar, or the newest that its process has won since.
-    pub(super) generation: u64,
-    /// What the image is in that generation.
-    pub(super) role: Role,
-    /// The newest generation that the given arbiter knows of the image's VM, if it is the VM's.
-    pub(super) highest: Option<u64>,
-    /// Everything that speaks against it.
-    pub(super) dangers: Vec<Danger>,
+/// Judges an image by its sidecar, by how its file differs from the one that the sidecar was written for, and by the
+/// arbiter that was given.
+///
+/// # Errors
+/// The arbiter's, with the remedy.
+pub(super) fn judge(
+    sidecar: &Sidecar,
+    differs: Option<&Differs>,
+    arbiter: Option<&mut (dyn Arbiter + 'static)>,
+) -> Result<ImageStanding, ArbiterError> {
+    let processes: Vec<String> = sidecar.claimants().map(str::to_owned).collect();
+    let facts = ImageFacts {
+        generation: sidecar.generation,
+        role: sidecar.role.into(),
+        end: sidecar.end.map(Into::into),
+        arbiter: match &sidecar.provenance.arbiter {
+            KnownArbiter::None => ImageArbiter::None,
+            KnownArbiter::Id(id) => ImageArbiter::Id(id),
+            KnownArbiter::Unsaid => ImageArbiter::Unsaid,
+        },
+        processes: &processes,
+        differs,
+    };
+    let given = arbiter.as_ref().map(|arbiter| arbiter.identity().to_owned());
+    // It is asked only if one is given.
+    let history = || match arbiter {
+        Some(arbiter) => Ok(arbiter.history(&sidecar.provenance.vm)?.into_iter().map(Into::into).collect()),
+        None => Ok(Vec::new()),
+    };
+    facts.judge(given.as_deref(), history)
 }
 
-impl Standing {
-    /// Judges a sidecar with the arbiter that was given.
-    ///
-    /// # Errors
-    /// The arbiter's, with the remedy.
-    pub(super) fn of(
-        sidecar: &Sidecar,
-        arbiter: Option<&mut (dyn Arbiter + 'static)>,
-    ) -> Result<Self, ArbiterError> {
-        let Sidecar { provenance, generation, role, .. } = sidecar;
-        let unasked = |danger: Option<Danger>| Self {
-            generation: *generation,
-            role: *role,
-            highest: None,
-            dangers: danger.into_iter().collect(),
-        };
-        let mut standing = match (&provenance.arbiter, arbiter) {
-            (KnownArbiter::None, None) => unasked(None),
-            (KnownArbiter::Id(id), None) => unasked(Some(Danger::NoArbiter { known: Some(id.clone()) })),
-            (KnownArbiter::Unsaid, None) => unasked(Some(Danger::NoArbiter { known: None })),
-            (KnownArbiter::Id(known), Some(arbiter)) if known != arbiter.identity() => {
-                let given = arbiter.identity().to_owned();
-                unasked(Some(Danger::OtherArbiter { known: known.clone(), given }))
-            }
-            (_, Some(arbiter)) => Self::asked(sidecar, arbiter)?,
-        };
-        if standing.role == Role::Replica && sidecar.end.is_none() {
-            standing.dangers.push(Danger::Replica { generation: standing.generation });
+impl From<Role> for ImageRole {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Primary => Self::Primary,
+            Role::Replica => Self::Replica,
         }
-        Ok(standing)
     }
+}
 
-    fn asked(sidecar: &Sidecar, arbiter: &mut dyn Arbiter) -> Result<Self, ArbiterError> {
-        let Sidecar { provenance, generation, role, end, .. } = sidecar;
-        let history = arbiter.history(&provenance.vm)?;
-        let (newest, highest) = (history.last(), history.last().map(|win| win.generation));
-        // A process that wins a generation keeps its images. It may have died before their sidecars said so.
-        let own = |win: &&Win| {
-            win.winner.as_ref().is_some_and(|winner| sidecar.claimants().any(|token| token == winner.process))
-        };
-        let won = history.iter().rev().find(own).map(|win| win.generation).filter(|won| won > generation);
-        let (generation, role) = won.map_or((*generation, *role), |won| (won, Role::Primary));
-        let mut dangers = Vec::new();
-        match highest {
-            Some(highest) if highest > generation => {
-                let owner = newest.and_then(|win| win.winner.as_ref()).map(|winner| winner.owner.clone());
-                dangers.push(Danger::Stale { generation, newest: highest, owner });
-            }
-            Some(highest) if highest == generation && *end == Some(CopyEnd::Released) && won.is_none() => {
-                dangers.push(Danger::Released { generation });
-            }
-            Some(highest) if highest == generation => {}
-            None if provenance.arbiter == KnownArbiter::None => {}
-            _ => dangers.push(Danger::LostClaims { generation, highest }),
+impl From<ImageRole> for Role {
+    fn from(role: ImageRole) -> Self {
+        match role {
+            ImageRole::Primary => Self::Primary,
+            ImageRole::Replica => Self::Replica,
         }
-        Ok(Self { generation, role, highest, dangers })
+    }
+}
+
+impl From<CopyEnd> for ImageEnd {
+    fn from(end: CopyEnd) -> Self {
+        match end {
+            CopyEnd::Followed => Self::Followed,
+            CopyEnd::Released => Self::Released,
+        }
     }
 }

@@ -16,10 +16,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use outlive_epoch::{Ancestor, Lineage, VmId};
+use outlive_pair::{Danger, ImageRole, ImageStanding};
 
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
 use super::sidecar::{Role, Sidecar, SidecarError, beside, now};
-use super::standing::{Danger, Given, Standing};
+use super::standing::{Given, Told, judge};
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::process;
 
@@ -30,7 +31,7 @@ const UNNAMED: &str = "vm";
 struct Known {
     path: PathBuf,
     sidecar: Sidecar,
-    standing: Standing,
+    standing: ImageStanding,
 }
 
 /// Why no VM starts from images.
@@ -118,9 +119,10 @@ impl Start {
         for given in Given::all(images) {
             let path = given.image;
             let Some((sidecar, stamp)) = Sidecar::read_stamped(path)? else { continue };
-            let mut standing = Standing::of(&sidecar, arbiter.as_deref_mut())
+            let differs = stamp.and_then(|stamp| stamp.differs(path));
+            let mut standing = judge(&sidecar, differs.as_ref(), arbiter.as_deref_mut())
                 .map_err(|why| StartError::Unknown { image: path.to_path_buf(), why: why.to_string() })?;
-            standing.dangers.extend(given.dangers(&sidecar, stamp.as_ref()));
+            standing.dangers.extend(given.dangers(&sidecar));
             for danger in &standing.dangers {
                 if !accept.contains(&danger.kind()) {
                     return Err(StartError::Danger { image: path.to_path_buf(), danger: danger.clone() });
@@ -149,14 +151,12 @@ impl Start {
         mut accepted: Vec<Accepted>,
     ) -> Result<Self, StartError> {
         accepted.dedup();
-        // A standby's copy continues its VM's line, like a takeover. So does an image that was moved, and disks in
-        // another order: an operator says that they are the VM's newest state. Everything else forks the line.
-        let continues = [DangerKind::Replica, DangerKind::MovedImage, DangerKind::OtherDisks];
-        let forks = accepted.iter().any(|it| !continues.contains(&it.danger));
+        let foreign = strangers(&known).is_some();
+        let forks = foreign || known.iter().flat_map(|it| &it.standing.dangers).any(Danger::forks);
         let (vm, lineage, generation) = match known.first() {
             Some(first) if !forks => {
-                let generation = first.standing.generation;
-                (first.sidecar.provenance.vm, first.sidecar.provenance.lineage.clone(), generation + 1)
+                let next = first.standing.next();
+                (first.sidecar.provenance.vm, first.sidecar.provenance.lineage.clone(), next)
             }
             _ => (new_vm().map_err(StartError::NoRandom)?, lineage(&known), 1),
         };
@@ -173,7 +173,7 @@ impl Start {
     /// then nobody knows whether the lost primary was fenced off. A sidecar says that its image is the VM's own
     /// only after that. Ask before [`Start::carry_out`], which says so.
     pub(crate) fn unfenced(&self) -> Option<u64> {
-        let won = |it: &&Known| it.sidecar.role == Role::Replica && it.standing.role == Role::Primary;
+        let won = |it: &&Known| it.sidecar.role == Role::Replica && it.standing.role == ImageRole::Primary;
         self.known.iter().find(won).map(|it| it.standing.generation)
     }
 
@@ -206,8 +206,11 @@ impl Start {
             // What this process is about to win belongs to these images, whatever happens between the win and
             // the next sidecar.
             for Known { path, sidecar, standing } in &self.known {
-                let Standing { generation, role, .. } = *standing;
-                let intent = Sidecar { generation, role, ..sidecar.handed_to(process) };
+                let (generation, role) = (standing.generation, standing.role.into());
+                let mut intent = Sidecar { generation, role, ..sidecar.handed_to(process) };
+                if !standing.had_by_processes {
+                    intent.earlier.clear();
+                }
                 intent.write(path).map_err(|e| cannot_write(path, e))?;
             }
         }
@@ -329,7 +332,7 @@ fn lineage(known: &[Known]) -> Lineage {
 /// The generations after the newest of the images' VMs, where the arbiter knows them.
 fn ends(known: &[Known]) -> Vec<(VmId, u64)> {
     let mut ends: Vec<(VmId, u64)> =
-        known.iter().filter_map(|it| Some((it.sidecar.provenance.vm, it.standing.highest? + 1))).collect();
+        known.iter().filter_map(|it| Some((it.sidecar.provenance.vm, it.standing.ending()?))).collect();
     ends.sort_unstable();
     ends.dedup();
     ends

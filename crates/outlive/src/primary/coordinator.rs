@@ -156,7 +156,7 @@ impl Coordinator {
             blamed: false,
             faults: Faults::default(),
             hand_over: None,
-            restarts: Restarts::default(),
+            restarts: Restarts::of(with.machine.restarts()),
             stop_due: None,
             notes: Notes::new(with.events.clone(), with.totals.clone(), with.standing.clone()),
             with,
@@ -343,6 +343,7 @@ impl Coordinator {
     /// Restarts the guest, protected as before, if it is time.
     fn restart_if_due(&mut self) {
         let Some(way) = self.restarts.take(Instant::now()) else { return };
+        self.with.machine.set_restarts(self.restarts.done());
         if !self.with.driver.guest_may_run() {
             return;
         }

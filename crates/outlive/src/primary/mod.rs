@@ -35,7 +35,7 @@ use outlive_machine::{CreateError, Host, HostError, MacAddr, Machine, MachineEve
 use crate::arbiter::{self, Arbiter, ArbiterSpecError, Here, Watch};
 use crate::cli::{ActiveOptions, RunOptions};
 use crate::console::{Console, ConsoleError, Port};
-use crate::disk::{self, Accepted, Books, PrepareError, Start};
+use crate::disk::{self, Accepted, Books, Held, PrepareError, Start};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
 use crate::standby::{About, Stop, fence};
 use crate::status::Standing;
@@ -108,7 +108,7 @@ pub(crate) enum MachineError {
     Create(#[from] Remedied<CreateError>),
 }
 
-/// Starts a new VM. Everything that can be wrong with options or machine is found here, before the guest
+/// Starts a new VM, whose machine takes over the images that are `held`. Everything that can be wrong with options or machine is found here, before the guest
 /// runs; an error undoes everything made so far. The arbiter is written to last, because a won generation
 /// stays won.
 ///
@@ -116,6 +116,7 @@ pub(crate) enum MachineError {
 /// See [`StartError`].
 pub(crate) fn start(
     options: &RunOptions,
+    held: &Held,
     standing: Arc<Standing>,
     stops: Stops,
 ) -> Result<Launch, StartError> {
@@ -123,7 +124,7 @@ pub(crate) fn start(
     vm::check_memory(options.memory_bytes())?;
     let written = options.written();
     let paths: Vec<&Path> = written.iter().map(|(_, path)| *path).collect();
-    disk::for_run(&paths)?;
+    disk::for_run(&paths, held)?;
     let others: Vec<&Path> =
         options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
     disk::refuse_unfinished(&others)?;
@@ -138,7 +139,7 @@ pub(crate) fn start(
     let built_in = (!guest.is_linux()).then_some(options.ip.address);
     let mac = vm::mac_of(options.net.as_ref(), vm, built_in);
     let console = Arc::new(Console::open(active.console.as_ref(), stops.sender())?);
-    let mut machine = make_machine(options, &guest, mac, &console, &machine_events)?;
+    let mut machine = make_machine(options, held, &guest, mac, &console, &machine_events)?;
     guest.load(&mut machine)?;
     let uplink = vm::watch_uplink(options.net.as_ref(), active)?;
     // Opening the event stream may make a file, so everything that is likely to fail comes before.
@@ -255,6 +256,7 @@ fn fence_earlier(
 /// Makes the machine and attaches its card to the bridge.
 fn make_machine(
     options: &RunOptions,
+    held: &Held,
     guest: &Guest,
     mac: MacAddr,
     console: &Console,
@@ -268,7 +270,7 @@ fn make_machine(
         firmware_bytes: guest.firmware_bytes(),
         output: OutputMode::PassThrough,
         net: options.net.as_ref().map(card).transpose()?,
-        disks: options.disks.iter().map(vm::disk_options).collect(),
+        disks: options.disks.iter().map(|disk| vm::disk_options(disk, held)).collect(),
         rng: guest.is_linux(),
         console: guest.is_linux().then(|| console.end(Port::Hvc0)),
         serial: guest.is_linux().then(|| console.end(Port::Serial)),

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use outlive_machine::ResetWay;
+use outlive_machine::{ResetWay, RestartCount};
 
 /// A guest that has run for this long between two restarts is well.
 const LONG: Duration = Duration::from_secs(60);
@@ -19,9 +19,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(32);
 /// The restarts of one guest.
 #[derive(Debug, Default)]
 pub(super) struct Restarts {
-    /// When it was last carried out.
-    last: Option<Instant>,
-    /// How many came soon after another, including the last.
+    /// Those that were carried out.
+    done: RestartCount,
+    /// How many came soon after another, including the one that is asked for.
     in_a_row: u32,
     due: Option<(Instant, ResetWay)>,
 }
@@ -36,9 +36,19 @@ pub(super) struct RestartRequest {
 }
 
 impl Restarts {
+    /// The restarts of a guest that came from another host: there it was as slow.
+    pub(super) fn of(done: RestartCount) -> Self {
+        Self { done, in_a_row: done.in_a_row, due: None }
+    }
+
+    /// Those that were carried out. One that waits is asked for once more where the guest goes on.
+    pub(super) fn done(&self) -> RestartCount {
+        self.done
+    }
+
     /// The guest asks for a restart by `way`.
     pub(super) fn request(&mut self, way: ResetWay, now: Instant) -> RestartRequest {
-        let soon = self.last.map(|last| now.saturating_duration_since(last)).filter(|ran| *ran < LONG);
+        let soon = self.done.last.map(|last| now.saturating_duration_since(last)).filter(|ran| *ran < LONG);
         self.in_a_row = if soon.is_some() { self.in_a_row.saturating_add(1) } else { 0 };
         let wait = match self.in_a_row.checked_sub(AT_ONCE) {
             None => Duration::ZERO,
@@ -56,7 +66,7 @@ impl Restarts {
     /// The way of a restart that is due now; it then counts as done.
     pub(super) fn take(&mut self, now: Instant) -> Option<ResetWay> {
         let (_, way) = self.due.take_if(|(at, _)| *at <= now)?;
-        self.last = Some(now);
+        self.done = RestartCount { in_a_row: self.in_a_row, last: Some(now) };
         Some(way)
     }
 }
@@ -104,5 +114,24 @@ mod tests {
             restarts.request(ResetWay::Acpi, now),
             RestartRequest { soon: None, wait: Duration::ZERO }
         );
+    }
+
+    #[test]
+    fn a_loop_stays_as_slow_on_another_host() {
+        let (mut restarts, mut now) = (Restarts::default(), Instant::now());
+        for wait in [0, 0, 1, 2, 4] {
+            assert_eq!(restarts.request(ResetWay::Acpi, now).wait.as_secs(), wait);
+            now += Duration::from_secs(wait);
+            assert!(restarts.take(now).is_some());
+        }
+        // The next one waits when its host dies, and is asked for once more on the other one.
+        assert_eq!(restarts.request(ResetWay::Acpi, now).wait.as_secs(), 8);
+        let mut there = Restarts::of(restarts.done());
+        assert_eq!(there.due(), None);
+        let asked = there.request(ResetWay::Acpi, now + Duration::from_secs(3));
+        assert_eq!((asked.soon, asked.wait.as_secs()), (Some(Duration::from_secs(3)), 8));
+        now += Duration::from_secs(11);
+        assert!(there.take(now).is_some());
+        assert_eq!(there.request(ResetWay::Acpi, now).wait.as_secs(), 16);
     }
 }

@@ -11,6 +11,7 @@ use super::driver::SharedDriver;
 use crate::arbiter::{self, Arbiter, process_token};
 use crate::events::EventWriter;
 use outlive_epoch::VmId;
+use outlive_pair::rival;
 
 /// Time between two looks.
 const EVERY: Duration = Duration::from_secs(10);
@@ -85,9 +86,8 @@ fn rests(driver: &Weak<SharedDriver>, hurry: &Hurry) -> bool {
 
 /// The newest generation and its winner, if that is another process.
 fn newest(arbiter: &mut dyn Arbiter, vm: &VmId, token: &str) -> Option<(u64, String)> {
-    let win = arbiter.history(vm).ok()?.pop()?;
-    let winner = win.winner.filter(|winner| winner.process != token)?;
-    Some((win.generation, winner.owner))
+    let newest = arbiter.history(vm).ok()?.pop()?;
+    rival(&[newest.into()], &token.to_owned())
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use outlive_epoch::VmId;
 use outlive_machine::{DiskOptions, MacAddr, NetConfig, OutputLimits, Tap};
 
 use crate::cli::{DiskSpec, NetSpec};
+use crate::disk::Held;
 
 /// How many frames and bytes of output may be held for uncommitted epochs.
 const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 20 };
@@ -16,10 +17,11 @@ pub(crate) fn card(net: &NetSpec, tap: Arc<Tap>, mac: MacAddr) -> NetConfig {
     NetConfig { tap, mac, pairs: net.queues.into(), mtu: net.mtu, limits: OUTPUT_LIMITS }
 }
 
-/// A disk's options.
-pub(crate) fn disk_options(spec: &DiskSpec) -> DiskOptions {
+/// A disk's options; its image is handed over if it is held.
+pub(crate) fn disk_options(spec: &DiskSpec, held: &Held) -> DiskOptions {
     let DiskSpec { path, readonly, shared, serial, sectors, queues, .. } = spec.clone();
-    DiskOptions { readonly, shared, serial, sectors, queues: queues.into(), ..DiskOptions::new(path) }
+    let locked = held.at(&path).cloned();
+    DiskOptions { readonly, shared, serial, sectors, queues: queues.into(), locked, ..DiskOptions::new(path) }
 }
 
 /// The card's address: the given one, or one that is locally administered, so it cannot collide with a

@@ -1,8 +1,11 @@
 //! SIGKILL, which does to a process what a power cut does to a host.
 
+use std::fs;
 use std::time::Duration;
 
-use crate::support::{Dice, MemoryLoad, Process, Side, Witnesses, World, wait_until};
+use outlive::events::Event;
+
+use crate::support::{Dice, MemoryLoad, Process, Side, Witnesses, World, crashing_kernel, wait_until};
 
 /// Takeovers of the long run; `OUTLIVE_TAKEOVERS` sets another number.
 const TAKEOVERS: u64 = 50;
@@ -104,4 +107,29 @@ fn the_vm_survives_kills_of_both_hosts_in_turn() {
     witnesses.hear_all();
     witnesses.finish(&world);
     load.finish(&world);
+}
+
+fn restarts(process: &mut Process) -> usize {
+    process.events().filter(|e| matches!(e, Event::GuestRestarted { .. })).count()
+}
+
+/// A guest that cannot boot restarts for ever, and waits longer each time. Its host dies meanwhile, and the wait does
+/// not begin anew.
+#[test]
+fn a_guest_that_restarts_again_and_again_stays_slow_after_a_takeover() {
+    let Some(world) = World::new() else { return };
+    let kernel = world.dir().join("crashing");
+    fs::write(&kernel, crashing_kernel()).unwrap();
+    let (mut active, mut standby) = world.protected_with(Side::A, &["--kernel", kernel.to_str().unwrap()]);
+    active.wait_says("again and again: this one waits for 8 s", 1);
+    // Some checkpoints later.
+    std::thread::sleep(Duration::from_secs(1));
+    let before = restarts(&mut active);
+    active.kill();
+    standby.wait_takeover();
+    // The one that waited waits once more, and the next one longer.
+    standby.wait_says("again and again: this one waits for 8 s", 1);
+    standby.wait_says("again and again: this one waits for 16 s", 1);
+    assert_eq!((before, restarts(&mut standby)), (5, 1));
+    assert!(!standby.log().contains("waits for 1 s"), "{}", standby.log());
 }

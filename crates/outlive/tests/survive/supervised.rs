@@ -1,10 +1,11 @@
 //! Both hosts are started with the same command, by hand or by a service manager, at any time and in any order:
 //! the VM runs exactly once, from its newest image.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -300,6 +301,33 @@ fn a_host_that_waits_before_it_starts_the_vm_can_be_asked_and_is_alone() {
     assert!(!second.log().contains("starts the VM in"), "it waits for a place that is taken");
     assert!(second.log().contains("in use"), "{}", second.log());
     assert!(!waiting.ended());
+}
+
+/// Somebody else grasps at the image all the time, from the first question to the VM that runs: at no moment is it free.
+#[test]
+fn nobody_gets_the_image_between_the_decision_and_the_vm() {
+    let Some(world) = World::new() else { return };
+    let (standby, active) = protected(&world);
+    power_cut(&world, active, standby);
+    let mut waiting = start(&world, Side::A);
+    waiting.wait_says("this host starts the VM in", 1);
+    let (image, ended) = (world.image(Side::A), AtomicBool::new(false));
+    let tries = std::thread::scope(|scope| {
+        let grasping = scope.spawn(|| {
+            let mut tries = 0;
+            while !ended.load(Ordering::Relaxed) {
+                let got = File::open(&image).unwrap().try_lock();
+                assert!(matches!(got, Err(TryLockError::WouldBlock)), "it was free: {got:?}");
+                tries += 1;
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            tries
+        });
+        wait_runs(&mut waiting);
+        ended.store(true, Ordering::Relaxed);
+        grasping.join().unwrap()
+    });
+    assert!(tries > 100, "{tries}");
 }
 
 /// An operator ends it meanwhile: nothing has begun, so nothing is asked of a guest.

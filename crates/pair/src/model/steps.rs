@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::planted::Bug;
 use crate::{Broken, Link, LossReason, PrimaryEvent, StandbyEvent};
 
-use super::world::{Msg, Process, Work, World, older};
+use super::world::{Msg, Process, StandbyHost, Work, World, older};
 
 /// For how many steps of time a slow host may lag behind: longer than anybody's patience.
 const SLOW: u8 = 4;
@@ -231,6 +231,9 @@ impl World {
             Act::Resume(host) => self.resume(host, bug),
             Act::StopStandby(host) => {
                 self.left.orders -= 1;
+                if let Process::Standby(standby) = &mut self.hosts[host].process {
+                    standby.stopping = true;
+                }
                 self.tell_standby(host, StandbyEvent::Stop, bug);
             }
             Act::StopVm(host) => {
@@ -368,6 +371,9 @@ impl World {
         let age = |time: &mut Duration| older(time);
         for host in &mut self.hosts {
             host.slow = host.slow.saturating_sub(1);
+            // A copy that is not done in time is not given up: then the primary asks.
+            let late = |it: &StandbyHost| it.stopping && !it.work.is_empty();
+            self.disturbed |= matches!(&host.process, Process::Standby(it) if late(it));
             match &mut host.process {
                 Process::Primary(primary) if !host.paused => primary.machine.age(&age),
                 Process::Standby(standby) if !host.paused => standby.machine.age(&age),

@@ -159,6 +159,8 @@ pub(super) struct StandbyHost {
     pub(super) copy: Option<Copy>,
     /// What the applier has to do, the oldest first.
     pub(super) work: VecDeque<Work>,
+    /// An operator has told it to stop.
+    pub(super) stopping: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -325,7 +327,8 @@ impl World {
         machine.bug = Planted(bug);
         self.hosts[host].life += 1;
         let (copy, work) = (None, VecDeque::new());
-        self.hosts[host].process = Process::Standby(Box::new(StandbyHost { machine, copy, work }));
+        self.hosts[host].process =
+            Process::Standby(Box::new(StandbyHost { machine, copy, work, stopping: false }));
     }
 
     pub(super) fn is_cut(&self, from: usize, to: usize) -> bool {

@@ -112,7 +112,7 @@ impl Primary {
             State::Unrivalled(_) | State::Over { .. } => true,
             _ => false,
         };
-        if waits || generation <= self.generation {
+        if waits || generation <= self.generation || planted!(self.bug, SupersededIgnored) {
             return;
         }
         if let Some(link) = self.link() {

@@ -6,10 +6,13 @@ use outlive_epoch::VmId;
 
 use super::primary::PrimaryProcess;
 use super::standby::StandbyProcess;
-use super::truth::Life;
-use super::world::{Happening, Host, Msg, World};
+use super::truth::{LINE, Life};
+use super::world::{Base, Happening, Host, Msg, World};
 
-pub(super) const VM: VmId = VmId([7; 16]);
+/// Which VM it is that has this generation.
+pub(super) fn vm_of(generation: u64) -> VmId {
+    VmId([7 + (generation / LINE) as u8; 16])
+}
 
 pub(super) enum Process {
     Down,
@@ -114,13 +117,16 @@ impl World {
         let from = match &self.hosts[life.0].process {
             Process::Primary(p) => (p.node(), p.excused && excuses),
             Process::Standby(s) => (s.claims_from(), s.excused && excuses),
-            Process::Starting => (self.hosts[life.0].image.map_or(0, |image| image.node), false),
+            Process::Starting => (self.hosts[life.0].image.as_ref().map_or(0, |image| image.node), false),
             Process::Down => return,
         };
         if !self.disturbed {
             self.truth.fail(format!("{life:?} asks the arbiter although nothing has gone wrong"));
         }
-        let from = (from.0, from.1 || self.clock_failed);
+        let starts = matches!(self.hosts[life.0].process, Process::Starting);
+        let image = self.hosts[life.0].image.as_ref().filter(|_| starts);
+        let word = image.is_some_and(|image| image.excuses(generation));
+        let from = Base { node: from.0, excused: from.1 || self.clock_failed, word };
         let delay = self.arbiter_delay();
         self.after(delay, Happening::ClaimArrives { life, generation, from });
     }

@@ -10,6 +10,7 @@
 //! hosts differ in offset and by up to 4 % in rate.
 
 mod broken;
+mod copies;
 mod explore;
 mod hosts;
 mod images;
@@ -173,6 +174,22 @@ fn a_late_claim_of_a_dead_process_orphans_no_image() {
     assert_eq!(stats.vm_lost, 0, "{stats:?}");
 }
 
+/// Images are copied with their sidecars, and operators start the copies, newer or older, whoever runs the VM then.
+/// Without a word nothing is lost; with one, or where nobody can tell a copy from its original, whoever had the VM
+/// learns of it from the arbiter.
+#[test]
+fn a_copied_image_takes_the_vm_from_nobody_unasked() {
+    let seeds = from_environment("OUTLIVE_SIM_SEED").map_or(0..5_000, |seed| seed..seed + 1);
+    let alone = seeds.end - seeds.start == 1;
+    let (stats, found) = search(seeds, Faults::Copies, None);
+    assert_eq!(found, None);
+    println!("{stats:?}");
+    if !alone {
+        assert!(stats.copies_started > 1_000 && stats.copies_refused > 1_000, "{stats:?}");
+        assert!(stats.forks > 200 && stats.superseded > 500, "{stats:?}");
+    }
+}
+
 /// Each of these mistakes in the machines or in the drivers must be found, or the simulator is blind there.
 #[test]
 fn every_planted_mistake_is_found() {
@@ -235,8 +252,25 @@ fn every_planted_mistake_is_found() {
     ];
     let of_progress = of_progress.into_iter().map(|bug| (bug, Faults::Wedge));
     let all = first.into_iter().chain(of_progress).chain(many);
+    assert_found(all);
+}
+
+/// And each of these in what is decided about images.
+#[test]
+fn every_planted_mistake_about_images_is_found() {
+    let bugs = [
+        Bug::StaleImageStarts,
+        Bug::CopyCountsAsOriginal,
+        Bug::CopyKeepsProcesses,
+        Bug::ForkEndsNothing,
+        Bug::SupersededIgnored,
+    ];
+    assert_found(bugs.into_iter().map(|bug| (bug, Faults::Copies)));
+}
+
+fn assert_found(bugs: impl Iterator<Item = (Bug, Faults)>) {
     let mut blind = Vec::new();
-    for (bug, faults) in all {
+    for (bug, faults) in bugs {
         match search(0..100_000, faults, Some(bug)).1 {
             Some((seed, what)) => println!("{bug:?}: seed {seed}: {what}"),
             None => blind.push(bug),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use outlive_epoch::EndReason;
 
 use super::STEP;
-use super::hosts::{Process, VM};
+use super::hosts::{Process, vm_of};
 use super::images::Image;
 use super::ports::{PrimaryEffect as Effect, PrimarySide, SimPart};
 use super::truth::{Life, Node};
@@ -73,7 +73,7 @@ impl World {
         let mut machine = Primary::new(config, now);
         machine.bug = Planted(self.bug);
         self.hosts[host].look = None;
-        self.hosts[host].image = Some(Image::primary(generation, self.hosts[host].life, node));
+        self.hosts[host].image = Some(Image::primary(generation, (host, self.hosts[host].life), node));
         self.hosts[host].process = Process::Primary(Box::new(PrimaryProcess {
             driver: PrimaryDriver::new(machine, PrimarySide::new()),
             node,
@@ -93,6 +93,9 @@ impl World {
         }));
         let life = (host, self.hosts[host].life);
         self.after(1, Happening::VmStep(life));
+        if self.copies {
+            self.look_for_rivals_later(life);
+        }
         if checkpoint > 0 && self.hosts[host].disk_fails_until > self.now {
             // What was in flight is issued again.
             let delay = self.rng.range(10, 2_000);
@@ -169,7 +172,8 @@ impl World {
             Effect::Hello { conn, generation } => {
                 let (slots, dead_after, shared_storage) =
                     (self.slots, self.timing.dead_after, self.shared_storage);
-                let hello = Introduction { vm: VM, generation, slots, dead_after, shared_storage };
+                let hello =
+                    Introduction { vm: vm_of(generation), generation, slots, dead_after, shared_storage };
                 self.send(conn, 0, Msg::Hello(hello));
             }
             Effect::StartBase { link } => {
@@ -225,7 +229,7 @@ impl World {
             }
             Effect::Exit(reason) => {
                 if let ExitReason::Ended(_) = reason {
-                    self.truth.ends(life);
+                    self.truth.ends(life, self.may_not_know(life.0));
                     self.stats.ended += 1;
                 }
                 self.stop_process(life.0, true);
@@ -311,7 +315,7 @@ impl World {
             if !self.disturbed && held > LONGEST_HELD {
                 self.truth.fail(format!("{life:?} has held output for {held} µs and nothing has gone wrong"));
             }
-            self.truth.output(node, generation, life);
+            self.lets_out(node, generation, life);
         }
     }
 
@@ -346,7 +350,7 @@ impl World {
         let conn =
             p.driver.machine().link().filter(|_| ports.valve.holds()).and_then(|link| ports.conn(link));
         match p.driver.ports_mut().valve.push(node, at) {
-            Some(node) => self.truth.output(node, generation, life),
+            Some(node) => self.lets_out(node, generation, life),
             None => {
                 p.held_since.get_or_insert(now);
                 if first && !planted!(bug, HeldUntold) {

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::hosts::Process;
+use super::images::Image;
 use super::ports::PortFault;
-use super::truth::{Life, Node};
-use super::world::{Happening, Host, Msg, Stats, World};
+use super::truth::Life;
+use super::world::{Base, Happening, Host, Msg, Stats, World};
 use crate::planted::Bug;
 use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
 
@@ -32,6 +33,8 @@ pub(super) enum Faults {
     Storage,
     /// The hosts lose each other, and all of them lose power while the arbiter, which is slow, has their claims.
     Power,
+    /// Images are copied, and operators start the copies, with and without a word for it, among other faults.
+    Copies,
 }
 
 /// The kinds of faults that [`World::fault`] draws.
@@ -102,16 +105,18 @@ pub(super) fn schedule_of(
     world.trace |= trace;
     world.strikes = std::mem::take(strikes);
     world.hosts[0].life = 1;
+    world.copies = faults == Faults::Copies;
     world.start_primary(0, 1, 0, 0);
     for host in 1..3 {
         world.start_standby(host);
     }
-    world.company = matches!(faults, Faults::Many | Faults::Power);
-    world.disturbed = matches!(faults, Faults::Wedge | Faults::Stop | Faults::Storage | Faults::Power);
+    world.company = matches!(faults, Faults::Many | Faults::Power | Faults::Copies);
+    world.disturbed = !matches!(faults, Faults::None | Faults::One | Faults::Many);
     let count = match faults {
         Faults::None | Faults::Wedge | Faults::Stop | Faults::Storage | Faults::Power => 0,
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
+        Faults::Copies => world.rng.range(0, 4),
     };
     let from = if faults == Faults::One { ONE_FAULT_FROM } else { FAULTS_FROM };
     if faults == Faults::Stop {
@@ -141,6 +146,9 @@ pub(super) fn schedule_of(
         }
         let time = time + world.rng.range(10_000, 500_000);
         world.at(time, Happening::PowerCut);
+    }
+    if faults == Faults::Copies {
+        world.plan_copies((FAULTS_FROM, FAULTS_UNTIL));
     }
     for _ in 0..count {
         let time = world.rng.range(from, FAULTS_UNTIL);
@@ -211,8 +219,11 @@ impl World {
 
     /// The VM runs nowhere, and nobody alive has it. Then no image may have all that the world has seen.
     fn check_images(&mut self, newest: u64) {
+        // An operator who put a copy in the place of the VM's own image needs a word for it now.
+        let asks = |image: &Image| self.copies && (image.copied || image.replica);
         let whole = |host: &Host| {
-            host.image.is_some_and(|image| image.whole && self.truth.is_past_of(self.truth.tip, image.node))
+            let image = host.image.as_ref().filter(|image| image.whole && !asks(image));
+            image.is_some_and(|image| self.truth.is_past_of(self.truth.tip, image.node))
         };
         match self.hosts.iter().position(whole) {
             Some(host) => self.truth.fail(format!(
@@ -240,6 +251,8 @@ impl World {
             | Happening::Applied { life, .. }
             | Happening::Settled { life, .. }
             | Happening::Released { life, .. }
+            | Happening::LookForRivals(life)
+            | Happening::Superseded { life, .. }
             | Happening::Discarded { life, .. } => Some(*life),
             Happening::Reset { conn, side } => Some(self.conns[*conn].ends[*side]),
             _ => None,
@@ -286,6 +299,12 @@ impl World {
             Happening::Discarded { life, link } => self.standby(life, StandbyEvent::Discarded { link }),
             Happening::Restart { host } => self.restart(host),
             Happening::Operator => self.operator(),
+            Happening::Backup => self.backup(),
+            Happening::StartCopy => self.start_copy(),
+            Happening::LookForRivals(life) => self.look_for_rivals(life),
+            Happening::Superseded { life, generation, owner } => {
+                self.superseded(life, generation, owner);
+            }
             Happening::Fault => {
                 if self.strikes.next() {
                     self.fault();
@@ -348,7 +367,7 @@ impl World {
 
     /// A claim reaches the arbiter, or does not, or does and its answer is lost. The process that sent it may
     /// have died.
-    fn claim_arrives(&mut self, life: Life, generation: u64, base: (Node, bool)) {
+    fn claim_arrives(&mut self, life: Life, generation: u64, base: Base) {
         let cut = self.hosts[life.0].arbiter_cut_until > self.now;
         let mut result = ClaimResult::Unreachable { why: "no route".into() };
         let swapped = self.hosts[life.0].swapped_until > self.now;
@@ -361,7 +380,10 @@ impl World {
         // An arbiter that is another one, or that lacks the claim before this one, takes none.
         let refuses = swapped || forgot && self.bug != Some(Bug::TwoWinners);
         if !refuses && (!cut || self.rng.one_in(3)) {
-            let verdict = self.truth.claim(generation, life, base.0, base.1);
+            let verdict = self.truth.claim(generation, life, base);
+            if base.word && verdict.is_ok() {
+                self.copy_won = self.now;
+            }
             if !cut {
                 result = match verdict {
                     Ok(()) => ClaimResult::Won,

@@ -258,7 +258,7 @@ impl World {
                 self.truth
                     .fail(format!("{life:?} repeats output of epoch {epoch}, which it knows to have left"));
             }
-            self.truth.output(node, generation, life);
+            self.lets_out(node, generation, life);
             self.stats.repeated += 1;
         }
     }
@@ -458,7 +458,7 @@ impl World {
             s.driver.ports_mut().introduced(link, hello.slots, accepted);
             if accepted {
                 // Its blocks are overwritten from now on.
-                self.hosts[life.0].image = Some(Image::copy(hello.generation, life.1));
+                self.hosts[life.0].image = Some(Image::copy(hello.generation, life));
             }
         }
     }

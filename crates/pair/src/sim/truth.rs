@@ -1,10 +1,16 @@
 //! What an all-knowing observer sees, and the invariants that it checks after every step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::world::Base;
+use crate::Won;
 
 /// A state of the VM: everything that it has done so far, as a node in the tree of all histories. Two hosts
 /// that ran the VM from the same checkpoint have different nodes with one common ancestor.
 pub(super) type Node = usize;
+
+/// The generations of the first VM begin at 0, those of a VM that begins with an older image of it at this, and so on.
+pub(super) const LINE: u64 = 1_000;
 
 /// One life of a process on a host.
 pub(super) type Life = (usize, u32);
@@ -23,6 +29,8 @@ pub(super) struct Truth {
     /// Whether the newest generation was won although its loser could not know: a third party reset the
     /// connection.
     excused: bool,
+    /// Those that had the VM when an operator started it elsewhere: nothing tells them but their own questions.
+    unaware: BTreeSet<Life>,
     /// Whether the VM has ended in order.
     pub(super) ended: bool,
     pub(super) violation: Option<String>,
@@ -32,7 +40,15 @@ impl Truth {
     pub(super) fn new(first: Life) -> Self {
         let root = Step { parent: 0, depth: 0 };
         let won = BTreeMap::from([(1, (first, 0))]);
-        Self { steps: vec![root], tip: 0, won, excused: false, ended: false, violation: None }
+        Self {
+            steps: vec![root],
+            tip: 0,
+            won,
+            excused: false,
+            unaware: BTreeSet::new(),
+            ended: false,
+            violation: None,
+        }
     }
 
     pub(super) fn fail(&mut self, what: String) {
@@ -60,9 +76,12 @@ impl Truth {
         self.won.last_key_value().map_or((0, (0, 0)), |(generation, (life, _))| (*generation, *life))
     }
 
-    /// The newest generation that a process has won.
-    pub(super) fn newest_of(&self, life: Life) -> Option<u64> {
-        self.won.iter().rev().find(|(_, (owner, _))| *owner == life).map(|(generation, _)| *generation)
+    /// What the arbiter knows of the VM that has this generation.
+    pub(super) fn history(&self, generation: u64) -> Vec<Won<Life>> {
+        let line = generation / LINE * LINE;
+        let won = self.won.range(line..line + LINE);
+        won.map(|(&generation, (life, _))| Won { generation, winner: Some((*life, format!("{life:?}"))) })
+            .collect()
     }
 
     /// For a planted mistake: the arbiter no longer knows who won this generation.
@@ -75,17 +94,23 @@ impl Truth {
         &mut self,
         generation: u64,
         life: Life,
-        base: Node,
-        excused: bool,
+        Base { node: base, excused, word }: Base,
     ) -> Result<(), Life> {
         if let Some((owner, _)) = self.won.get(&generation) {
             return if *owner == life { Ok(()) } else { Err(*owner) };
         }
-        if self.newest().0 + 1 != generation {
-            self.fail(format!("{life:?} claims generation {generation}, the newest is {}", self.newest().0));
+        let newest =
+            self.history(generation).last().map_or(generation / LINE * LINE, |newest| newest.generation);
+        if newest + 1 != generation {
+            self.fail(format!("{life:?} claims generation {generation}, the newest is {newest}"));
         }
         // The owner itself may have let more out since it asked.
         let own = self.newest().1 == life;
+        if word && !own {
+            self.unaware.insert(self.newest().1);
+            // What the world has seen beyond this is given up.
+            self.tip = if self.is_past_of(self.tip, base) { self.tip } else { base };
+        }
         let base = if own && self.is_past_of(base, self.tip) { self.tip } else { base };
         if !self.is_past_of(self.tip, base) {
             self.fail(format!(
@@ -104,8 +129,12 @@ impl Truth {
         }
     }
 
-    /// A frame leaves a host and reaches the world.
-    pub(super) fn output(&mut self, node: Node, generation: u64, life: Life) {
+    /// A frame leaves a host and reaches the world. `may_not_know` says whether that host had no chance yet to learn
+    /// that the VM was started elsewhere.
+    pub(super) fn output(&mut self, node: Node, generation: u64, life: Life, may_not_know: bool) {
+        if may_not_know && self.unaware.contains(&life) {
+            return;
+        }
         let (newest, owner) = self.newest();
         if self.won.get(&generation).map(|(owner, _)| *owner) != Some(life) {
             self.fail(format!(
@@ -113,7 +142,8 @@ impl Truth {
             ));
         }
         if owner != life {
-            let base = self.won[&newest].1;
+            let next = self.won.range(generation + 1..).next().map_or(newest, |(next, _)| *next);
+            let base = self.won[if self.unaware.is_empty() { &newest } else { &next }].1;
             if !self.is_past_of(node, base) {
                 self.fail(format!(
                     "invariant 1: {life:?} releases what {owner:?}, owner of {newest}, does not know"
@@ -129,7 +159,10 @@ impl Truth {
         }
     }
 
-    pub(super) fn ends(&mut self, life: Life) {
+    pub(super) fn ends(&mut self, life: Life, may_not_know: bool) {
+        if may_not_know && self.unaware.contains(&life) {
+            return;
+        }
         if self.newest().1 != life {
             self.fail(format!("{life:?} ends the VM in order although it does not own it"));
         }

@@ -82,6 +82,16 @@ pub(super) enum Msg {
     Closed,
 }
 
+/// The state from which a claimer would continue.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Base {
+    pub(super) node: Node,
+    /// A loser may not know: a third party has reset the connection.
+    pub(super) excused: bool,
+    /// An operator answers for what is lost.
+    pub(super) word: bool,
+}
+
 /// What happens at one moment.
 #[derive(Debug, Clone)]
 pub(super) enum Happening {
@@ -135,8 +145,7 @@ pub(super) enum Happening {
     ClaimArrives {
         life: Life,
         generation: u64,
-        /// The state from which the claimer would continue, and whether it is excused.
-        from: (Node, bool),
+        from: Base,
     },
     ClaimAnswered {
         life: Life,
@@ -171,6 +180,18 @@ pub(super) enum Happening {
     },
     /// The operator looks whether the VM runs.
     Operator,
+    /// An image and its sidecar are copied, to be used later.
+    Backup,
+    /// An operator starts a copy of an image.
+    StartCopy,
+    /// A process that runs the VM looks whether another one has won it.
+    LookForRivals(Life),
+    /// The arbiter has told it of one.
+    Superseded {
+        life: Life,
+        generation: u64,
+        owner: String,
+    },
     Fault,
     Wedge {
         host: usize,
@@ -270,6 +291,15 @@ pub(super) struct World {
     pub(super) interval: u64,
     /// Whether a fault may bring further ones.
     pub(super) company: bool,
+    /// Images are copied, and copies are started.
+    pub(super) copies: bool,
+    pub(super) backups: Vec<Image>,
+    /// Whether file systems tell a copy from its original.
+    pub(super) tells_files_apart: bool,
+    /// When an operator's word last won a generation.
+    pub(super) copy_won: u64,
+    /// VMs that began with an older image, which an operator has accepted.
+    pub(super) forks: u64,
     /// Supervisors start processes again soon, those of a host that had the VM too.
     pub(super) quick_restarts: bool,
     /// The owner is stopped just before a standby hands its right over.
@@ -328,6 +358,12 @@ pub(super) struct Stats {
     /// Frames of the tail: given to the guest, and sent again, at takeovers.
     pub(super) given: u64,
     pub(super) repeated: u64,
+    /// Copies of images that were started, or refused, and VMs that began with one.
+    pub(super) copies_started: u64,
+    pub(super) copies_refused: u64,
+    pub(super) forks: u64,
+    /// Primaries that learned from the arbiter that another process has the VM.
+    pub(super) superseded: u64,
     /// By kind.
     pub(super) faults: [u64; 32],
 }
@@ -365,6 +401,10 @@ impl Stats {
         self.endured += other.endured;
         self.handed += other.handed;
         self.kept += other.kept;
+        self.copies_started += other.copies_started;
+        self.copies_refused += other.copies_refused;
+        self.forks += other.forks;
+        self.superseded += other.superseded;
         self.faults.iter_mut().zip(&other.faults).for_each(|(sum, one)| *sum += one);
     }
 }
@@ -444,6 +484,11 @@ impl World {
             slow_end: 0,
             disk_lost: false,
             company: true,
+            copies: false,
+            backups: Vec::new(),
+            tells_files_apart: true,
+            copy_won: 0,
+            forks: 0,
             quick_restarts: false,
             stands_still_at_leave: false,
             guest_end: u32::MAX,

@@ -12,7 +12,7 @@ use outlive_epoch::{DiskOp, VmId};
 use super::provenance;
 use crate::disk::replica::ReplicaStartError;
 use crate::disk::sidecar::{CopyEnd, Role, Sidecar, beside};
-use crate::disk::{Book, DiskEvent, Replica, ReplicaDisk, for_run};
+use crate::disk::{Book, DiskEvent, Held, Replica, ReplicaDisk, for_run};
 
 const VM: VmId = VmId([6; 16]);
 const SIZE: u64 = 1 << 20;
@@ -112,7 +112,7 @@ fn a_takeover_does_not_need_the_sidecars() {
     fs::copy(standby.image(), copy.image()).unwrap();
     fs::copy(standby.journal(), &journal).unwrap();
     Sidecar { journal: Some(journal), ..stale }.write(&copy.image()).unwrap();
-    for_run(&[&copy.image()]).unwrap();
+    for_run(&[&copy.image()], &Held::default()).unwrap();
     assert_eq!(&fs::read(copy.image()).unwrap()[512..516], b"more");
 
     standby.unblock();
@@ -137,7 +137,7 @@ fn a_standby_that_ends_in_order_keeps_the_journal_that_its_sidecar_names() {
     assert_eq!(standby.sidecar().journal, Some(standby.journal()));
     assert!(standby.journal().exists());
     standby.unblock();
-    for_run(&[&standby.image()]).unwrap();
+    for_run(&[&standby.image()], &Held::default()).unwrap();
     assert_eq!(&fs::read(standby.image()).unwrap()[512..516], b"last");
     assert_eq!((standby.sidecar().checkpoint, standby.sidecar().journal), (2, None));
     assert!(!standby.journal().exists());

@@ -1,15 +1,17 @@
 //! What stands in an image's way, and what an earlier process left.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use outlive_epoch::{DiskOp, VmId};
+use outlive_machine::Image;
 
 use super::provenance;
 use crate::cli::StandbyDisk;
 use crate::disk::journal::{Identity, Journal};
 use crate::disk::sidecar::{Role, Sidecar, beside};
 use crate::disk::stamp::Stamp;
+use crate::disk::{Held, PrepareError};
 
 const VM: VmId = VmId([3; 16]);
 
@@ -19,7 +21,7 @@ fn sidecar(disk: u16, journal: Option<PathBuf>) -> Sidecar {
 }
 
 fn for_run(paths: &[&Path]) -> Result<(), String> {
-    crate::disk::for_run(paths).map_err(|error| error.to_string())
+    crate::disk::for_run(paths, &Held::default()).map_err(|error| error.to_string())
 }
 
 fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
@@ -70,6 +72,47 @@ fn a_journal_is_replayed_before_the_images_are_used() {
         for_run(&paths).unwrap();
         refuse_unfinished(&paths).unwrap();
     }
+}
+
+/// From the first look at the images to the end of their machine nobody else gets them, journals and all.
+#[test]
+fn a_lock_is_handed_over_to_the_machine() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = left_by_a_kill(directory.path());
+    let paths = [images[0].as_path(), images[1].as_path()];
+    let taken = || {
+        let locked = |image: &PathBuf| File::open(image).unwrap().try_lock();
+        images.iter().all(|image| matches!(locked(image), Err(TryLockError::WouldBlock)))
+    };
+    let missing = directory.path().join("none");
+    let held = Held::of(paths.into_iter().chain([missing.as_path()])).unwrap();
+    assert!(taken() && held.at(&missing).is_none());
+    assert!(matches!(Held::of(paths.into_iter()), Err(PrepareError::InUse(image)) if image == images[0]));
+    crate::disk::for_run(&paths, &held).unwrap();
+    assert_eq!(&fs::read(&images[0]).unwrap()[100..108], b"replayed");
+    assert!(taken(), "the journal was replayed");
+    let machine = paths.map(|path| Image::of_locked(held.at(path).unwrap(), None).unwrap());
+    assert_eq!(machine[1].bytes(), 4096);
+    drop(held);
+    assert!(taken(), "the machine has them");
+    drop(machine);
+    for image in &images {
+        File::open(image).unwrap().try_lock().unwrap();
+    }
+}
+
+/// What is locked is not what was looked at since.
+#[test]
+fn a_locked_image_is_the_one_at_its_path() {
+    let directory = tempfile::tempdir().unwrap();
+    let [image, other] = left_by_a_kill(directory.path());
+    let held = Held::of([image.as_path()].into_iter()).unwrap();
+    fs::rename(&other, &image).unwrap();
+    let error = Image::of_locked(held.at(&image).unwrap(), None).unwrap_err().to_string();
+    assert!(error.contains("was replaced while it was being looked at: start again"), "{error}");
+    fs::remove_file(&image).unwrap();
+    let error = Image::of_locked(held.at(&image).unwrap(), None).unwrap_err().to_string();
+    assert!(error.contains("does not exist"), "{error}");
 }
 
 /// The original's journal is no business of a copy: its writes would be missing where they belong.

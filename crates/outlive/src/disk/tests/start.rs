@@ -402,6 +402,38 @@ fn a_generation_that_was_won_and_not_written_down_orphans_nobody() {
     );
 }
 
+/// The file is a copy: what the process of its sidecar has won, or wins after the copy was accepted once, is the
+/// original's.
+#[test]
+fn what_the_originals_process_wins_does_not_belong_to_a_copy() {
+    for accepted_before in [false, true] {
+        let mut stage = Stage::new();
+        let image = stage.image("a");
+        if !Stamp::of(&image).unwrap().is_certain() {
+            return println!("skipped: a file system with steady numbers for the tests' directory");
+        }
+        Sidecar { process: Some("77".into()), ..stage.sidecar() }.write(&image).unwrap();
+        fs::remove_file(&image).unwrap();
+        fs::write(&image, vec![7; 1 << 20]).unwrap();
+        let accept = [DangerKind::MovedImage];
+        let start = stage.plan(&["a"], &accept).unwrap();
+        let claimed = stage.directory.path().join("arbiter").join(VM.to_string()).join("2");
+        let text = format!("outlive claim, version 1\nvm {VM}\ngeneration 2\nowner host a\ntoken 77\nend\n");
+        fs::write(claimed, text).unwrap();
+        if accepted_before {
+            let disks = stage.disks(&["a"]);
+            let lost = start.carry_out(&disks, Some(&mut stage.arbiter)).unwrap_err().to_string();
+            assert!(lost.contains("host a has just taken over"), "{lost}");
+            assert_eq!(stage.read("a").claimants().collect::<Vec<_>>(), [process_token().unwrap()]);
+        }
+        let error = stage.plan(&["a"], &accept).map(drop).unwrap_err();
+        assert!(
+            error.contains("it has generation 1 and its VM continued in generation 2, won by host a"),
+            "{error}"
+        );
+    }
+}
+
 /// An arbiter whose claims are the last thing that a host does.
 struct PowerCut {
     arbiter: FileArbiter,

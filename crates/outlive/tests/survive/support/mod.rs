@@ -49,7 +49,7 @@ pub(crate) use small::Small;
 pub(crate) use start::{Log, Readers};
 pub(crate) use tracer::{Held, flip_program_bit, take_all_memory, take_program_memory};
 pub(crate) use witness::{MemoryLoad, Witnesses};
-pub(crate) use writer::{WRITTEN, kernel as writer_kernel};
+pub(crate) use writer::{WRITTEN, crashing as crashing_kernel, kernel as writer_kernel};
 
 /// How long anything may take before a test gives up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);

@@ -77,6 +77,15 @@ const CODE: &[u8] = &[
 
 /// The guest as an ELF kernel.
 pub(crate) fn kernel() -> Vec<u8> {
+    elf(CODE)
+}
+
+/// A guest that crashes as soon as it runs, and so restarts for ever.
+pub(crate) fn crashing() -> Vec<u8> {
+    elf(&[0x0f, 0x0b]) // ud2
+}
+
+fn elf(code: &[u8]) -> Vec<u8> {
     const HEADERS: u64 = 64 + 56;
     let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     let mut half = |words: &[u16]| words.iter().for_each(|word| elf.extend(word.to_le_bytes()));
@@ -86,8 +95,8 @@ pub(crate) fn kernel() -> Vec<u8> {
     let mut half = |words: &[u16]| words.iter().for_each(|word| elf.extend(word.to_le_bytes()));
     half(&[0, 0, 64, 56, 1, 64, 0, 0]);
     let mut long = |words: &[u64]| words.iter().for_each(|word| elf.extend(word.to_le_bytes()));
-    let len = CODE.len() as u64;
+    let len = code.len() as u64;
     long(&[1 | 7 << 32, HEADERS, ENTRY, ENTRY, len, len, 0x1000]); // loaded, to be read, written and run
-    elf.extend(CODE);
+    elf.extend(code);
     elf
 }

@@ -16,7 +16,7 @@ use super::config::{self, MAX_DISK_QUEUES, QUEUE_SIZE, SectorSize};
 use super::disk::Disk;
 use super::engine::{self, Engine, EngineKind};
 use super::hold::ReleasedWrites;
-use super::image::{Image, ImageError};
+use super::image::{Image, ImageError, LockedImage};
 use super::log::WriteLog;
 use super::persist::{self, DiskFacts, DiskState, InFlight, Misfit};
 use super::request::Geometry;
@@ -34,7 +34,7 @@ use crate::devices::virtio::{ActivateError, DeviceHost};
 use crate::event::EventSink;
 
 /// The user's choices about a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct DiskOptions {
     /// The raw image: a file or a block device.
     pub path: PathBuf,
@@ -51,6 +51,9 @@ pub struct DiskOptions {
     pub queues: u16,
     /// The engine that carries out the requests.
     pub engine: EngineKind,
+    /// The image at `path`, open and locked by whoever has looked at it before. A disk that is read-only or shared
+    /// opens its own.
+    pub locked: Option<LockedImage>,
 }
 
 impl DiskOptions {
@@ -65,6 +68,7 @@ impl DiskOptions {
             sectors: None,
             queues: 1,
             engine,
+            locked: None,
         }
     }
 }
@@ -109,7 +113,12 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
             return Err(BlockError::Queues(options.queues));
         }
         serial(options.serial.as_deref(), index)?;
-        let image = Arc::new(Image::open(&options.path, options.readonly, options.shared, options.sectors)?);
+        let DiskOptions { path, readonly, shared, sectors, .. } = options;
+        let image = match options.locked.as_ref().filter(|_| !readonly && !shared) {
+            Some(locked) => Image::of_locked(locked, *sectors)?,
+            None => Image::open(path, *readonly, *shared, *sectors)?,
+        };
+        let image = Arc::new(image);
         let asked = options.shared.then(|| permit.clone());
         let engine = engine::start(options.engine, &image, MAX_IN_FLIGHT as u16, asked)?;
         let mut device = Self::with_engine(options, index, log, permit, host, (image, engine))?;

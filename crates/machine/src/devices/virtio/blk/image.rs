@@ -2,8 +2,9 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -51,6 +52,9 @@ pub enum ImageError {
     /// Another VM, or a mount, uses it.
     #[error("the disk image {} is in use: stop the program that uses it, or, if it is meant to be shared, say `shared` in both", .0.display())]
     InUse(PathBuf),
+    /// It was locked, and then another file was put in its place.
+    #[error("the disk image {} was replaced while it was being looked at: start again", .0.display())]
+    Replaced(PathBuf),
     /// Anything else.
     #[error("cannot open the disk image {}: {source}", .path.display())]
     Other {
@@ -59,6 +63,45 @@ pub enum ImageError {
         /// The kernel's error.
         source: io::Error,
     },
+}
+
+/// An image that is open for reading and writing, and locked: nobody else who follows the rules can use it, until this,
+/// every clone of it and every [`Image`] made of it are gone. So whoever looks at an image before a machine uses it can
+/// hand the lock over.
+#[derive(Clone, Debug)]
+pub struct LockedImage {
+    file: Arc<File>,
+    path: PathBuf,
+}
+
+impl LockedImage {
+    /// Opens and locks `path`, without waiting for whoever has it.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn open(path: &Path) -> Result<Self, ImageError> {
+        let file = open_and_lock(path, false, false)?;
+        Ok(Self { file: Arc::new(file), path: path.into() })
+    }
+
+    /// The path by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file once more. It keeps the lock, too.
+    ///
+    /// # Errors
+    /// [`ImageError::Replaced`], or the process has too many open files.
+    pub fn file(&self) -> Result<File, ImageError> {
+        let other = |source| ImageError::Other { path: self.path.clone(), source };
+        let (locked, there) = (self.file.metadata().map_err(other)?, fs::metadata(&self.path));
+        let there = there.map_err(|error| open_error(&self.path, false, error))?;
+        if (locked.dev(), locked.ino()) != (there.dev(), there.ino()) {
+            return Err(ImageError::Replaced(self.path.clone()));
+        }
+        self.file.try_clone().map_err(other)
+    }
 }
 
 /// An open image. If a file is not a whole number of sectors long, its last bytes are out of reach.
@@ -105,29 +148,26 @@ impl Image {
         shared: bool,
         sectors: Option<SectorSize>,
     ) -> Result<Self, ImageError> {
-        let other = |source| ImageError::Other { path: path.into(), source };
-        let kind = fs::metadata(path).map_err(|error| open_error(path, readonly, error))?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(ImageError::Kind(path.into()));
-        }
-        let exclusive = kind.is_block_device() && !readonly && !shared;
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!readonly)
-            .custom_flags(if exclusive { libc::O_EXCL } else { 0 })
-            .open(path)
-            .map_err(|error| open_error(path, readonly, error))?;
-        let locked = if readonly || shared { file.try_lock_shared() } else { file.try_lock() };
-        match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(ImageError::InUse(path.into())),
-            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
-                tracing::debug!(path = %path.display(), "the file system of the disk image has no locks");
-            }
-            Err(TryLockError::Error(error)) => return Err(other(error)),
-        }
+        Self::of(open_and_lock(path, readonly, shared)?, path, readonly, sectors)
+    }
+
+    /// An image that is open and locked already; `sectors` as for [`open`](Self::open).
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn of_locked(locked: &LockedImage, sectors: Option<SectorSize>) -> Result<Self, ImageError> {
+        Self::of(locked.file()?, locked.path(), false, sectors)
+    }
+
+    fn of(
+        mut file: File,
+        path: &Path,
+        readonly: bool,
+        sectors: Option<SectorSize>,
+    ) -> Result<Self, ImageError> {
         // The metadata of a block device lack its length.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(other)?;
+        let end = file.seek(SeekFrom::End(0));
+        let bytes = end.map_err(|source| ImageError::Other { path: path.into(), source })?;
         if bytes < SECTOR {
             return Err(ImageError::TooSmall { path: path.into(), bytes });
         }
@@ -174,6 +214,31 @@ impl Image {
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
     }
+}
+
+/// Opens an image. Nobody else has it then, or only others that share it or read it as well.
+fn open_and_lock(path: &Path, readonly: bool, shared: bool) -> Result<File, ImageError> {
+    let kind = fs::metadata(path).map_err(|error| open_error(path, readonly, error))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(ImageError::Kind(path.into()));
+    }
+    let exclusive = kind.is_block_device() && !readonly && !shared;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!readonly)
+        .custom_flags(if exclusive { libc::O_EXCL } else { 0 })
+        .open(path)
+        .map_err(|error| open_error(path, readonly, error))?;
+    let locked = if readonly || shared { file.try_lock_shared() } else { file.try_lock() };
+    match locked {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(ImageError::InUse(path.into())),
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
+            tracing::debug!(path = %path.display(), "the file system of the disk image has no locks");
+        }
+        Err(TryLockError::Error(source)) => return Err(ImageError::Other { path: path.into(), source }),
+    }
+    Ok(file)
 }
 
 fn open_error(path: &Path, readonly: bool, error: io::Error) -> ImageError {

@@ -65,7 +65,7 @@ pub use device::{BlockDevice, BlockError, DiskOptions};
 pub use disk::Disk;
 pub use engine::EngineKind;
 pub use hold::ReleasedWrites;
-pub use image::{Image, ImageError};
+pub use image::{Image, ImageError, LockedImage};
 pub use log::{LogMode, LogStats, MAX_RECORD, WriteLog};
 pub use persist::{BlockState, DiskFacts, DiskState, InFlight, Misfit};
 pub use stats::BlockStats;
