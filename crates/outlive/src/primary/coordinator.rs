@@ -481,7 +481,7 @@ impl Coordinator {
             // Its standby has the VM. The machine may have a disk that never answers.
             return self.give_up(&why);
         }
-        let handed = self.hand_over.take().map(UnderWay::is_over);
+        let handed = self.hand_over.take().map(UnderWay::ended);
         self.with.machine.pause();
         // Committed output leaves now; after this, nothing else does.
         self.with.driver.finish_output();

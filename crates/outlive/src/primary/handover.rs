@@ -96,7 +96,7 @@ pub(super) struct Over {
 
 impl UnderWay {
     /// It is known who has the VM.
-    pub(super) fn is_over(self) -> Over {
+    pub(super) fn ended(self) -> Over {
         Over { asked: self.asked, took: self.began.elapsed() }
     }
 }
