@@ -113,7 +113,10 @@ fn a_host_asks_about_the_vms_of_its_certificate_and_about_no_others() {
         assert_eq!(its.claim(&VM, next, name), Claim::Won);
         let told = why(its.claim(&OTHER_VM, 2, name));
         assert!(told.contains(&format!("host {name} may neither send nor hold VM {OTHER_VM}")), "{told}");
-        assert!(told.contains(&format!("`outlive keys issue --host {name} --vm {OTHER_VM}`")), "{told}");
+        assert!(
+            told.contains(&format!("`outlive keys issue --host {name} --vm {OTHER_VM} --vm {VM} --")),
+            "{told}"
+        );
         let refused: [Result<(), _>; 6] = [
             its.highest(&OTHER_VM).map(drop),
             its.history(&OTHER_VM).map(drop),
