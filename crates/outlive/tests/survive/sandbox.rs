@@ -144,12 +144,12 @@ fn no_thread_of_either_host_has_a_right() {
             assert!(filters >= if name.starts_with("vcpu") { 3 } else { 2 }, "{name}: {filters}");
         }
         assert!(threads > 8, "{threads}");
-        reaches_only_its_files(process);
+        reaches_only_its_files(process, &world.keys(Side::A));
     }
 }
 
 /// The files of others, root's among them, are out of reach.
-fn reaches_only_its_files(process: &Process) {
+fn reaches_only_its_files(process: &Process, keys: &std::path::Path) {
     if process.log().contains("no Landlock") {
         return println!("skipped: this kernel has no Landlock");
     }
@@ -166,6 +166,10 @@ fn reaches_only_its_files(process: &Process) {
     assert_eq!(open("/etc/passwd", O_WRONLY), refused);
     assert_eq!(open("/proc/sys/kernel/core_pattern", O_WRONLY), refused);
     assert_eq!(open("/root", O_RDONLY), refused);
+    // Whoever has it can be any host.
+    let ca = format!("{}-ca/ca.pem", keys.display());
+    assert!(fs::exists(&ca).unwrap());
+    assert_eq!(open(&ca, O_RDONLY), refused);
     // So the refusals are no mistake of this test.
     assert!(open("/proc/self/status", O_RDONLY) >= 0);
 }
