@@ -59,6 +59,9 @@ pub enum KeysCommand {
         /// From now on accept certificates of the newest CA only
         #[arg(long)]
         forget_old_cas: bool,
+        /// Also if hosts that have certificates of an old CA only would be shut out, or may not know the new CA
+        #[arg(long, conflicts_with = "ca")]
+        force: bool,
         /// How long the certificate counts.
         #[command(flatten)]
         days: DaysOption,
@@ -146,12 +149,14 @@ impl DaysOption {
 
 const KEYS_EXAMPLES: &str = "\
 Examples:
-  outlive keys init                                  a CA and this host's keys, in /etc/outlive/keys
-  outlive keys issue --host hostb                    the second host's keys; then:
-  scp -rp hostb.keys root@hostb:/etc/outlive/keys
-  outlive keys issue --host hostb --vm 3f2a... --hold    a host that may only hold copies of one VM
+  outlive keys init                                  this host's keys, in /etc/outlive/keys, and a CA, beside them
+  outlive keys issue --host hostb                    the second host's keys, the first or new ones; then:
+  ssh root@hostb mkdir -p -m 700 /etc/outlive/keys && scp -p hostb.keys/* root@hostb:/etc/outlive/keys/ &&
+    rm -r hostb.keys
+  outlive keys issue --host hostb --vm 3f2a9c04d17be6508c5d2e9b41f6a703 --hold
+                                                     a host that may only hold copies of one VM
   outlive keys issue --host third --arbiter          the machine on which outlive arbiter serve runs
   outlive keys show                                  names, rights, expiry, warnings
   outlive keys rotate                                a new key and certificate for this host
   outlive keys rotate --ca                           a new CA; docs/trust.md has the steps
-  outlive keys revoke hostb                          accept its certificates no longer; copy the list to the other host";
+  outlive keys revoke hostb                          accept its certificates no longer; copy the list to every host";

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use x509_parser::extensions::GeneralName;
-use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 
 use super::grant::Grant;
 
@@ -12,6 +12,8 @@ use super::grant::Grant;
 pub struct Certificate {
     /// The host that it belongs to; for a CA its name.
     pub name: String,
+    /// The name of the CA that made it.
+    pub ca: String,
     /// What the host may do.
     pub grant: Grant,
     /// The serial number, as hexadecimal digits.
@@ -31,6 +33,11 @@ pub enum CertificateError {
     /// It belongs to no host.
     #[error("it names no host")]
     NoHost,
+}
+
+/// A CA's name.
+fn common_name(name: &X509Name<'_>) -> String {
+    name.iter_common_name().find_map(|it| it.as_str().ok()).unwrap_or("a CA").to_owned()
 }
 
 impl Certificate {
@@ -59,9 +66,7 @@ impl Certificate {
     /// See [`CertificateError`].
     pub fn of_ca(der: &[u8]) -> Result<Self, CertificateError> {
         let (_, read) = X509Certificate::from_der(der).map_err(|_| CertificateError::Malformed)?;
-        let name =
-            read.subject().iter_common_name().find_map(|it| it.as_str().ok()).unwrap_or("a CA").to_owned();
-        Ok(Self::read(&read, name, Grant::from_names([].into_iter())))
+        Ok(Self::read(&read, common_name(read.subject()), Grant::from_names([].into_iter())))
     }
 
     fn read(read: &X509Certificate<'_>, name: String, grant: Grant) -> Self {
@@ -69,7 +74,8 @@ impl Certificate {
         let validity = read.validity();
         let serial = read.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect();
         let (from, until) = (at(validity.not_before.timestamp()), at(validity.not_after.timestamp()));
-        Self { name, grant, serial, from, until }
+        let ca = common_name(read.issuer());
+        Self { name, ca, grant, serial, from, until }
     }
 
     /// What is left of it; nothing once it has expired.

@@ -2,14 +2,14 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
 use super::certificate::{Certificate, CertificateError};
 use super::load::{self, LoadError, Loaded};
 use super::make::{self, MakeError, Order};
-use super::{Grant, Right, Vms};
+use super::{Grant, Right, Vms, ca};
 use crate::cli::{GrantOptions, KeysCommand, KeysOptions};
 use crate::{exit, process};
 
@@ -36,10 +36,11 @@ pub fn command(options: &KeysOptions) -> u8 {
     let done = match &options.command {
         KeysCommand::Init { directory, host, grant } => init(directory, host.as_deref(), grant, &mut out),
         KeysCommand::Issue { host, keys, to, grant } => issue(keys, host, to.as_deref(), grant, &mut out),
-        KeysCommand::Rotate { keys, ca, forget_old_cas, days } => {
-            let days = days.life();
-            rotate(keys, *ca, *forget_old_cas, days, &mut out)
+        KeysCommand::Rotate { keys, ca: true, .. } => rotate_ca(keys, &mut out),
+        KeysCommand::Rotate { keys, forget_old_cas: true, force, .. } => {
+            forget_old_cas(keys, *force, &mut out)
         }
+        KeysCommand::Rotate { keys, force, days, .. } => rotate(keys, days.life(), *force, &mut out),
         KeysCommand::Show { keys, json } => show(keys, *json, &mut out),
         KeysCommand::Revoke { who, keys } => revoke(keys, who, &mut out),
     };
@@ -71,8 +72,10 @@ fn init(
     let host = host.map_or_else(process::host_name, str::to_owned);
     let order = Order { host, grant: grant(about), life: about.days.life() };
     let made = make::init(place, &order)?;
+    let beside = ca::place(place);
     let place = place.display();
-    writeln!(out, "{place} has a new CA and the keys of {}", Told(&made))?;
+    writeln!(out, "{place} has the keys of {}", Told(&made))?;
+    writeln!(out, "{} has the new CA's private key: whoever has it can be any host", beside.display())?;
     writeln!(
         out,
         "for the other host: outlive keys issue --keys {place} --host NAME, and copy what it makes"
@@ -100,37 +103,40 @@ fn issue(
         "copy its files and remove it here: ssh root@{host} mkdir -p -m 700 {there} && scp -p {to}/* \
          root@{host}:{there}/ && rm -r {to}"
     )?;
+    // The keys are made: what cannot be looked up now is no failure. This host's own ones come last.
+    let own = load::load(keys).map(|loaded| loaded.host.name).unwrap_or_default();
+    let mut waiting = make::waiting_for_new_ca(keys, host).unwrap_or_default();
+    waiting.retain(|name| *name != own);
+    if !waiting.is_empty() {
+        let (names, file) = (waiting.join(", "), keys.join(super::CAS));
+        writeln!(out, "these keys are of a new CA: first copy {} to {names}", file.display())?;
+    }
     Ok(())
 }
 
-fn rotate(
-    keys: &Path,
-    ca: bool,
-    forget: bool,
-    life: std::time::Duration,
-    out: &mut dyn Write,
-) -> Result<(), CommandError> {
+fn rotate_ca(keys: &Path, out: &mut dyn Write) -> Result<(), CommandError> {
+    let made = make::rotate_ca(keys)?;
+    let (place, file) = (keys.display(), super::CAS);
+    writeln!(out, "{place} has a new CA, {}; the old one still counts", made.name)?;
+    writeln!(
+        out,
+        "now copy {place}/{file} to every host; then renew the keys of every other host (outlive keys issue), and at last \
+         this host's (outlive keys rotate)"
+    )?;
+    Ok(())
+}
+
+fn forget_old_cas(keys: &Path, force: bool, out: &mut dyn Write) -> Result<(), CommandError> {
+    let made = make::forget_old_cas(keys, force)?;
+    let (place, file) = (keys.display(), super::CAS);
+    writeln!(out, "only certificates of {} count in {place} now; copy {file} to every host", made.name)?;
+    Ok(())
+}
+
+fn rotate(keys: &Path, life: Duration, force: bool, out: &mut dyn Write) -> Result<(), CommandError> {
+    let made = make::rotate(keys, life, force)?;
     let place = keys.display();
-    if ca {
-        let made = make::rotate_ca(keys)?;
-        writeln!(out, "{place} has a new CA, {}; the old one still counts", made.name)?;
-        writeln!(out, "now copy {place}/{} to every host, then renew every host's keys", super::CAS)?;
-    } else if forget {
-        let made = make::forget_old_cas(keys)?;
-        writeln!(
-            out,
-            "only certificates of {} count in {place} now; copy {} to every host",
-            made.name,
-            super::CAS
-        )?;
-    } else {
-        let made = make::rotate(keys, life)?;
-        writeln!(
-            out,
-            "{place} has new keys of {}; links that are open go on with the old ones",
-            Told(&made)
-        )?;
-    }
+    writeln!(out, "{place} has new keys of {}; links that are open go on with the old ones", Told(&made))?;
     Ok(())
 }
 
@@ -209,7 +215,8 @@ fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError
     let loaded = load::load(keys)?;
     let cas = loaded.cas.iter().map(|ca| Certificate::of_ca(ca)).collect::<Result<Vec<_>, _>>()?;
     let issued = make::issued(keys)?;
-    let warnings = warnings(&loaded, &cas);
+    let mut warnings = warnings(&loaded, &cas);
+    warnings.extend(ca::misplaced(keys));
     if json {
         let shown = Shown {
             host: Entry::new(&loaded.host, &loaded),

@@ -118,6 +118,35 @@ impl Grant {
         Right::BOTH.into_iter().any(|right| self.allows(right, vm))
     }
 
+    /// The options of `outlive keys issue` for a certificate with these rights and one to another VM; without `right`,
+    /// the one that it has for other VMs. Both rights are to the same VMs there, so one may become wider.
+    pub(crate) fn options_with(&self, right: Option<Right>, vm: &VmId) -> String {
+        let has = |right| *self.of(right) != Vms::NONE;
+        let has_any = Right::BOTH.into_iter().any(has);
+        let wants = |it| has(it) || right.map_or(!has_any, |right| right == it || !has_any);
+        let mut options = Vec::new();
+        if Right::BOTH.into_iter().any(|right| *self.of(right) == Vms::Any) {
+            options.push("--vm any".to_owned());
+        } else {
+            let mut ids = vec![vm];
+            for right in Right::BOTH {
+                if let Vms::Only(more) = self.of(right) {
+                    let new: Vec<_> = more.iter().filter(|id| !ids.contains(id)).collect();
+                    ids.extend(new);
+                }
+            }
+            options.extend(ids.into_iter().map(|id| format!("--vm {id}")));
+        }
+        if !Right::BOTH.into_iter().all(wants) {
+            let only = Right::BOTH.into_iter().filter(|right| wants(*right));
+            options.extend(only.map(|right| format!("--{right}")));
+        }
+        if self.arbiter {
+            options.push("--arbiter".to_owned());
+        }
+        options.join(" ")
+    }
+
     /// The names in a certificate.
     pub(super) fn to_names(&self) -> Vec<String> {
         let names = |right: Right| match self.of(right) {
@@ -193,6 +222,35 @@ mod tests {
             "outlive:arbitrate:",
         ];
         assert_eq!(Grant::from_names(strange.into_iter()), Grant::NONE);
+    }
+
+    /// A new certificate replaces the old one, so the advice has what that allowed.
+    #[test]
+    fn the_advice_to_allow_one_more_vm_keeps_what_is_allowed() {
+        let (one, two, new) = (VmId([1; 16]), VmId([2; 16]), VmId([3; 16]));
+        let only = |ids: &[VmId]| Vms::Only(ids.to_vec());
+        let (send, hold) = (Some(Right::Send), Some(Right::Hold));
+        let none = Grant::NONE;
+        for (grant, right, options) in [
+            (none.clone(), hold, format!("--vm {new}")),
+            (Grant::ARBITER, None, format!("--vm {new} --arbiter")),
+            (
+                Grant { send: only(&[one, two]), hold: only(&[one, two]), arbiter: false },
+                send,
+                format!("--vm {new} --vm {one} --vm {two}"),
+            ),
+            (Grant { hold: only(&[one]), ..none.clone() }, hold, format!("--vm {new} --vm {one} --hold")),
+            (Grant { hold: only(&[one]), ..none.clone() }, None, format!("--vm {new} --vm {one} --hold")),
+            (Grant { hold: only(&[one]), ..none.clone() }, send, format!("--vm {new} --vm {one}")),
+            (
+                Grant { send: only(&[two]), hold: only(&[one]), arbiter: false },
+                send,
+                format!("--vm {new} --vm {two} --vm {one}"),
+            ),
+            (Grant { send: Vms::Any, ..none }, hold, "--vm any".to_owned()),
+        ] {
+            assert_eq!(grant.options_with(right, &new), options, "{grant}");
+        }
     }
 
     /// No right to VMs is one to arbitrate, and the other way round.

@@ -11,7 +11,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::certificate::{Certificate, CertificateError};
 use super::revoked::Revoked;
-use super::{CAS, HOST, REVOKED};
+use super::{CA_KEY, CAS, HOST, REVOKED, REVOKED_HERE};
 
 /// What a link needs.
 #[derive(Debug)]
@@ -37,8 +37,54 @@ pub enum LoadError {
          what `outlive keys issue` has made for it"
     )]
     Missing {
-        /// The file or directory.
+        /// The directory.
         path: String,
+    },
+    /// It is something else.
+    #[error("{} is not a directory: name the directory that has host.pem (--keys)", .0.display())]
+    NoDirectory(PathBuf),
+    /// It has other files.
+    #[error(
+        "{path} has files, but no keys (host.pem): name the directory that has them (--keys), or copy again what \
+         `outlive keys issue` has made; `outlive keys init` wants a new or empty directory"
+    )]
+    Foreign {
+        /// The directory.
+        path: String,
+    },
+    /// This process may not read them.
+    #[error(
+        "{}: user {user} has no permission to read it: become root or its owner, or give it to that user (chown); \
+         after the directory was replaced, restart the process", .path.display()
+    )]
+    Denied {
+        /// The file or directory.
+        path: PathBuf,
+        /// The number of this process's user.
+        user: u32,
+    },
+    /// The CAs are not there.
+    #[error("{} is missing, so nobody can be known: copy it from another host of the same CA", .0.display())]
+    NoCas(PathBuf),
+    /// The list is not there, so nobody knows who is on it.
+    #[error(
+        "{path} is missing, so nobody is let in: copy it from another host; only if no certificate was ever revoked, \
+         make an empty list: touch {path}"
+    )]
+    NoList {
+        /// The file.
+        path: String,
+    },
+    /// The list has something else.
+    #[error(
+        "{} has a line that is no serial number, so nobody is let in: {line}: correct or remove the line, or copy the \
+         list from another host", .path.display()
+    )]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: String,
     },
     /// Somebody else may read or change them.
     #[error("{path} may be used by others than its owner (mode {mode:04o}): chmod {remedy} {path}")]
@@ -67,18 +113,38 @@ pub enum LoadError {
         source: io::Error,
     },
     /// The file does not have what it must.
-    #[error("{} {what}: copy it again, or make it anew with `outlive keys`", .path.display())]
+    #[error("{} {what}: {remedy}", .path.display())]
     Damaged {
         /// The file or directory.
         path: PathBuf,
         /// What is wrong with it.
         what: String,
+        /// What to do.
+        remedy: &'static str,
     },
 }
 
 impl LoadError {
     pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
-        Self::Damaged { path: path.to_owned(), what: what.into() }
+        let remedy = match path.file_name().and_then(|name| name.to_str()) {
+            Some(CAS) => "copy it from another host of the same CA",
+            Some(CA_KEY) => {
+                "copy it from a backup, or make a new CA in a new directory with `outlive keys init`"
+            }
+            Some(HOST) => "copy it again, or make new keys where the CA is, with `outlive keys issue`",
+            _ => "copy it again, or remove it",
+        };
+        Self::Damaged { path: path.to_owned(), what: what.into(), remedy }
+    }
+
+    /// Of a file or directory that cannot be read.
+    pub(super) fn read(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => Self::Denied { path, user: geteuid().as_raw() },
+            io::ErrorKind::NotFound if path.file_name().is_some_and(|name| name == CAS) => Self::NoCas(path),
+            _ => Self::Read { path, source },
+        }
     }
 }
 
@@ -88,9 +154,7 @@ impl LoadError {
 /// See [`LoadError`].
 pub fn load(directory: &Path) -> Result<Loaded, LoadError> {
     let file = directory.join(HOST);
-    if !file.exists() && fs::metadata(directory).is_ok() || !directory.exists() {
-        return Err(LoadError::Missing { path: directory.display().to_string() });
-    }
+    fs::metadata(&file).map_err(|error| absent(directory, error))?;
     closed(directory, "700")?;
     let pem = secret(&file)?;
     let key =
@@ -102,23 +166,54 @@ pub fn load(directory: &Path) -> Result<Loaded, LoadError> {
     Ok(Loaded { cas: cas(directory)?, chain, key, host, revoked: revoked(directory)? })
 }
 
+/// Why a directory has no keys for this process.
+fn absent(directory: &Path, error: io::Error) -> LoadError {
+    let path = directory.display().to_string();
+    let files = fs::read_dir(directory);
+    match (error.kind(), files.map(|mut files| files.next().is_some())) {
+        (io::ErrorKind::NotFound, Ok(true)) => LoadError::Foreign { path },
+        (io::ErrorKind::NotFound, Ok(false)) => LoadError::Missing { path },
+        (io::ErrorKind::NotFound, Err(error)) if error.kind() == io::ErrorKind::NotFound => {
+            LoadError::Missing { path }
+        }
+        (io::ErrorKind::NotADirectory, _) => LoadError::NoDirectory(directory.to_owned()),
+        (_, Err(error)) => LoadError::read(directory, error),
+        (_, Ok(_)) => LoadError::read(&directory.join(HOST), error),
+    }
+}
+
 /// The CAs of a directory.
 pub(super) fn cas(directory: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
     let file = directory.join(CAS);
     certificates(&file, &read(&file)?)
 }
 
-/// The list of a directory. A missing one is empty.
+/// What a directory has revoked. `init` and `issue` make the list: a missing one was lost, and who was on it is unknown.
 pub(super) fn revoked(directory: &Path) -> Result<Revoked, LoadError> {
     let file = directory.join(REVOKED);
     let text = match read(&file) {
-        Ok(text) => text,
-        Err(LoadError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(error),
+        Err(LoadError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Err(LoadError::NoList { path: file.display().to_string() });
+        }
+        other => other?,
     };
-    let wrong =
-        |line: String| LoadError::damaged(&file, format!("has a line that is no serial number: {line}"));
-    Revoked::parse(&String::from_utf8_lossy(&text)).map_err(wrong)
+    Ok(list(&file, &text)?.and(revoked_here(directory)?))
+}
+
+/// What was revoked with this directory. Only then there is a list.
+fn revoked_here(directory: &Path) -> Result<Revoked, LoadError> {
+    let file = directory.join(REVOKED_HERE);
+    match read(&file) {
+        Err(LoadError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(Revoked::default())
+        }
+        text => list(&file, &text?),
+    }
+}
+
+fn list(file: &Path, text: &[u8]) -> Result<Revoked, LoadError> {
+    let wrong = |line| LoadError::Line { path: file.to_owned(), line };
+    Revoked::parse(&String::from_utf8_lossy(text)).map_err(wrong)
 }
 
 /// The certificates of a file, at least one.
@@ -133,13 +228,13 @@ pub(super) fn secret(path: &Path) -> Result<Vec<u8>, LoadError> {
     read(path)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
-    fs::read(path).map_err(|source| LoadError::Read { path: path.to_owned(), source })
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
+    fs::read(path).map_err(|source| LoadError::read(path, source))
 }
 
 /// Refuses what others than its owner may use, or what another user owns.
 pub(super) fn closed(path: &Path, remedy: &'static str) -> Result<(), LoadError> {
-    let about = fs::metadata(path).map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
+    let about = fs::metadata(path).map_err(|source| LoadError::read(path, source))?;
     let mode = about.mode() & 0o7777;
     if mode & 0o077 != 0 {
         return Err(LoadError::Open { path: path.display().to_string(), mode, remedy });

@@ -13,13 +13,12 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, SanType, SerialNumber, date_time_ymd,
 };
-use rustls::pki_types::CertificateDer;
 
 use super::certificate::{Certificate, CertificateError};
 use super::grant::Grant;
 use super::load::{self, LoadError};
 use super::revoked::is_serial;
-use super::{CA_KEY, CAS, HOST, ISSUED, REVOKED};
+use super::{CA_KEY, CAS, HOST, ISSUED, REVOKED, REVOKED_HERE, ca};
 use crate::process;
 
 /// How long a CA counts.
@@ -42,8 +41,14 @@ pub struct Order {
 #[derive(Debug, thiserror::Error)]
 pub enum MakeError {
     /// Keys that are used would be lost.
-    #[error("{} is there already: `outlive keys rotate` renews keys; or name a new directory", .0.display())]
+    #[error("{} is there already: `outlive keys rotate` renews this host's keys; or name a new directory", .0.display())]
     Exists(PathBuf),
+    /// Keys that were made before, perhaps for a host that has not got them yet.
+    #[error(
+        "{} is there already: copy its files to the host, remove it and try again, or name another directory with --to",
+        .0.display()
+    )]
+    NotCopied(PathBuf),
     /// The CA's key is elsewhere.
     #[error("{} is not here: certificates are made where the CA's private key is, with `outlive keys issue`", .0.display())]
     NoCa(PathBuf),
@@ -58,6 +63,27 @@ pub enum MakeError {
     /// The new CA has signed nothing yet.
     #[error("{} counts under an old CA: `outlive keys rotate` first, here and on every host", .0.display())]
     StillOld(PathBuf),
+    /// Hosts would be shut out.
+    #[error(
+        "{hosts}: certificates of an old CA, which would count no longer: make new keys with `outlive keys issue --host \
+         NAME` and copy them there, or `outlive keys revoke NAME` for a host that is gone; --force does it all the same"
+    )]
+    HostsOfOldCa {
+        /// Their names.
+        hosts: String,
+    },
+    /// Hosts would not know this one.
+    #[error(
+        "{hosts}: certificates of an old CA only, so perhaps not yet the new {}, without which this host's new key is \
+         refused there: make new keys for them first with `outlive keys issue --host NAME` and copy them there; --force \
+         if they all have the file", .file.display()
+    )]
+    CaNotCopied {
+        /// Their names.
+        hosts: String,
+        /// The new CAs.
+        file: PathBuf,
+    },
     /// The keys that are there cannot be used.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -99,10 +125,22 @@ struct Made {
 /// # Errors
 /// See [`MakeError`].
 pub fn init(directory: &Path, order: &Order) -> Result<Certificate, MakeError> {
+    let place = ca::place(directory);
+    for place in [directory, &place] {
+        vacant(place, MakeError::Exists)?;
+    }
     let ca = new_ca(&order.host)?;
     let made = ca.make(order)?;
-    let ca_file = (CA_KEY, format!("{}{}", ca.issuer.key().serialize_pem(), ca.pem));
-    new_directory(directory, &ca.pem, &made, Some(ca_file))
+    new_directory(&place, |beside| {
+        write(&beside.join(CA_KEY), &format!("{}{}", ca.issuer.key().serialize_pem(), ca.pem), 0o600)?;
+        note_issued(beside, &made).map(drop)
+    })?;
+    let keys = new_directory(directory, |beside| fill(beside, &ca.pem, "", &made));
+    keys.inspect_err(|_| {
+        // There is nothing better to do about an error now.
+        let _ = fs::remove_dir_all(&place);
+    })?;
+    Ok(made.about)
 }
 
 /// Makes a directory for another host, to be copied there.
@@ -111,27 +149,35 @@ pub fn init(directory: &Path, order: &Order) -> Result<Certificate, MakeError> {
 /// See [`MakeError`].
 pub fn issue(directory: &Path, order: &Order, to: &Path) -> Result<Certificate, MakeError> {
     let ca = open_ca(directory)?;
+    vacant(to, MakeError::NotCopied)?;
     let cas = text(&directory.join(CAS))?;
+    // A host that cannot refuse what was revoked before would accept it.
+    let revoked = list(directory)?;
     let made = ca.make(order)?;
     // First: one that is handed out and not known here could not be revoked by its host's name.
-    note_issued(directory, &made)?;
-    let about = new_directory(to, &cas, &made, None)?;
-    // A host that cannot refuse what was revoked before would accept it.
-    if directory.join(REVOKED).exists() {
-        replace(&to.join(REVOKED), &text(&directory.join(REVOKED))?, 0o600)?;
-    }
-    Ok(about)
+    let noted = note_issued(&ca::found(directory), &made)?;
+    new_directory(to, |beside| fill(beside, &cas, &revoked, &made)).inspect_err(|_| {
+        let _ = fs::remove_file(noted);
+    })?;
+    Ok(made.about)
 }
 
-/// Gives this host a new key and certificate, with the rights that it has.
+/// Gives this host a new key and certificate, with the rights that it has. The first one of a new CA is given when all
+/// other hosts have theirs, because these know that CA; with `force` at once.
 ///
 /// # Errors
 /// See [`MakeError`].
-pub fn rotate(directory: &Path, life: Duration) -> Result<Certificate, MakeError> {
+pub fn rotate(directory: &Path, life: Duration, force: bool) -> Result<Certificate, MakeError> {
     let old = load::load(directory)?.host;
     let ca = open_ca(directory)?;
+    if old.ca != ca.about()?.name && !force {
+        let hosts = hosts_of_old_ca(directory, &ca, &old.name)?;
+        if !hosts.is_empty() {
+            return Err(MakeError::CaNotCopied { hosts: hosts.join(", "), file: directory.join(CAS) });
+        }
+    }
     let made = ca.make(&Order { host: old.name, grant: old.grant, life })?;
-    note_issued(directory, &made)?;
+    note_issued(&ca::found(directory), &made)?;
     replace(&directory.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600)?;
     Ok(made.about)
 }
@@ -145,31 +191,46 @@ pub fn rotate_ca(directory: &Path) -> Result<Certificate, MakeError> {
     open_ca(directory)?;
     let ca = new_ca(&host.name)?;
     let old = text(&directory.join(CAS))?;
+    let file = ca::found(directory).join(CA_KEY);
     // Before anybody is given a certificate of it.
     replace(&directory.join(CAS), &format!("{}{old}", ca.pem), 0o644)?;
-    replace(&directory.join(CA_KEY), &format!("{}{}", ca.issuer.key().serialize_pem(), ca.pem), 0o600)?;
+    replace(&file, &format!("{}{}", ca.issuer.key().serialize_pem(), ca.pem), 0o600)?;
     ca.about()
 }
 
-/// From now on only certificates of the newest CA count.
+/// From now on only certificates of the newest CA count. Refused while a host has only older ones, unless `force` is
+/// given.
 ///
 /// # Errors
 /// See [`MakeError`].
-pub fn forget_old_cas(directory: &Path) -> Result<Certificate, MakeError> {
-    let loaded = load::load(directory)?;
+pub fn forget_old_cas(directory: &Path, force: bool) -> Result<Certificate, MakeError> {
+    let host = load::load(directory)?.host;
     let ca = open_ca(directory)?;
-    let signed = |host: &CertificateDer<'_>| {
-        use x509_parser::prelude::{FromDer, X509Certificate};
-        let ca = load::certificates(&directory.join(CA_KEY), ca.pem.as_bytes()).ok()?;
-        let (_, ca) = X509Certificate::from_der(&ca[0]).ok()?;
-        let (_, host) = X509Certificate::from_der(host).ok()?;
-        Some(host.issuer() == ca.subject())
-    };
-    if signed(&loaded.chain[0]) != Some(true) {
+    let about = ca.about()?;
+    if host.ca != about.name {
         return Err(MakeError::StillOld(directory.join(HOST)));
     }
+    let hosts = hosts_of_old_ca(directory, &ca, &host.name)?;
+    if !hosts.is_empty() && !force {
+        return Err(MakeError::HostsOfOldCa { hosts: hosts.join(", ") });
+    }
     replace(&directory.join(CAS), &ca.pem, 0o644)?;
-    ca.about()
+    Ok(about)
+}
+
+/// The other hosts that have a certificate that counts, and none of the newest CA.
+pub(super) fn waiting_for_new_ca(directory: &Path, besides: &str) -> Result<Vec<String>, MakeError> {
+    hosts_of_old_ca(directory, &open_ca(directory)?, besides)
+}
+
+fn hosts_of_old_ca(directory: &Path, ca: &Ca, besides: &str) -> Result<Vec<String>, MakeError> {
+    let (newest, now) = (ca.about()?.name, SystemTime::now());
+    let (revoked, mut all) = (load::revoked(directory)?, issued(directory)?);
+    all.retain(|it| it.name != besides && !it.left(now).is_zero() && !revoked.has(&it.serial));
+    let (new, mut old): (Vec<_>, Vec<_>) = all.into_iter().partition(|it| it.ca == newest);
+    old.retain(|it| new.iter().all(|new| new.name != it.name));
+    old.dedup_by(|one, other| one.name == other.name);
+    Ok(old.into_iter().map(|it| it.name).collect())
 }
 
 /// Puts certificates on the list of those that count no longer: all that were made here for a host, or the one with
@@ -188,24 +249,44 @@ pub fn revoke(directory: &Path, who: &str) -> Result<Vec<String>, MakeError> {
     if serials.is_empty() {
         return Err(MakeError::Unknown(who.to_owned()));
     }
-    let file = directory.join(REVOKED);
-    let mut list = if file.exists() { text(&file)? } else { String::new() };
     let when = humantime::format_rfc3339_seconds(SystemTime::now());
-    for serial in serials.iter().filter(|serial| !before.has(serial)) {
-        list += &format!("{serial} {who} {when}\n");
+    let new = serials.iter().filter(|serial| !before.has(serial));
+    let all = list(directory)? + &new.map(|serial| format!("{serial} {who} {when}\n")).collect::<String>();
+    // All of it in both: a list that is copied from another host replaces the second one, and may have less.
+    for file in [REVOKED_HERE, REVOKED] {
+        replace(&directory.join(file), &all, 0o600)?;
     }
-    replace(&file, &list, 0o600)?;
     Ok(serials)
+}
+
+/// What a directory has revoked, as a list.
+fn list(directory: &Path) -> Result<String, MakeError> {
+    load::revoked(directory)?;
+    let here = directory.join(REVOKED_HERE);
+    let mut all = text(&directory.join(REVOKED))?;
+    if !all.is_empty() && !all.ends_with('\n') {
+        all.push('\n');
+    }
+    let more = if here.exists() { text(&here)? } else { String::new() };
+    let missing: String = more
+        .lines()
+        .filter(|line| !all.lines().any(|it| it == *line))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    Ok(all + &missing)
 }
 
 /// The certificates that were made here.
 pub(super) fn issued(directory: &Path) -> Result<Vec<Certificate>, MakeError> {
-    let Ok(files) = fs::read_dir(directory.join(ISSUED)) else { return Ok(Vec::new()) };
     let mut all = Vec::new();
-    for file in files.flatten() {
-        let path = file.path();
-        let pem = text(&path)?;
-        all.push(Certificate::of_host(&load::certificates(&path, pem.as_bytes())?[0])?);
+    // Those of release 0.2.0 are among the keys.
+    for folder in [ca::place(directory).join(ISSUED), directory.join(ISSUED)] {
+        let Ok(files) = fs::read_dir(folder) else { continue };
+        for file in files.flatten() {
+            let path = file.path();
+            let pem = text(&path)?;
+            all.push(Certificate::of_host(&load::certificates(&path, pem.as_bytes())?[0])?);
+        }
     }
     all.sort_by(|one, other| (&one.name, one.from).cmp(&(&other.name, other.from)));
     Ok(all)
@@ -267,11 +348,12 @@ fn new_ca(host: &str) -> Result<Ca, MakeError> {
 }
 
 fn open_ca(directory: &Path) -> Result<Ca, MakeError> {
-    let file = directory.join(CA_KEY);
-    if !file.exists() {
+    let place = ca::found(directory);
+    let file = place.join(CA_KEY);
+    if !ca::may_be_at(&file) {
         return Err(MakeError::NoCa(file));
     }
-    load::closed(directory, "700")?;
+    load::closed(&place, "700")?;
     let pem = load::secret(&file)?;
     let certificate = load::certificates(&file, &pem)?.swap_remove(0);
     let pem = String::from_utf8_lossy(&pem).into_owned();
@@ -300,46 +382,48 @@ fn set_span(params: &mut CertificateParams, life: Duration) {
     (params.not_before, params.not_after) = (now - SKEW, now + life);
 }
 
+/// Refuses a place where something is.
+fn vacant(place: &Path, taken: fn(PathBuf) -> MakeError) -> Result<(), MakeError> {
+    let is_taken = match fs::read_dir(place) {
+        Ok(mut files) => files.next().is_some(),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(LoadError::read(place, error).into());
+        }
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    };
+    if is_taken { Err(taken(place.to_owned())) } else { Ok(()) }
+}
+
 /// Makes a directory that is whole from the first moment.
-fn new_directory(
-    place: &Path,
-    cas: &str,
-    made: &Made,
-    ca: Option<(&str, String)>,
-) -> Result<Certificate, MakeError> {
-    let failed = |path: &Path, source| MakeError::Write { path: path.to_owned(), source };
-    if fs::read_dir(place).is_ok_and(|mut files| files.next().is_some()) || place.is_file() {
-        return Err(MakeError::Exists(place.to_owned()));
-    }
+fn new_directory(place: &Path, fill: impl FnOnce(&Path) -> Result<(), MakeError>) -> Result<(), MakeError> {
+    let failed = |source| MakeError::Write { path: place.to_owned(), source };
     let parent = place.parent().filter(|it| !it.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let new_parent = fs::create_dir(parent).is_ok();
     let name = place.file_name().unwrap_or_default().to_string_lossy();
     let beside = parent.join(format!(".{name}.new-{}", std::process::id()));
-    let fill = || {
-        let builder = |path: &Path| {
-            fs::DirBuilder::new().mode(0o700).create(path).map_err(|error| failed(place, error))
-        };
-        builder(&beside)?;
-        write(&beside.join(CAS), cas, 0o644)?;
-        write(&beside.join(REVOKED), "", 0o600)?;
-        write(&beside.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600)?;
-        if let Some((file, text)) = &ca {
-            write(&beside.join(file), text, 0o600)?;
-            note_issued(&beside, made)?;
-        }
-        fs::rename(&beside, place).map_err(|error| failed(place, error))
+    let make = || {
+        fs::DirBuilder::new().mode(0o700).create(&beside).map_err(failed)?;
+        fill(&beside)?;
+        fs::rename(&beside, place).map_err(failed)
     };
-    fill().inspect_err(|_| {
+    make().inspect_err(|_| {
         // There is nothing better to do about an error now.
         let _ = fs::remove_dir_all(&beside);
         if new_parent {
             let _ = fs::remove_dir(parent);
         }
-    })?;
-    Ok(made.about.clone())
+    })
 }
 
-fn note_issued(directory: &Path, made: &Made) -> Result<(), MakeError> {
+/// Writes the files of a host's keys.
+fn fill(directory: &Path, cas: &str, revoked: &str, made: &Made) -> Result<(), MakeError> {
+    write(&directory.join(CAS), cas, 0o644)?;
+    write(&directory.join(REVOKED), revoked, 0o600)?;
+    write(&directory.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600)
+}
+
+/// Keeps a certificate that is handed out. Returns its file.
+fn note_issued(directory: &Path, made: &Made) -> Result<PathBuf, MakeError> {
     let folder = directory.join(ISSUED);
     match fs::DirBuilder::new().mode(0o700).create(&folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -348,12 +432,13 @@ fn note_issued(directory: &Path, made: &Made) -> Result<(), MakeError> {
         _ => {}
     }
     let name = format!("{}-{}.crt", made.about.name, &made.about.serial[..8]);
-    write(&folder.join(name), &made.certificate, 0o644)
+    let file = folder.join(name);
+    write(&file, &made.certificate, 0o644)?;
+    Ok(file)
 }
 
 fn text(path: &Path) -> Result<String, MakeError> {
-    let read = fs::read_to_string(path);
-    read.map_err(|source| LoadError::Read { path: path.to_owned(), source }.into())
+    Ok(String::from_utf8_lossy(&load::read(path)?).into_owned())
 }
 
 /// Writes a new file, durably.

@@ -1,6 +1,7 @@
 //! Keys of the links: a private CA, certificates of hosts, and `outlive keys`.
 //!
 //! ```text
+//! ca.rs            where the CA's own files are
 //! certificate.rs   what a certificate says: which host, until when, which VMs it may send or hold
 //! grant.rs         those rights, and how they are written in a certificate
 //! load.rs          what a link needs of a directory of keys, and who may read the directory
@@ -15,12 +16,19 @@
 //! ca.crt           the CAs whose certificates this host accepts; two while one replaces the other
 //! host.pem         the private key of this host and its certificate: one file, so that it changes at once
 //! revoked          certificates that count no longer, one serial number a line
-//! ca.pem           the private key of the CA and its certificate; only where certificates are made
+//! revoked.local    those of them that were revoked on this host: no copy replaces it
+//! ```
+//!
+//! A directory beside it, `keys-ca` for `keys`, only where certificates are made:
+//!
+//! ```text
+//! ca.pem           the private key of the CA and its certificate
 //! issued/          the certificates that were made here
 //! ```
 //!
 //! Every link reads the directory anew, so new files apply to the next link and an old one goes on.
 
+mod ca;
 mod certificate;
 mod command;
 #[cfg(test)]
@@ -33,6 +41,7 @@ mod revoked;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use ca::misplaced;
 pub use certificate::{Certificate, CertificateError};
 pub use command::command;
 pub use grant::{Grant, Right, Vms};
@@ -48,6 +57,7 @@ const CAS: &str = "ca.crt";
 const CA_KEY: &str = "ca.pem";
 const HOST: &str = "host.pem";
 const REVOKED: &str = "revoked";
+const REVOKED_HERE: &str = "revoked.local";
 const ISSUED: &str = "issued";
 
 /// How long before its end a certificate is complained about.

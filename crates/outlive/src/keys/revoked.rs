@@ -29,6 +29,13 @@ impl Revoked {
         self.0.contains(serial)
     }
 
+    /// This list and another one.
+    #[must_use]
+    pub(super) fn and(mut self, other: Self) -> Self {
+        self.0.extend(other.0);
+        self
+    }
+
     /// How many are on the list.
     pub fn len(&self) -> usize {
         self.0.len()

@@ -8,7 +8,7 @@ use outlive_epoch::VmId;
 
 use super::tls::Tls;
 use super::{Connection, Security, Transport, tcp};
-use crate::keys::Right;
+use crate::keys::{Certificate, Right};
 use crate::names;
 
 /// How long connecting may take.
@@ -17,8 +17,8 @@ const CONNECT: Duration = Duration::from_secs(1);
 /// A host that has a certificate, but not this right.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "host {host} may not {right} VM {vm}: give it a certificate that allows it (`outlive keys issue --host {host} \
-     --vm {vm}`)"
+    "host {host} may not {right} VM {vm}: give it a certificate that allows it beside what it has (`outlive keys issue \
+     --host {host} {options}`)"
 )]
 pub(crate) struct MayNot {
     /// Whose certificate it is.
@@ -27,6 +27,15 @@ pub(crate) struct MayNot {
     pub(crate) right: Right,
     /// With which VM.
     pub(crate) vm: VmId,
+    /// The options that make such a certificate.
+    options: String,
+}
+
+impl MayNot {
+    /// Of the host with this certificate.
+    pub(crate) fn new(host: &Certificate, right: Right, vm: VmId) -> Self {
+        Self { host: host.name.clone(), right, vm, options: host.grant.options_with(Some(right), &vm) }
+    }
 }
 
 /// Whether the next attempt would most likely fail the same way: the keys of one of the hosts do not count, or the
@@ -67,7 +76,7 @@ fn secured(mut tcp: tcp::Tcp, security: &Security, vm: Option<VmId>) -> io::Resu
     };
     let (mut tls, host) = Tls::dial(tcp, directory)?;
     if let Some(vm) = vm.filter(|vm| !host.grant.allows(Right::Hold, vm)) {
-        let refused = MayNot { host: host.name, right: Right::Hold, vm };
+        let refused = MayNot::new(&host, Right::Hold, vm);
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, refused));
     }
     tls.tcp().prepare()?;

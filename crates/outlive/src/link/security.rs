@@ -78,6 +78,9 @@ impl Security {
         match self {
             Self::Keys(directory) => {
                 usable(directory)?;
+                if let Some(complaint) = keys::misplaced(directory) {
+                    tracing::warn!("{complaint}");
+                }
             }
             Self::Open => {
                 if let Some(address) = addresses.find(|address| !may_be_open(address)) {

@@ -327,7 +327,7 @@ fn admit(
 fn may_send(hello: &Hello, sender: Option<&Certificate>) -> Result<(), Refusal> {
     match sender {
         Some(host) if hello.limits.slots > 0 && !host.grant.allows(Right::Send, &hello.vm) => {
-            Err(MayNot { host: host.name.clone(), right: Right::Send, vm: hello.vm }.into())
+            Err(MayNot::new(host, Right::Send, hello.vm).into())
         }
         _ => Ok(()),
     }

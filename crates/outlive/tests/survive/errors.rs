@@ -124,6 +124,9 @@ fn links_without_keys_are_refused() {
     stage.refuses(&format!("{standby} 127.0.0.1:7000 --keys {keys}"), &["mode 0644", "chmod 600"]);
     stage.refuses(&format!("keys init {keys}"), &["is there already", "outlive keys rotate"]);
     stage.refuses(&format!("keys issue --host b --keys {keys}-b"), &["ca.pem is not here"]);
+    fs::set_permissions(format!("{keys}/host.pem"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::remove_file(format!("{keys}/revoked")).unwrap();
+    stage.refuses(&format!("{standby} 127.0.0.1:7000 --keys {keys}"), &["revoked is missing", "touch "]);
 }
 
 #[test]

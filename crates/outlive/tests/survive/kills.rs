@@ -129,6 +129,7 @@ fn a_guest_that_restarts_again_and_again_stays_slow_after_a_takeover() {
     standby.wait_takeover();
     // The one that waited waits once more, and the next one longer.
     standby.wait_says("again and again: this one waits for 8 s", 1);
+    standby.wait_for("a restart", |e| matches!(e, Event::GuestRestarted { .. }));
     standby.wait_says("again and again: this one waits for 16 s", 1);
     assert_eq!((before, restarts(&mut standby)), (5, 1));
     assert!(!standby.log().contains("waits for 1 s"), "{}", standby.log());

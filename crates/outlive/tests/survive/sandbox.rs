@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 
 use nix::libc::{
     AF_PACKET, AF_VSOCK, CLONE_NEWUSER, O_RDONLY, O_WRONLY, SOCK_RAW, SYS_bpf, SYS_execve, SYS_fork,
@@ -128,7 +129,9 @@ fn words(process: &Process, thread: &str) -> BTreeMap<String, String> {
 #[test]
 fn no_thread_of_either_host_has_a_right() {
     let Some(world) = confined_world() else { return };
-    let (active, standby) = world.protected(Side::A);
+    // The world's other files, a CA among them, are beside its usual socket.
+    let socket = world.dir().join("run/a.sock");
+    let (active, standby) = world.protected_with(Side::A, &["--status", socket.to_str().unwrap()]);
     for process in [&active, &standby] {
         let mut threads = 0;
         for task in fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap() {
@@ -144,12 +147,13 @@ fn no_thread_of_either_host_has_a_right() {
             assert!(filters >= if name.starts_with("vcpu") { 3 } else { 2 }, "{name}: {filters}");
         }
         assert!(threads > 8, "{threads}");
-        reaches_only_its_files(process);
+        let keys = std::ptr::eq(process, &active).then(|| world.keys(Side::A));
+        reaches_only_its_files(process, keys.as_deref());
     }
 }
 
-/// The files of others, root's among them, are out of reach.
-fn reaches_only_its_files(process: &Process) {
+/// The files of others, root's among them, are out of reach; the CA that belongs to `keys`, too.
+fn reaches_only_its_files(process: &Process, keys: Option<&Path>) {
     if process.log().contains("no Landlock") {
         return println!("skipped: this kernel has no Landlock");
     }
@@ -166,6 +170,12 @@ fn reaches_only_its_files(process: &Process) {
     assert_eq!(open("/etc/passwd", O_WRONLY), refused);
     assert_eq!(open("/proc/sys/kernel/core_pattern", O_WRONLY), refused);
     assert_eq!(open("/root", O_RDONLY), refused);
+    if let Some(keys) = keys {
+        let ca = format!("{}-ca/ca.pem", keys.display());
+        assert!(fs::exists(&ca).unwrap());
+        assert_eq!(open(&ca, O_RDONLY), refused, "whoever has it can be any host");
+        assert!(open(&format!("{}/host.pem", keys.display()), O_RDONLY) >= 0);
+    }
     // So the refusals are no mistake of this test.
     assert!(open("/proc/self/status", O_RDONLY) >= 0);
 }

@@ -287,19 +287,20 @@ impl Server {
 /// A host that has nothing to do with a VM.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "host {host} may neither send nor hold VM {vm}: give it a certificate that allows it (`outlive keys issue --host \
-     {host} --vm {vm}`)"
+    "host {host} may neither send nor hold VM {vm}: give it a certificate that allows it beside what it has (`outlive \
+     keys issue --host {host} {options}`)"
 )]
 struct Forbidden {
     host: String,
     vm: VmId,
+    options: String,
 }
 
 /// Whoever may send or hold a VM may ask for its generations, and nobody else.
 fn may_ask(ask: &Ask, host: Option<&Certificate>) -> Result<(), Forbidden> {
     match (host, ask.vm()) {
         (Some(host), Some(vm)) if !host.grant.concerns(vm) => {
-            Err(Forbidden { host: host.name.clone(), vm: *vm })
+            Err(Forbidden { host: host.name.clone(), vm: *vm, options: host.grant.options_with(None, vm) })
         }
         _ => Ok(()),
     }

@@ -148,3 +148,15 @@ fn revoked_and_expired_hosts_are_refused_and_do_not_learn_why() {
     assert!(why.contains("of hosta is revoked"), "{why}");
     assert!(learned.contains("does not accept this host's certificate"), "{learned}");
 }
+
+#[test]
+fn a_host_whose_list_is_lost_lets_nobody_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = keys_in(dir.path(), Grant::ALL);
+    let list = keys[1].join("revoked");
+    std::fs::remove_file(&list).unwrap();
+    let [why, _] = refused(&keys);
+    assert!(why.contains("revoked is missing, so nobody is let in") && why.lines().count() == 1, "{why}");
+    std::fs::write(&list, "").unwrap();
+    connected(&keys).unwrap().1.unwrap();
+}

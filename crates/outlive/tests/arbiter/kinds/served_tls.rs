@@ -113,7 +113,10 @@ fn a_host_asks_about_the_vms_of_its_certificate_and_about_no_others() {
         assert_eq!(its.claim(&VM, next, name), Claim::Won);
         let told = why(its.claim(&OTHER_VM, 2, name));
         assert!(told.contains(&format!("host {name} may neither send nor hold VM {OTHER_VM}")), "{told}");
-        assert!(told.contains(&format!("`outlive keys issue --host {name} --vm {OTHER_VM}`")), "{told}");
+        assert!(
+            told.contains(&format!("`outlive keys issue --host {name} --vm {OTHER_VM} --vm {VM} --")),
+            "{told}"
+        );
         let refused: [Result<(), _>; 6] = [
             its.highest(&OTHER_VM).map(drop),
             its.history(&OTHER_VM).map(drop),
@@ -184,17 +187,17 @@ fn keys_and_cas_are_renewed_while_claims_are_made() {
         });
         let pause = || sleep(Duration::from_millis(300));
         pause();
-        made::rotate(&keys.arbiter(), Duration::from_secs(3600)).unwrap();
+        made::rotate(&keys.arbiter(), Duration::from_secs(3600), true).unwrap();
         keys.issue(&order("hosta", Grant::ALL));
         pause();
         made::rotate_ca(&keys.arbiter()).unwrap();
         keys.copy("ca.crt");
         pause();
-        made::rotate(&keys.arbiter(), Duration::from_secs(3600)).unwrap();
+        made::rotate(&keys.arbiter(), Duration::from_secs(3600), true).unwrap();
         pause();
         keys.issue(&order("hosta", Grant::ALL));
         pause();
-        made::forget_old_cas(&keys.arbiter()).unwrap();
+        made::forget_old_cas(&keys.arbiter(), false).unwrap();
         keys.copy("ca.crt");
         pause();
         ends.store(true, Ordering::Relaxed);
