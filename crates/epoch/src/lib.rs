@@ -40,7 +40,7 @@
 //!         P->>S: Heartbeat {stamp}
 //!         P->>S: Input {frames that the guest was given}, Released {through which epoch output has left}
 //!         S->>P: Heartbeat {newest stamp heard}
-//!         S->>P: Audited {pages compared, what differs}
+//!         S->>P: Audited {pages compared, what differs}, ArbiterSight {whether it sees the arbiter}
 //!     end
 //!     opt orderly end
 //!         P->>S: End {reason}
@@ -128,8 +128,9 @@ pub use image::{
 };
 pub use incoming::{Checkpoint, Expect, Incoming, IncomingError, IncomingLimits};
 pub use wire::{
-    Accept, Ack, Audit, AuditSpan, Audited, CheckpointBegin, CheckpointEnd, CheckpointFlags, DISK_SUM_LEN,
-    DiskSums, DiskWant, EncodeError, Encoder, EndReason, HEADER_LEN, Hello, LeaveReason, Limits, Message,
-    PREFACE_LEN, Pages, Peer, Preface, ProtocolVersion, ReadError, Refuse, RefuseCode, Section,
-    SectionHeader, SectionKind, SectionReader, TailBuf, TailFrame, TailFrames, VersionRange, WireError,
+    Accept, Ack, ArbiterSight, Audit, AuditSpan, Audited, CheckpointBegin, CheckpointEnd, CheckpointFlags,
+    DISK_SUM_LEN, DiskSums, DiskWant, EncodeError, Encoder, EndReason, HEADER_LEN, Hello, LeaveReason,
+    Limits, Message, PREFACE_LEN, Pages, Peer, Preface, ProtocolVersion, ReadError, Refuse, RefuseCode,
+    Section, SectionHeader, SectionKind, SectionReader, TailBuf, TailFrame, TailFrames, VersionRange,
+    WireError,
 };

@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
 use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{AccessFlags, faccessat};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::sandbox::was_made;
+use crate::sandbox::{Foreign, foreign, was_made};
 
 /// How often, and with which pauses, a folder is asked for that another process is working in.
 const LOCK_TRIES: (u32, Duration) = (100, Duration::from_millis(10));
@@ -60,6 +61,19 @@ pub(crate) enum BindError {
         /// Why.
         error: io::Error,
     },
+    /// Its directory is somebody else's.
+    #[error(
+        "cannot make a socket in {}: it belongs to the user {owner}, and this process runs as {user}{}; if nobody else \
+         uses it, `chown {user}: {}` makes it that user's", .path.display(), without(user), .path.display()
+    )]
+    NotOurs {
+        /// The directory.
+        path: PathBuf,
+        /// Whose it is.
+        owner: String,
+        /// Who this process is.
+        user: String,
+    },
     /// The operating system does not make it.
     #[error("cannot make the socket {}: {error}", .path.display())]
     Refused {
@@ -68,6 +82,28 @@ pub(crate) enum BindError {
         /// Why.
         error: io::Error,
     },
+}
+
+/// Root has no rights in the sandbox, which is not what its name says.
+fn without(user: &str) -> &'static str {
+    if user == "root" { " without its rights" } else { "" }
+}
+
+/// Whether this process may make a socket in this directory.
+///
+/// # Errors
+/// See [`BindError`].
+pub(crate) fn may_bind_in(directory: &Path) -> Result<(), BindError> {
+    match faccessat(AT_FDCWD, directory, AccessFlags::W_OK | AccessFlags::X_OK, AtFlags::AT_EACCESS) {
+        Ok(()) => Ok(()),
+        Err(Errno::EACCES) => Err(not_ours(directory)),
+        Err(error) => Err(BindError::Refused { path: directory.to_owned(), error: error.into() }),
+    }
+}
+
+fn not_ours(directory: &Path) -> BindError {
+    let Foreign { owner, user } = foreign(directory);
+    BindError::NotOurs { path: directory.to_owned(), owner, user }
 }
 
 impl Listener {
@@ -90,6 +126,11 @@ impl Listener {
         let refused = |error: io::Error| BindError::Refused { path: path.to_owned(), error };
         let address = SockAddr::unix(path).map_err(|_| BindError::TooLong(path.to_owned()))?;
         let (made, _lock) = make_directory(path)?;
+        // What the system would say later names neither owner nor remedy.
+        let directory = folder(path);
+        if let Err(foreign @ BindError::NotOurs { .. }) = may_bind_in(directory) {
+            return Err(foreign);
+        }
         make_room(path, &address)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(refused)?;
         // The file takes the socket's mode, so there is no moment at which others may connect.
@@ -147,12 +188,19 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
+fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(directory) if directory.as_os_str().is_empty() => Path::new("."),
+        Some(directory) => directory,
+        None => path,
+    }
+}
+
 /// Makes the directory, which goes with the socket, but not those above it: a mistyped path leaves nothing behind.
 /// Locks it, so that two processes do not replace the same old socket and one of them loses its new one. A lock that
 /// does not come, or that the file system does not have, is done without.
 fn make_directory(path: &Path) -> Result<(Option<MadeDirectory>, Option<Flock<File>>), BindError> {
-    let Some(directory) = path.parent() else { return Ok((None, None)) };
-    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    let directory = folder(path);
     let made = match fs::DirBuilder::new().mode(0o700).create(directory) {
         Err(_) if directory.is_dir() => was_made(directory).then(|| MadeDirectory(directory.to_owned())),
         Err(error) => return Err(BindError::Directory { path: directory.to_owned(), error }),

@@ -73,11 +73,13 @@ pub enum SectionKind {
     Audit = 22,
     /// What the standby has compared so far, and whether it differs; from version 7 of the stream on.
     Audited = 23,
+    /// Whether the standby sees the arbiter; from version 7 of the stream on.
+    ArbiterSight = 24,
 }
 
 impl SectionKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -101,6 +103,7 @@ impl SectionKind {
         Self::Released,
         Self::Audit,
         Self::Audited,
+        Self::ArbiterSight,
     ];
 
     /// The kind with this number.
@@ -146,7 +149,7 @@ impl SectionKind {
             Self::StateChanges => u16::from(stream >= ProtocolVersion::V4),
             Self::Reach => u16::from(stream >= ProtocolVersion::V5),
             Self::Input | Self::Output | Self::Released => u16::from(stream >= ProtocolVersion::V6),
-            Self::Audit | Self::Audited => u16::from(stream >= ProtocolVersion::V7),
+            Self::Audit | Self::Audited | Self::ArbiterSight => u16::from(stream >= ProtocolVersion::V7),
             // Version 2 added the totals of disk writes. (In a stream of version 4 the beginning's number of
             // pages is a limit.)
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
@@ -164,7 +167,8 @@ impl SectionKind {
             | Self::Leave
             | Self::DiskWant
             | Self::Reach
-            | Self::Audited => peer == Peer::Standby,
+            | Self::Audited
+            | Self::ArbiterSight => peer == Peer::Standby,
             Self::Hello
             | Self::BasePages
             | Self::CheckpointBegin

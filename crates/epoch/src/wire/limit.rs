@@ -3,7 +3,8 @@
 use super::disk_sums::DISK_SUM_LEN;
 use super::kind::SectionKind;
 use super::{
-    ack, audit, checkpoint, disk_sums, disk_want, end, heartbeat, reach, released, state, state_changes,
+    ack, audit, checkpoint, disk_sums, disk_want, end, heartbeat, reach, released, sight, state,
+    state_changes,
 };
 use crate::image::limits::{MAX_AUDIT_SPANS, MAX_FRAMES_BYTES, MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
 
@@ -26,6 +27,7 @@ impl SectionKind {
             Self::Released => released::LEN,
             Self::Audit => audit::HEAD_LEN + MAX_AUDIT_SPANS * audit::SPAN_LEN,
             Self::Audited => audit::REPORT_LEN,
+            Self::ArbiterSight => sight::LEN,
             Self::End | Self::Leave => end::LEN,
             Self::DiskSums => disk_sums::HEAD_LEN + MAX_SUMS * DISK_SUM_LEN,
             Self::DiskWant => disk_want::HEAD_LEN + MAX_SUMS * 2,

@@ -14,6 +14,7 @@ use super::kind::SectionKind;
 use super::pages::Pages;
 use super::refuse::Refuse;
 use super::section::Section;
+use super::sight::ArbiterSight;
 use super::state_changes::StateChanges;
 use super::{disk_writes, end, heartbeat, reach, released, state};
 use crate::image::{StateSection, UncheckedRecords};
@@ -86,6 +87,8 @@ pub enum Message<'a> {
     Audit(Audit<'a>),
     /// See [`Audited`].
     Audited(Audited),
+    /// See [`ArbiterSight`].
+    ArbiterSight(ArbiterSight),
     /// The VM has ended in order.
     End(EndReason),
     /// The standby leaves and will not take over.
@@ -138,6 +141,7 @@ impl<'a> Message<'a> {
             SectionKind::Released => Self::Released { through: released::parse(payload)? },
             SectionKind::Audit => Self::Audit(Audit::parse(payload)?),
             SectionKind::Audited => Self::Audited(Audited::parse(payload)?),
+            SectionKind::ArbiterSight => Self::ArbiterSight(ArbiterSight::parse(payload)?),
             SectionKind::End => Self::End(end::parse(kind, payload, EndReason::from_wire)?),
             SectionKind::Leave => Self::Leave(end::parse(kind, payload, LeaveReason::from_wire)?),
         })
@@ -167,6 +171,7 @@ impl<'a> Message<'a> {
             Self::Released { .. } => SectionKind::Released,
             Self::Audit(_) => SectionKind::Audit,
             Self::Audited(_) => SectionKind::Audited,
+            Self::ArbiterSight(_) => SectionKind::ArbiterSight,
             Self::End(_) => SectionKind::End,
             Self::Leave(_) => SectionKind::Leave,
         }

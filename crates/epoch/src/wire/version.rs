@@ -52,7 +52,7 @@ pub enum ProtocolVersion {
     /// word of what has left.
     V6 = 6,
     /// 7: sums of some pages in a checkpoint, which the standby compares with its copy; it says how far it is, and
-    /// may leave because its copy differs.
+    /// may leave because its copy differs. The standby says whether it sees the arbiter.
     V7 = 7,
 }
 

@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 
 use outlive_epoch::{
-    Accept, Ack, Audited, DiskWant, Encoder, LeaveReason, Message, Peer, Preface, ProtocolVersion,
-    RefuseCode, SectionKind, SectionReader,
+    Accept, Ack, ArbiterSight, Audited, DiskWant, Encoder, LeaveReason, Message, Peer, Preface,
+    ProtocolVersion, RefuseCode, SectionKind, SectionReader,
 };
 
 /// What to do when a test of this file fails.
@@ -104,6 +104,9 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     let differs = Audited { checkpoint: 41, differs: Some((64, 1 << 63 | 5)), ..audited };
     let audits = (version >= ProtocolVersion::V7).then_some([audited, differs]);
     audits.iter().flatten().for_each(|audited| encoder.audited(&mut out, audited).unwrap());
+    let sights = [ArbiterSight::Unknown, ArbiterSight::Lost { for_s: 70_000 }, ArbiterSight::Seen];
+    let sights = (version >= ProtocolVersion::V7).then_some(sights);
+    sights.iter().flatten().for_each(|sight| encoder.arbiter_sight(&mut out, *sight).unwrap());
     encoder.leave(&mut out, LeaveReason::Stopped);
     encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
     check(name, &out);
@@ -120,6 +123,9 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     }
     for audited in audits.iter().flatten() {
         assert_eq!(next(), format!("{:?}", Message::Audited(*audited)));
+    }
+    for sight in sights.iter().flatten() {
+        assert_eq!(next(), format!("ArbiterSight({sight:?})"));
     }
     assert_eq!(next(), "Leave(Stopped)");
     assert_eq!(next(), r#"Refuse(Refuse { code: Ok(Busy), text: "another primary is attached" })"#);

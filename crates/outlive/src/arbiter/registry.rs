@@ -52,6 +52,11 @@ pub(crate) fn needs(text: &str) -> Needs {
     find(text).map(|(kind, place)| (kind.needs)(place)).unwrap_or_default()
 }
 
+/// Whether an `--arbiter` option names a person.
+pub(crate) fn is_manual(text: &str) -> bool {
+    find(text).is_ok_and(|(kind, _)| kind.scheme == "manual")
+}
+
 /// The kind of an `--arbiter` option, and the place after the colon.
 fn find(text: &str) -> Result<(&'static Kind, &str), ArbiterSpecError> {
     let (scheme, place) = text.split_once(':').unwrap_or((text, ""));

@@ -1,13 +1,16 @@
 //! The arbiter is probed by writing while all is well, so that its loss is known before it is needed.
 //!
 //! A probe can hang for as long as a dead file server pleases, so it has a thread of its own, and another one
-//! says when it takes too long. Nobody waits for either, and nothing is decided by what they find.
+//! says when it takes too long. Nobody waits for either, and nothing is decided by what they find. A claim that is
+//! answered tells as much as a probe.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
+
+use outlive_epoch::ArbiterSight;
 
 use super::{Arbiter, ArbiterError, Prober};
 use crate::events::{Event, EventWriter};
@@ -27,6 +30,8 @@ pub(crate) struct Sight {
     pub(crate) seen: Option<SystemTime>,
     /// Why it is lost, if it is.
     pub(crate) lost: Option<String>,
+    /// Since when.
+    pub(crate) lost_since: Option<SystemTime>,
     /// It is a person, who must be asked.
     pub(crate) is_a_person: bool,
     /// What protects the way to it, if there is one.
@@ -44,8 +49,7 @@ pub(crate) enum Here {
 
 /// A watch over an arbiter. It ends when this is dropped.
 pub(crate) struct Watch {
-    sight: Arc<Mutex<Sight>>,
-    runs_here: Arc<AtomicBool>,
+    known: Arc<Known>,
     is_a_person: bool,
     link: Option<LinkKind>,
     _ends: Sender<()>,
@@ -68,42 +72,68 @@ impl Watch {
         (every, patience): (Duration, Duration),
     ) -> io::Result<Self> {
         let ((ask, asked), (answer, answers), (end, ended)) = (channel(), channel(), channel());
-        let sight = Arc::new(Mutex::new(Sight::default()));
+        let runs_here = AtomicBool::new(here == Here::Runs);
+        let known = Arc::new(Known { state: Mutex::default(), runs_here, events });
         outlive_machine::spawn("arbiter-probe", move || {
             while asked.recv().is_ok() && answer.send(prober()).is_ok() {}
         })?;
-        let runs_here = Arc::new(AtomicBool::new(here == Here::Runs));
-        let (watched, runs) = (sight.clone(), runs_here.clone());
-        let watcher = Watcher { sight: watched, runs_here: runs, events, lost_at: None, told: None };
+        let watched = known.clone();
         outlive_machine::spawn("arbiter-watch", move || {
-            watcher.run(&ask, &answers, &ended, (every, patience));
+            watched.run(&ask, &answers, &ended, (every, patience));
         })?;
-        Ok(Self { sight, runs_here, is_a_person: false, link: None, _ends: end })
+        Ok(Self { known, is_a_person: false, link: None, _ends: end })
     }
 
     /// This host has become something else to the VM.
     pub(crate) fn is_now(&self, here: Here) {
-        self.runs_here.store(here == Here::Runs, Ordering::Relaxed);
+        self.known.runs_here.store(here == Here::Runs, Ordering::Relaxed);
     }
 
     /// What is known now.
     pub(crate) fn sight(&self) -> Sight {
-        Sight { is_a_person: self.is_a_person, link: self.link, ..lock(&self.sight).clone() }
+        Sight { is_a_person: self.is_a_person, link: self.link, ..self.known.state().sight.clone() }
+    }
+
+    /// What the other host is told.
+    pub(crate) fn for_the_peer(&self) -> ArbiterSight {
+        let state = self.known.state();
+        match (state.lost_at, state.sight.seen) {
+            (Some(at), _) => {
+                ArbiterSight::Lost { for_s: at.elapsed().as_secs().try_into().unwrap_or(u32::MAX) }
+            }
+            (None, Some(_)) => ArbiterSight::Seen,
+            (None, None) => ArbiterSight::Unknown,
+        }
+    }
+
+    /// The arbiter has answered a claim: nobody need wait for the next probe to know that it is there.
+    pub(crate) fn answered(&self) {
+        self.known.seen();
     }
 }
 
-struct Watcher {
-    sight: Arc<Mutex<Sight>>,
-    runs_here: Arc<AtomicBool>,
+/// What is known, and whoever is told of it.
+struct Known {
+    state: Mutex<State>,
+    runs_here: AtomicBool,
     events: EventWriter,
+}
+
+#[derive(Default)]
+struct State {
+    sight: Sight,
     lost_at: Option<Instant>,
     /// When the loss was told of last.
     told: Option<Instant>,
 }
 
-impl Watcher {
+impl Known {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn run(
-        mut self,
+        &self,
         ask: &Sender<()>,
         answers: &Receiver<Result<(), ArbiterError>>,
         ended: &Receiver<()>,
@@ -132,22 +162,30 @@ impl Watcher {
         }
     }
 
-    fn seen(&mut self) {
-        *lock(&self.sight) = Sight { seen: Some(SystemTime::now()), ..Sight::default() };
-        if let Some(since) = self.lost_at.take() {
-            self.told = None;
+    fn seen(&self) {
+        let sight = Sight { seen: Some(SystemTime::now()), ..Sight::default() };
+        let before = std::mem::replace(&mut *self.state(), State { sight, ..State::default() });
+        if let Some(since) = before.lost_at {
             let lost_ms = since.elapsed().as_millis() as u64;
             tracing::warn!(lost_ms, "the arbiter is back");
             self.events.emit(Event::ArbiterBack { lost_ms });
         }
     }
 
-    fn lost(&mut self, why: String) {
-        lock(&self.sight).lost = Some(why.clone());
-        let first = self.lost_at.is_none();
-        self.lost_at.get_or_insert_with(Instant::now);
-        if self.told.is_none_or(|told| told.elapsed() >= AGAIN) {
-            self.told = Some(Instant::now());
+    fn lost(&self, why: String) {
+        let (first, again) = {
+            let mut state = self.state();
+            state.sight.lost = Some(why.clone());
+            state.sight.lost_since.get_or_insert_with(SystemTime::now);
+            let first = state.lost_at.is_none();
+            state.lost_at.get_or_insert_with(Instant::now);
+            let again = state.told.is_none_or(|told| told.elapsed() >= AGAIN);
+            if again {
+                state.told = Some(Instant::now());
+            }
+            (first, again)
+        };
+        if again {
             tracing::warn!("THE ARBITER IS LOST: {}: {why}", consequence(here(&self.runs_here)));
         }
         if first {
@@ -166,10 +204,6 @@ fn consequence(here: Here) -> &'static str {
         Here::Runs => "the VM runs on, but nobody could take it over, or go on alone, now",
         Here::Waits => "this standby cannot take the VM over now",
     }
-}
-
-fn lock(sight: &Mutex<Sight>) -> MutexGuard<'_, Sight> {
-    sight.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -242,13 +276,31 @@ mod tests {
         drop(watch);
     }
 
+    /// The next probe may be seconds away.
+    #[test]
+    fn a_claim_that_is_answered_ends_a_loss() {
+        let prober: Prober = Box::new(|| {
+            Err(ArbiterError::Directory { directory: "/arbiter".into(), fault: DirectoryFault::ClaimGone })
+        });
+        let (events, heard) = observed();
+        let watch = Watch::with(prober, events, Here::Runs, (BOUND, BOUND)).unwrap();
+        assert!(matches!(heard.recv_timeout(BOUND).unwrap(), Event::ArbiterLost { .. }));
+        assert!(matches!(watch.for_the_peer(), ArbiterSight::Lost { for_s: 0..=60 }));
+        assert!(watch.sight().lost_since.is_some());
+        watch.answered();
+        assert!(matches!(heard.recv_timeout(BOUND).unwrap(), Event::ArbiterBack { .. }));
+        let sight = watch.sight();
+        assert!(sight.lost.is_none() && sight.lost_since.is_none() && sight.seen.is_some());
+        assert_eq!(watch.for_the_peer(), ArbiterSight::Seen);
+    }
+
     /// A standby does not know whether its primary lives, so it says nothing of the VM until it runs it.
     #[test]
     fn a_loss_means_something_else_to_each_host() {
         let prober: Prober = Box::new(|| Ok(()));
         let watch = Watch::with(prober, EventWriter::disabled(), Here::Waits, (SOON, BOUND)).unwrap();
-        assert!(!consequence(here(&watch.runs_here)).contains("runs on"));
+        assert!(!consequence(here(&watch.known.runs_here)).contains("runs on"));
         watch.is_now(Here::Runs);
-        assert!(consequence(here(&watch.runs_here)).contains("the VM runs on"));
+        assert!(consequence(here(&watch.known.runs_here)).contains("the VM runs on"));
     }
 }

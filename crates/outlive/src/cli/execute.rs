@@ -18,7 +18,7 @@ use crate::logs::LogError;
 use crate::primary::StartError;
 use crate::sandbox::{Plan, PrivilegeError, SandboxError};
 use crate::standby::{Door, DoorError, Outcome, Post, PostError};
-use crate::status::{Server, ServerError, Standing};
+use crate::status::{NO_PRIMARY, NoPlace, Server, ServerError, Standing};
 use crate::vm::{self, End, Launch, Remedied, Stops};
 use crate::{
     arbiter, check, console, demo, disk, exit, keys, logs, notify, primary, process, sandbox, sentinel,
@@ -90,6 +90,11 @@ enum BeginError {
     /// `outlive status` would get no answer.
     #[error(transparent)]
     Status(#[from] ServerError),
+    /// An operator must decide, and nobody would hear the word.
+    #[error(
+        "--arbiter manual needs a socket for an operator's word: {0}; or name another place with --status PATH"
+    )]
+    NoWord(#[source] NoPlace),
     /// The address of a standby is not free.
     #[error(transparent)]
     Door(#[from] DoorError),
@@ -127,11 +132,17 @@ fn confine_run(options: &RunOptions) -> Result<(), BeginError> {
 
 fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     logs::never_wait()?;
+    hears_words(&options.active, options.arbiter.as_deref())?;
     vm::lock_memory(options.active.lock_memory)?;
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
     }
     check_security(&options.active, options.listen.as_deref())?;
+    if options.listen.is_some()
+        && let Err(why) = options.active.security().may_hold(None)
+    {
+        tracing::warn!("this host cannot be the VM's standby later: {why}");
+    }
     if !options.or_standby {
         let standing = Standing::new(Role::Primary, options.name.as_deref(), STARTS);
         let place = Place::claim(options, standing)?;
@@ -211,6 +222,15 @@ fn hear_stops(options: &ActiveOptions) -> Result<Stops, BeginError> {
 /// A VM that runs, or a post at which one is waited for, or both; and whoever answers `outlive status`.
 type Ready = (Option<Server>, Option<Launch>, Option<Post>);
 
+/// Where a person decides who goes on, a process that the word cannot reach could never go on. It is asked with the
+/// rights that the process keeps.
+fn hears_words(active: &ActiveOptions, arbiter: Option<&str>) -> Result<(), BeginError> {
+    if active.status.is_some() || !arbiter.is_some_and(arbiter::is_manual) {
+        return Ok(());
+    }
+    status::usual().map_err(BeginError::NoWord)
+}
+
 /// Finds out at the start what the first link would. A process without links needs no keys.
 fn check_security(options: &ActiveOptions, listen: Option<&str>) -> Result<(), SecurityError> {
     let addresses = || options.standbys.iter().map(String::as_str).chain(listen);
@@ -289,9 +309,11 @@ fn confine_standby(options: &StandbyOptions) -> Result<(), BeginError> {
 
 fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), BeginError> {
     logs::never_wait()?;
+    hears_words(&options.active, Some(&options.arbiter))?;
     vm::lock_memory(options.active.lock_memory)?;
     check_security(&options.active, Some(&options.listen))?;
-    stand_by(options, "no primary has come yet")
+    options.active.security().may_hold(options.vm.as_deref())?;
+    stand_by(options, NO_PRIMARY)
 }
 
 /// The life of a process that has a VM or waits for one. After a takeover a standby is the VM's primary, and

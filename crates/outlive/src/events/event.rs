@@ -229,6 +229,16 @@ pub enum Event {
         /// For how long it was lost, in milliseconds.
         lost_ms: u64,
     },
+    /// The standby says that it cannot write to the arbiter: it could not take the VM over now. The primary tells it.
+    StandbyArbiterLost {
+        /// For how long, in seconds.
+        for_s: u64,
+    },
+    /// The standby can write to it again.
+    StandbyArbiterBack {
+        /// How long the primary knew of the loss, in milliseconds.
+        lost_ms: u64,
+    },
     /// An operator has decided about `generation`, because the arbiter is `manual`.
     OperatorDecided {
         /// The generation decided about.

@@ -53,6 +53,8 @@ fn every_event() -> Vec<Event> {
         Event::ArbiterUnreachable { why: "no such directory".into() },
         Event::ArbiterLost { why: "read-only file system".into() },
         Event::ArbiterBack { lost_ms: 60_000 },
+        Event::StandbyArbiterLost { for_s: 12 },
+        Event::StandbyArbiterBack { lost_ms: 60_000 },
         Event::Won { generation: 2 },
         Event::Lost { generation: 2, owner: "b".into() },
         Event::Unprotected { why: "no standby".into() },

@@ -4,7 +4,8 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use outlive_epoch::{
-    Audited, DiskWant, Message, Peer, ProtocolVersion, ReadError, SectionKind, SectionReader, WireError,
+    ArbiterSight, Audited, DiskWant, Message, Peer, ProtocolVersion, ReadError, SectionKind, SectionReader,
+    WireError,
 };
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
@@ -22,6 +23,8 @@ pub(crate) enum Heard {
     Want(DiskWant),
     /// How far it is with comparing pages: to the state machine only a sign of life.
     Audited(Audited),
+    /// Whether it sees the arbiter: likewise, because it is for people.
+    Sees(ArbiterSight),
 }
 
 /// Reads the link until it ends and turns every message into what was heard. Runs on its own thread. It calls
@@ -83,6 +86,10 @@ fn next(
         }
         Message::Audited(audited) => {
             tell(Heard::Audited(audited));
+            PrimaryEvent::Heard { link }
+        }
+        Message::ArbiterSight(sight) => {
+            tell(Heard::Sees(sight));
             PrimaryEvent::Heard { link }
         }
         Message::Reach(reaches) => PrimaryEvent::StandbyReaches { link, reaches },

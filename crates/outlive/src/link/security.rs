@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use outlive_epoch::VmId;
 use serde::{Deserialize, Serialize};
 
-use crate::keys::{self, LoadError, Loaded};
+use crate::keys::{self, LoadError, Loaded, Right, Vms};
 
 /// The variable that allows `--insecure` on networks, for tests that have one to themselves.
 const INSECURE_NETWORK: &str = "OUTLIVE_INSECURE_NETWORK";
@@ -41,6 +42,21 @@ pub(crate) enum SecurityError {
     /// They are over.
     #[error("{0}: no host would accept it; renew it with `outlive keys rotate` or `outlive keys issue`")]
     Expired(String),
+    /// They give no right to hold what is to be held.
+    #[error(
+        "the certificate of host {host} {grant}, so this host can be no standby of {what}: make other keys for it with \
+         `outlive keys issue --host {host}{option}`, on the host with the CA"
+    )]
+    HoldsNothing {
+        /// Its name.
+        host: String,
+        /// What it may do.
+        grant: String,
+        /// What it may not hold.
+        what: String,
+        /// What the remedy needs.
+        option: String,
+    },
     /// An open link on a network.
     #[error(
         "--insecure would open the VM to everybody who reaches {0}: it is for addresses of this host alone; \
@@ -64,6 +80,30 @@ impl Security {
             Self::Open => LinkKind::Plain,
             Self::Keys(_) => LinkKind::Tls13,
         }
+    }
+
+    /// Checks that this host may hold copies of VMs, and of the one that it is kept for if that is named by its id.
+    /// Of a VM's name no certificate knows anything.
+    ///
+    /// # Errors
+    /// See [`SecurityError`].
+    pub(crate) fn may_hold(&self, kept_for: Option<&str>) -> Result<(), SecurityError> {
+        let Self::Keys(directory) = self else { return Ok(()) };
+        let own = keys::load(directory)?.host;
+        let vm: Option<VmId> = kept_for.and_then(|vm| vm.parse().ok());
+        let denied = match vm {
+            Some(vm) => !own.grant.allows(Right::Hold, &vm),
+            None => own.grant.hold == Vms::NONE,
+        };
+        if !denied {
+            return Ok(());
+        }
+        Err(SecurityError::HoldsNothing {
+            host: own.name,
+            grant: own.grant.to_string(),
+            what: vm.map_or_else(|| "any VM".to_owned(), |vm| format!("VM {vm}")),
+            option: vm.map_or_else(String::new, |vm| format!(" --vm {vm}")),
+        })
     }
 
     /// Checks at the start of a process what the first link would find: that the keys can be used, or that links

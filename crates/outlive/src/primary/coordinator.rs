@@ -236,6 +236,12 @@ impl Coordinator {
             }
             Inbox::DiskSync(link, report) => self.disk_report(link, report),
             Inbox::Audited(audited) => self.audited(&audited),
+            // What a connection has said that is over counts no more.
+            Inbox::StandbySees(link, sight) => {
+                if self.with.driver.standby(link).is_some() {
+                    self.notes.standby_sees(sight);
+                }
+            }
             Inbox::DisksHashed(hashed) => self.with.self_check.hashed(hashed),
             Inbox::Detached(link) => self.detached(link),
             Inbox::Note(note) => self.note(note),

@@ -18,7 +18,7 @@ use super::ports::Ports;
 use super::rivals;
 use super::self_check::SelfCheck;
 use super::stats::{Totals, report};
-use crate::arbiter::{self, ClaimWorker};
+use crate::arbiter::{self, Claim, ClaimWorker};
 use crate::audit::{AuditShare, AuditThread, Source};
 use crate::cli::ActiveOptions;
 use crate::clock::Clock;
@@ -173,9 +173,13 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     let mut end_notes = None;
     if let Some(arbiter) = arbiter {
         // The driver has the thread, so the thread must not keep the driver.
-        let (told, events) = (Arc::downgrade(&driver), events.clone());
+        let (told, events, watch) = (Arc::downgrade(&driver), events.clone(), arbiter_watch.clone());
         let owner = arbiter::owner("primary");
         let claims = ClaimWorker::start(arbiter, identity.provenance.vm, owner, move |result| {
+            if let Some(watch) = watch.as_ref().filter(|_| !matches!(result.claim, Claim::Unreachable { .. }))
+            {
+                watch.answered();
+            }
             if let Some(driver) = told.upgrade() {
                 driver.claimed(result.generation, result.claim, &events);
             }

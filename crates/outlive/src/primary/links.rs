@@ -122,6 +122,7 @@ fn connect(
             Heard::Introduction(version) => theirs.set(version),
             Heard::Agreed(version) => receiving.agreed(link, version),
             Heard::Audited(audited) => receiving.tell(Inbox::Audited(audited)),
+            Heard::Sees(sight) => receiving.tell(Inbox::StandbySees(link, sight)),
             Heard::Want(want) => receiving.tell(Inbox::DiskWant(link, want)),
             Heard::Event(PrimaryEvent::Refused { code: Ok(RefuseCode::Version), .. })
                 if theirs.get() < introduction =>

@@ -2,9 +2,9 @@
 //! no decision waits for a reader of the log.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use outlive_epoch::LeaveReason;
+use outlive_epoch::{ArbiterSight, LeaveReason};
 use outlive_pair::{LossReason, PrimaryNote as Note};
 
 use super::reminder::Reminder;
@@ -23,11 +23,20 @@ pub(super) struct Notes {
     reminder: Reminder,
     /// When the log last said that no standby can be reached.
     unreachable_since: Option<Instant>,
+    /// When the standby said that it cannot reach the arbiter, while that lasts.
+    standby_without_arbiter: Option<Instant>,
 }
 
 impl Notes {
     pub(super) fn new(events: EventWriter, totals: Arc<Totals>, standing: Arc<Standing>) -> Self {
-        Self { events, totals, standing, reminder: Reminder::default(), unreachable_since: None }
+        Self {
+            events,
+            totals,
+            standing,
+            reminder: Reminder::default(),
+            unreachable_since: None,
+            standby_without_arbiter: None,
+        }
     }
 
     /// Says that the VM is unprotected, if it is time to say so again.
@@ -48,7 +57,7 @@ impl Notes {
                 tracing::warn!("standby refused: {text}");
             }
             Note::Attached { .. } => {
-                self.unreachable_since = None;
+                (self.unreachable_since, self.standby_without_arbiter) = (None, None);
                 // A link that is lost already has no address; what follows says so.
                 let Some(addr) = standby else {
                     return tracing::debug!("a standby accepted, and the link to it is lost already");
@@ -74,6 +83,7 @@ impl Notes {
                 });
             }
             Note::LinkLost { why, held } => {
+                self.standby_without_arbiter = None;
                 self.totals.protected(false);
                 let in_order = matches!(why, LossReason::Left(LeaveReason::Released));
                 let why = why.to_string();
@@ -115,6 +125,34 @@ impl Notes {
                 self.standing.won(generation);
                 tracing::warn!(generation, "won: the VM goes on here, UNPROTECTED");
                 self.events.emit(Event::Won { generation });
+            }
+        }
+    }
+
+    /// The standby says whether it sees the arbiter. Nothing is decided by it.
+    pub(super) fn standby_sees(&mut self, sight: ArbiterSight) {
+        match sight {
+            ArbiterSight::Unknown => {}
+            ArbiterSight::Lost { for_s } => {
+                let lasts = Duration::from_secs(for_s.into());
+                self.standing.other_lost_arbiter(SystemTime::now().checked_sub(lasts));
+                if self.standby_without_arbiter.is_none() {
+                    self.standby_without_arbiter = Some(Instant::now());
+                    tracing::warn!(
+                        for_s,
+                        "THE STANDBY HAS LOST THE ARBITER: it could not take the VM over now; its own log and \
+                         `outlive status` say why"
+                    );
+                    self.events.emit(Event::StandbyArbiterLost { for_s: for_s.into() });
+                }
+            }
+            ArbiterSight::Seen => {
+                self.standing.other_lost_arbiter(None);
+                if let Some(since) = self.standby_without_arbiter.take() {
+                    let lost_ms = since.elapsed().as_millis() as u64;
+                    tracing::warn!(lost_ms, "the standby sees the arbiter again");
+                    self.events.emit(Event::StandbyArbiterBack { lost_ms });
+                }
             }
         }
     }

@@ -28,7 +28,7 @@ use landlock::RulesetError;
 use rustix::thread::CapabilitySet;
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
-pub(crate) use places::was_made;
+pub(crate) use places::{Foreign, foreign, was_made};
 use places::{Lack, NotOurs};
 pub(crate) use plan::Plan;
 pub(crate) use privileges::PrivilegeError;

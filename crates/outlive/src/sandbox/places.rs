@@ -4,7 +4,7 @@
 //! place that is replaced by another one (a new directory under the old name, another mount) is out of reach. Whatever
 //! is replaced by renaming, as keys, sidecars and event files are, is given with its directory.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use landlock::{
 };
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
-use nix::unistd::{AccessFlags, Uid, User, faccessat};
+use nix::unistd::{AccessFlags, Uid, User, faccessat, geteuid};
 
 /// The newest rights that are asked for. A kernel that knows fewer of them takes those that it knows.
 const NEWEST: ABI = ABI::V7;
@@ -55,13 +55,18 @@ pub(crate) struct NotOurs {
 
 impl NotOurs {
     fn of(path: &Path) -> Self {
-        let uid = fs::metadata(path).map(|about| about.uid()).unwrap_or_default();
-        let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
-        Self {
-            path: path.display().to_string(),
-            owner: user.map_or_else(|| uid.to_string(), |user| user.name),
-        }
+        Self { path: path.display().to_string(), owner: owner(path) }
     }
+}
+
+/// The owner of a place, by name if that can be looked up.
+fn owner(path: &Path) -> String {
+    name(Uid::from_raw(fs::metadata(path).map(|about| about.uid()).unwrap_or_default()))
+}
+
+fn name(uid: Uid) -> String {
+    let user = User::from_uid(uid).ok().flatten();
+    user.map_or_else(|| uid.to_string(), |user| user.name)
 }
 
 /// How a place is used.
@@ -104,6 +109,28 @@ static MADE: Mutex<Option<HashSet<PathBuf>>> = Mutex::new(None);
 /// Whether this directory was made for a socket before this process was confined. Asked once for each.
 pub(crate) fn was_made(directory: &Path) -> bool {
     MADE.lock().is_ok_and(|mut made| made.as_mut().is_some_and(|made| made.remove(directory)))
+}
+
+/// Directories of sockets that this process may not use, with their owners. Once it is confined, it cannot look the
+/// names of users up.
+static FOREIGN: Mutex<Option<HashMap<PathBuf, Foreign>>> = Mutex::new(None);
+
+/// Whose a directory is.
+#[derive(Clone, Debug)]
+pub(crate) struct Foreign {
+    pub(crate) owner: String,
+    /// Who this process is.
+    pub(crate) user: String,
+}
+
+/// Whose this directory is, in which this process may make no socket.
+pub(crate) fn foreign(directory: &Path) -> Foreign {
+    let known = FOREIGN.lock().ok().and_then(|known| known.as_ref()?.get(directory).cloned());
+    known.unwrap_or_else(|| foreign_now(directory))
+}
+
+fn foreign_now(directory: &Path) -> Foreign {
+    Foreign { owner: owner(directory), user: name(geteuid()) }
 }
 
 /// The places that a process needs.
@@ -190,11 +217,20 @@ impl Places {
     }
 
     /// Looks whether this process may still use the places that were not `denied` before it gave its rights up. Of
-    /// those that were, whoever needs one says why.
+    /// those that were, and of directories of sockets, whoever needs one says why.
     ///
     /// # Errors
     /// See [`NotOurs`].
     pub(super) fn check(&self, denied: &HashSet<&Path>) -> Result<(), NotOurs> {
+        let sockets = self.list.iter().filter(|(_, usage)| *usage == Use::Sockets);
+        for (path, _) in sockets {
+            let access = AccessFlags::W_OK | AccessFlags::X_OK;
+            if faccessat(AT_FDCWD, path, access, AtFlags::AT_EACCESS) == Err(Errno::EACCES)
+                && let Ok(mut known) = FOREIGN.lock()
+            {
+                known.get_or_insert_default().insert(path.clone(), foreign_now(path));
+            }
+        }
         let now = self.denied();
         let lost = self.list.iter().find(|(path, _)| now.contains(&**path) && !denied.contains(&**path));
         lost.map_or(Ok(()), |(path, _)| Err(NotOurs::of(path)))

@@ -96,11 +96,13 @@ impl Plan {
                 _ => Path::new("."),
             }),
             None => {
+                // The first one may be somebody else's. Of the others none is made.
+                let mut found = false;
                 for folder in status::folders() {
-                    places.sockets(&folder);
-                    if folder.is_dir() {
-                        break;
+                    if !found || folder.is_dir() {
+                        places.sockets(&folder);
                     }
+                    found |= folder.is_dir();
                 }
             }
         }

@@ -74,8 +74,10 @@ impl Decisions {
         let clock = Clock::start();
         let timing = Timing::new(equipment.options.active.dead_after);
         let machine = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
-        let driver =
-            Mutex::new(StandbyDriver::new(machine, Ports::new(inbox.clone(), equipment.uplink.clone())));
+        let driver = Mutex::new(StandbyDriver::new(
+            machine,
+            Ports::new(inbox.clone(), equipment.uplink.clone(), equipment.watch.clone()),
+        ));
         Arc::new(Self { driver, clock, inbox, equipment })
     }
 
@@ -165,9 +167,12 @@ impl Decisions {
     /// See [`ClaimsError`].
     pub(super) fn claim_worker(self: &Arc<Self>, vm: VmId) -> Result<ClaimWorker, ClaimsError> {
         let arbiter = arbiter::parse(&self.equipment.options.arbiter)?;
-        let decisions = self.clone();
+        let (decisions, watch) = (self.clone(), self.equipment.watch.clone());
         ClaimWorker::start(arbiter, arbiter::VmId(vm.0), arbiter::owner("standby"), move |answer| {
             let generation = answer.generation;
+            if !matches!(answer.claim, Claim::Unreachable { .. }) {
+                watch.answered();
+            }
             let result = match answer.claim {
                 Claim::Won => ClaimResult::Won,
                 Claim::Lost { owner } => {

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -108,6 +108,8 @@ pub(crate) fn fence(
     let mut said = false;
     let began = Instant::now();
     let mut pause = FIRST_PAUSE;
+    let since = SystemTime::now();
+    standing.fencing(since, None);
     for attempt in 1_u32.. {
         tracing::info!(attempt, "fencing the lost primary");
         if attempt == 1 {
@@ -117,13 +119,14 @@ pub(crate) fn fence(
             Ok(()) => {
                 let took_ms = began.elapsed().as_millis() as u64;
                 tracing::info!(attempt, took_ms, "fenced");
+                standing.fenced();
                 events.emit(Event::PeerFenced { attempt, took_ms });
                 return true;
             }
             Err(error) => {
                 let why = error.to_string();
                 tracing::error!(attempt, "the VM does not run yet: {why}; running it again");
-                standing.asking(&format!("the VM waits for the fencing: {why}"));
+                standing.fencing(since, Some(&why));
                 events.emit(Event::FenceFailed { attempt, why });
             }
         }

@@ -29,13 +29,15 @@ pub(super) struct Notes {
     times: Times,
     /// The refusal that was logged last.
     last_refusal: String,
+    /// A primary is attached: whoever else is refused changes nothing.
+    attached: bool,
 }
 
 impl Notes {
     pub(super) fn new(events: EventWriter, standing: Arc<Standing>) -> Self {
         let now = Instant::now();
         let times = Times { detect: Duration::ZERO, declared: now, settled: now, won: now };
-        Self { events, standing, times, last_refusal: String::new() }
+        Self { events, standing, times, last_refusal: String::new(), attached: false }
     }
 
     /// The times of the takeover that is under way.
@@ -45,6 +47,9 @@ impl Notes {
 
     /// Logs that a primary was refused. It asks five times a second.
     pub(super) fn refused(&mut self, code: RefuseCode, text: String) {
+        if !self.attached {
+            self.standing.refused(&text);
+        }
         if self.last_refusal != text {
             tracing::warn!(?code, "refused a primary: {text}");
             self.events.emit(Event::PrimaryRefused { why: text.clone() });
@@ -54,6 +59,13 @@ impl Notes {
 
     /// Logs one decision and its time.
     pub(super) fn note(&mut self, at: Instant, note: Note) {
+        match note {
+            Note::Attached { .. } => self.attached = true,
+            // What is due then says more than who is refused meanwhile.
+            Note::LinkLost { committed, .. } => self.attached = committed,
+            Note::StreamRefused { .. } | Note::Differs { .. } => self.attached = false,
+            _ => {}
+        }
         match note {
             // The thread that heard the primary logs it with its address.
             Note::Attached { .. } => {
@@ -129,4 +141,29 @@ pub(super) fn compared(events: &EventWriter, checkpoint: u64, difference: Option
         Some(why) => tracing::error!(checkpoint, "SELF-CHECK FAILED: {why}"),
     }
     events.emit(Event::SelfCheck { checkpoint, difference: difference.map(str::to_owned) });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Role;
+    use crate::status::NO_PRIMARY;
+
+    #[test]
+    fn a_primary_that_was_refused_has_come() {
+        let standing = Standing::new(Role::Standby, None, NO_PRIMARY);
+        let mut notes = Notes::new(EventWriter::disabled(), standing.clone());
+        let why = || standing.status().why.unwrap();
+        assert_eq!(why(), NO_PRIMARY);
+        for _ in 0..2 {
+            notes.refused(RefuseCode::WrongVm, "kept for another".into());
+            assert_eq!(why(), "no primary has been accepted yet; a primary was refused: kept for another");
+        }
+        notes.note(Instant::now(), Note::Protected { generation: 1, checkpoint: 1 });
+        standing.unprotected("why");
+        // A second primary is no news while there is one.
+        notes.attached = true;
+        notes.refused(RefuseCode::Busy, "another primary is attached".into());
+        assert_eq!(why(), "why");
+    }
 }

@@ -1,13 +1,15 @@
 //! What the standby's decisions reach. Every method queues something and returns; other threads do what takes
 //! time, or [`Deferred`] once the lock is dropped.
 
+use std::mem::{Discriminant, discriminant};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use outlive_epoch::{
-    Accept, Ack, Audited, DiskWant, EncodeError, Encoder, LeaveReason, ProtocolVersion, RefuseCode,
+    Accept, Ack, ArbiterSight, Audited, DiskWant, EncodeError, Encoder, LeaveReason, ProtocolVersion,
+    RefuseCode,
 };
 use outlive_pair::{Link, StandbyExit, StandbyNote, StandbyPorts, TakeOver};
 
@@ -15,7 +17,7 @@ use super::copy::VmCopy;
 use super::handover::{Doing, Ending, GiveError, Handover};
 use super::outbox::{End, Outbox, PutError};
 use super::tail::Tail;
-use crate::arbiter::ClaimWorker;
+use crate::arbiter::{ClaimWorker, Watch};
 use crate::disk::{Replica, STUCK};
 use crate::network::Uplink;
 use crate::process;
@@ -142,6 +144,10 @@ pub(super) struct Ports {
     uplink: Option<Arc<Uplink>>,
     /// What was last said of it, and on which connection.
     told_reach: Option<(Link, Option<bool>)>,
+    /// Looks whether the arbiter is there.
+    watch: Arc<Watch>,
+    /// What was last said of it, without for how long, and on which connection.
+    told_sight: Option<(Link, Discriminant<ArbiterSight>)>,
     /// This host's name, for the answer to an introduction.
     host: String,
     deferred: Deferred,
@@ -153,7 +159,7 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    pub(super) fn new(inbox: Sender<MainMessage>, uplink: Option<Arc<Uplink>>) -> Self {
+    pub(super) fn new(inbox: Sender<MainMessage>, uplink: Option<Arc<Uplink>>, watch: Arc<Watch>) -> Self {
         let host = process::host_name();
         let deferred = Deferred::default();
         Self {
@@ -163,6 +169,8 @@ impl Ports {
             inbox,
             uplink,
             told_reach: None,
+            watch,
+            told_sight: None,
             host,
             deferred,
             left: None,
@@ -352,11 +360,18 @@ impl StandbyPorts for Ports {
         let reach = (link, self.uplink.as_ref().and_then(|uplink| uplink.reaches()));
         let changed = self.told_reach != Some(reach);
         self.told_reach = Some(reach);
+        let sight = self.watch.for_the_peer();
+        let told = (link, discriminant(&sight));
+        let seen_otherwise = self.told_sight != Some(told);
+        self.told_sight = Some(told);
         self.put(link, |encoder, out| {
             encoder.heartbeat(out, micros(stamp));
             // An older primary would not know it.
             if changed && encoder.stream() >= ProtocolVersion::V5 {
                 encoder.reach(out, reach.1);
+            }
+            if seen_otherwise && encoder.stream() >= ProtocolVersion::V7 {
+                encoder.arbiter_sight(out, sight)?;
             }
             Ok(())
         })

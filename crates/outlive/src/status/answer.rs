@@ -52,6 +52,9 @@ pub struct Status {
     pub audit: Option<Audited>,
     /// What is known of the arbiter; `null` if there is none.
     pub arbiter: Option<ArbiterSight>,
+    /// Since when the standby cannot reach the arbiter, as it says; `null` if it can, or says nothing, and at a standby.
+    #[serde(default)]
+    pub standby_lost_arbiter_since: Option<String>,
     /// What the loss of this host would mean now.
     pub loss_of_this_host: Survival,
     /// What the loss of the other one would.
@@ -136,7 +139,9 @@ impl Status {
             _ => survival,
         });
         let [this, other] = match sight {
-            Some(sight) if sight.is_a_person && facts.asking => Survival::waiting_for_a_person(facts.role),
+            Some(sight) if sight.is_a_person && facts.asking && facts.fencing.is_none() => {
+                Survival::waiting_for_a_person(facts.role)
+            }
             _ => [this, other],
         };
         let counts = facts.protected && facts.role == Role::Primary;
@@ -167,6 +172,7 @@ impl Status {
                 link: sight.link,
                 is_operator: sight.is_a_person,
             }),
+            standby_lost_arbiter_since: facts.other_lost_arbiter.map(time),
             loss_of_this_host: this,
             loss_of_other_host: other,
         }
@@ -187,7 +193,22 @@ fn survivals(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [S
     let if_asked = |what: &str, else_what: &str, lost_ms| {
         says(!arbiter_lost, if arbiter_lost { else_what } else { what }, lost_ms)
     };
+    if let Some(since) = facts.fencing.map(time) {
+        let waits = format!(
+            "it is lost already: this host has won the VM, which waits for the fence command since {since}"
+        );
+        return [
+            says(false, "this may be the only host that has the VM, and it does not run yet", None),
+            says(false, &waits, since_commit),
+        ];
+    }
     match (facts.role, facts.protected, facts.asking) {
+        (Role::Primary, true, _) if !arbiter_lost && facts.other_lost_arbiter.is_some() => {
+            let since = facts.other_lost_arbiter.map(time).unwrap_or_default();
+            let waits =
+                format!("the standby cannot reach the arbiter since {since}, and would wait until it can");
+            [says(false, &waits, since_commit), says(true, "the VM goes on here, unprotected", Some(0))]
+        }
         (Role::Primary, true, _) => [
             if_asked(
                 "the standby takes over from the last checkpoint",
@@ -351,8 +372,13 @@ mod tests {
     use super::super::Standing;
     use super::*;
 
-    const CLEAR: Sight =
-        Sight { seen: Some(SystemTime::UNIX_EPOCH), lost: None, is_a_person: false, link: None };
+    const CLEAR: Sight = Sight {
+        seen: Some(SystemTime::UNIX_EPOCH),
+        lost: None,
+        lost_since: None,
+        is_a_person: false,
+        link: None,
+    };
 
     fn counted() -> Progress {
         Progress {
@@ -434,6 +460,49 @@ mod tests {
     }
 
     #[test]
+    fn a_standby_without_the_arbiter_protects_nothing() {
+        let standing = primary();
+        standing.protected(1);
+        standing.other_lost_arbiter(Some(SystemTime::UNIX_EPOCH));
+        let status = at(&standing, Some(&CLEAR));
+        let [this, other] = [&status.loss_of_this_host, &status.loss_of_other_host];
+        assert!(!this.survived && other.survived, "{status}");
+        assert!(
+            this.what.contains("the standby cannot reach the arbiter since 1970-01-01T00:00:00Z"),
+            "{status}"
+        );
+        assert_eq!(status.standby_lost_arbiter_since.as_deref(), Some("1970-01-01T00:00:00Z"));
+        standing.other_lost_arbiter(None);
+        assert!(at(&standing, Some(&CLEAR)).loss_of_this_host.survived);
+        // The next standby has said nothing yet.
+        standing.other_lost_arbiter(Some(SystemTime::UNIX_EPOCH));
+        standing.unprotected("the standby was lost");
+        standing.protected(1);
+        assert!(at(&standing, Some(&CLEAR)).loss_of_this_host.survived);
+    }
+
+    #[test]
+    fn a_vm_that_waits_for_the_fence_command_does_not_wait_for_the_arbiter() {
+        let standing = Standing::new(Role::Standby, Some("web"), "the primary was lost");
+        standing.asking("asking the arbiter");
+        standing.won(2);
+        standing.fencing(SystemTime::UNIX_EPOCH, Some("exit status: 1"));
+        for sight in [CLEAR, Sight { is_a_person: true, ..CLEAR }] {
+            let status = at(&standing, Some(&sight));
+            let [this, other] = [&status.loss_of_this_host, &status.loss_of_other_host];
+            assert!(!this.survived && !other.survived, "{status}");
+            assert!(
+                other.what.contains("waits for the fence command since 1970-01-01T00:00:00Z"),
+                "{status}"
+            );
+            let why = status.why.as_deref().unwrap();
+            assert!(why.ends_with("the fence command since 1970-01-01T00:00:00Z: exit status: 1"), "{why}");
+        }
+        standing.fenced();
+        assert!(!at(&standing, Some(&CLEAR)).to_string().contains("fence"));
+    }
+
+    #[test]
     fn a_standby_says_whether_it_can_take_over() {
         let standing = Standing::new(Role::Standby, None, "no primary has come yet");
         let status = standing.status();
@@ -472,7 +541,7 @@ mod tests {
         assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
         assert_eq!(json["link"], serde_json::Value::Null);
         assert_eq!(json["sandbox"], true);
-        assert_eq!(json.as_object().unwrap().len(), 18);
+        assert_eq!(json.as_object().unwrap().len(), 19);
         let mut newer = json.clone();
         newer["something"] = 1.into();
         assert_eq!(

@@ -19,7 +19,7 @@ pub use answer::{ArbiterSight, Status, Survival};
 pub use command::command;
 
 pub use crate::link::LinkKind;
-pub(crate) use place::folders;
+pub(crate) use place::{NoPlace, folders, usual};
 pub(crate) use server::{Server, ServerError};
-pub(crate) use standing::{Progress, Standing};
+pub(crate) use standing::{NO_PRIMARY, Progress, Standing};
 pub(crate) use word::{give_up, go_on_alone, hand_over_command as hand_over, take_over};

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::socket::{BindError, Listener};
+use crate::socket::{self, BindError, Listener};
 
 /// How many processes of one name a folder has room for.
 const SAME_NAME: u32 = 64;
@@ -33,13 +33,37 @@ pub(super) fn listen(path: &Path) -> Result<Listener, BadPlace> {
 
 /// Why there is no socket at a usual place.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum NoPlace {
+pub(crate) enum NoPlace {
     /// None is known.
     #[error("there is no folder for its socket")]
     NoFolder,
     /// The last one that was tried does not take it.
     #[error(transparent)]
     Folder(#[from] BindError),
+}
+
+/// Whether this process can have a socket at a usual place.
+///
+/// # Errors
+/// See [`NoPlace`]; why the first of them that is there cannot be used, or else why the last one cannot.
+pub(crate) fn usual() -> Result<(), NoPlace> {
+    usable(&folders())
+}
+
+fn usable(folders: &[PathBuf]) -> Result<(), NoPlace> {
+    let mut whys = Vec::new();
+    for folder in folders {
+        match socket::may_bind_in(folder) {
+            Ok(()) => return Ok(()),
+            Err(why) => whys.push(why),
+        }
+    }
+    let foreign = whys.iter().position(|why| matches!(why, BindError::NotOurs { .. }));
+    let why = match foreign {
+        Some(at) => Some(whys.swap_remove(at)),
+        None => whys.pop(),
+    };
+    Err(why.map_or(NoPlace::NoFolder, NoPlace::Folder))
 }
 
 /// Listens in the first of these folders that can be used, under this name.
@@ -51,6 +75,8 @@ pub(super) fn listen_in(folders: &[PathBuf], name: &str) -> Result<Listener, NoP
     for folder in folders {
         match listen_as(folder, name) {
             Ok(listener) => return Ok(listener),
+            // That a folder is somebody else's can be mended; that the next one is missing says little.
+            Err(_) if matches!(why, NoPlace::Folder(BindError::NotOurs { .. })) => {}
             Err(error) => why = error.into(),
         }
     }

@@ -27,6 +27,9 @@ pub(crate) struct Progress {
     pub(crate) audit: AuditProgress,
 }
 
+/// Why a standby protects nothing at first.
+pub(crate) const NO_PRIMARY: &str = "no primary has come yet";
+
 /// Counts checkpoints for whoever asks.
 type Counter = Arc<dyn Fn() -> Progress + Send + Sync>;
 
@@ -44,6 +47,10 @@ pub(super) struct Facts {
     pub(super) now: Option<String>,
     /// The other side is lost, and the arbiter has not said yet who goes on.
     pub(super) asking: bool,
+    /// The generation is won, and the VM waits for the fence command since then.
+    pub(super) fencing: Option<SystemTime>,
+    /// Since when the standby cannot reach the arbiter, as it says.
+    pub(super) other_lost_arbiter: Option<SystemTime>,
     pub(super) generation: Option<u64>,
     pub(super) peer: Option<String>,
     pub(super) link: Option<LinkKind>,
@@ -100,6 +107,8 @@ impl Standing {
             why: why.to_owned(),
             now: None,
             asking: false,
+            fencing: None,
+            other_lost_arbiter: None,
             generation: None,
             peer: None,
             link: None,
@@ -234,7 +243,8 @@ impl Standing {
                 facts.since = SystemTime::now();
             }
             why.clone_into(&mut facts.why);
-            (facts.now, facts.asking) = (None, false);
+            (facts.now, facts.asking, facts.fencing) = (None, false, None);
+            facts.other_lost_arbiter = None;
         });
     }
 
@@ -252,6 +262,38 @@ impl Standing {
     /// The arbiter is asked who goes on, or does not answer.
     pub(crate) fn asking(&self, now: &str) {
         self.change(|facts| (facts.now, facts.asking) = (Some(now.to_owned()), true));
+    }
+
+    /// The generation is won, and the VM waits for the fence command since then. `failed`: what the last run said.
+    pub(crate) fn fencing(&self, since: SystemTime, failed: Option<&str>) {
+        let at = humantime::format_rfc3339_seconds(since);
+        let why = failed.map_or_else(String::new, |why| format!(": {why}"));
+        let now = format!("the VM waits for the fence command since {at}{why}");
+        self.change(|facts| (facts.now, facts.asking, facts.fencing) = (Some(now), true, Some(since)));
+    }
+
+    /// The command has succeeded.
+    pub(crate) fn fenced(&self) {
+        self.change(|facts| (facts.now, facts.fencing) = (None, None));
+    }
+
+    /// The standby says since when it cannot reach the arbiter; `None`: it can.
+    pub(crate) fn other_lost_arbiter(&self, since: Option<SystemTime>) {
+        self.change(|facts| facts.other_lost_arbiter = since);
+    }
+
+    /// A standby has refused a primary, and has no other one. It asks again and again.
+    pub(crate) fn refused(&self, text: &str) {
+        let now = format!("a primary was refused: {text}");
+        if self.facts().now.as_ref() == Some(&now) {
+            return;
+        }
+        self.change(|facts| {
+            if facts.why == NO_PRIMARY {
+                "no primary has been accepted yet".clone_into(&mut facts.why);
+            }
+            facts.now = Some(now);
+        });
     }
 
     /// The VM goes on here, whatever the arbiter says.

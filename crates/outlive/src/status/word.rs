@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Weak;
 use std::time::Duration;
 
+use outlive_pair::Unwelcome;
 use serde::{Deserialize, Serialize};
 
 use super::standing::Facts;
@@ -69,10 +70,16 @@ enum Refused {
     #[error("the other host is seen, or was not lost: there is nothing to decide ({0})")]
     Seen(String),
     #[error(
-        "the other host is seen at {address} ({why}): say `outlive give-up --generation {generation}` there first, or \
-         switch that host off"
+        "the other host is seen at {address} ({why}): if it still waits for a word, say \
+         `outlive give-up --generation {generation}` there first, or switch that host off; if the VM runs there already, \
+         say it here"
     )]
     Answers { address: String, why: String, generation: u64 },
+    #[error(
+        "the VM runs at {address} already ({why}): say `outlive give-up --generation {generation}` on THIS host, which \
+         then drops what it has, or switch that host off and say this again"
+    )]
+    RunsThere { address: String, why: String, generation: u64 },
     #[error("the VM ran here: say `outlive go-on-alone`, or take it over at its standby")]
     RanHere,
     #[error("this is the standby: say `outlive take-over`, or let the VM go on where it ran")]
@@ -92,6 +99,11 @@ enum Refused {
         "the arbiter does not answer, so nobody could take the VM over ({0}): say it again when it is back"
     )]
     NoArbiter(String),
+    #[error(
+        "the standby cannot reach the arbiter since {0}, so it could not take the VM over: `outlive status` there says \
+         why; say it again when it can"
+    )]
+    StandbyWithoutArbiter(String),
     #[error(transparent)]
     HandOver(#[from] HandOverError),
 }
@@ -142,6 +154,9 @@ fn hand_over(facts: &Facts) -> Result<Done, Refused> {
     if let Some(why) = sight.and_then(|sight| sight.lost) {
         return Err(Refused::NoArbiter(why));
     }
+    if let Some(since) = facts.other_lost_arbiter {
+        return Err(Refused::StandbyWithoutArbiter(humantime::format_rfc3339_seconds(since).to_string()));
+    }
     let process = ask_to_hand_over(coordinator)?;
     let text = process.answer(HANDS_OVER)?;
     Ok(Done { text, _process: Some(process) })
@@ -191,7 +206,12 @@ fn unless_seen(facts: &Facts, generation: u64) -> Result<(), Refused> {
             Answer::Idle | Answer::Unreachable(_) => continue,
             Answer::Busy(why) | Answer::Unknown(why) => why,
         };
-        return Err(Refused::Answers { address: address.clone(), why, generation });
+        let address = address.clone();
+        return Err(if why == Unwelcome::TakenOver.to_string() {
+            Refused::RunsThere { address, why, generation }
+        } else {
+            Refused::Answers { address, why, generation }
+        });
     }
     Ok(())
 }
@@ -286,7 +306,9 @@ fn say(path: &Path, order: Order) -> Result<String, WordError> {
         Ok(serde_json::from_slice(&bytes)?)
     };
     let not_heard = |said: &io::Result<Outcome>| {
-        said.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::InvalidData)
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, InvalidData};
+        // It has told its status, or told it and hung up before the word was there.
+        said.as_ref().is_err_and(|error| matches!(error.kind(), InvalidData | BrokenPipe | ConnectionReset))
     };
     let last = answer();
     let said = if not_heard(&last) {

@@ -239,6 +239,12 @@ fn with_an_operator_as_arbiter_nobody_goes_on_before_the_word() {
     assert!(code == Some(0) && said.contains("this host's already: nothing was changed"), "{said}");
     let (code, said) = word(&b, &["give-up", "--generation", "2"]);
     assert!(code == Some(2) && said.contains("cannot be taken back"), "{said}");
+    // The VM runs there, so no word there helps.
+    world.mend_link();
+    let (code, said) = word(&a, &["go-on-alone", "--generation", "2"]);
+    let runs = format!("the VM runs at {} already", Side::B.addr());
+    let remedy = "`outlive give-up --generation 2` on THIS host";
+    assert!(code == Some(2) && said.contains(&runs) && said.contains(remedy), "{said}");
     let (code, said) = word(&a, &["give-up", "--generation", "2"]);
     assert!(code == Some(0), "{said}");
     assert_eq!(primary.wait_exit(), 3);

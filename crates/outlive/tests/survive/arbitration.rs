@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use outlive::events::Event;
 
+use crate::hand_over::hand_over;
+use crate::status::status;
 use crate::support::{Process, Side, Witnesses, World, wait_until};
 
 /// How long a test watches that nothing happens.
@@ -70,6 +72,43 @@ fn the_loss_of_the_arbiter_is_told_of_and_disturbs_nothing() {
     witnesses.finish(&world);
 }
 
+/// Only the standby has lost its way to the arbiter. Whoever looks at the primary must not believe that the loss of that
+/// host would be survived.
+#[test]
+fn a_primary_says_that_its_standby_has_lost_the_arbiter() {
+    let Some(world) = World::new() else { return };
+    let (way, there) = (world.dir().join("way-of-b"), Side::A.addr().to_string());
+    let open = || std::os::unix::fs::symlink(world.arbiter(), &way).unwrap();
+    open();
+    let place = format!("file:{}", way.display());
+    let mut standby = world.standby_with(Side::B, &["--standby", &there, "--arbiter", &place]);
+    let mut active = world.run(Side::A);
+    active.wait_protected();
+    let witnesses = Witnesses::start(&world, 2);
+    wait_until("a survivable loss", || status(active.socket()).loss_of_this_host.survived);
+
+    fs::remove_file(&way).unwrap();
+    standby.wait_for("without its arbiter", |e| matches!(e, Event::ArbiterLost { .. }));
+    active.wait_for("told by its standby", |e| matches!(e, Event::StandbyArbiterLost { .. }));
+    active.wait_says("THE STANDBY HAS LOST THE ARBITER", 1);
+    let told = status(active.socket());
+    assert!(!told.loss_of_this_host.survived && told.loss_of_other_host.survived, "{told}");
+    assert!(told.to_string().contains("the standby cannot reach the arbiter since "), "{told}");
+    assert!(told.standby_lost_arbiter_since.is_some() && told.arbiter.unwrap().lost.is_none());
+    let (code, said) = hand_over(&active);
+    assert!(code == Some(2) && said.contains("the standby cannot reach the arbiter since "), "{said}");
+    witnesses.hear_all();
+
+    open();
+    active.wait_for("told by its standby", |e| matches!(e, Event::StandbyArbiterBack { .. }));
+    wait_until("a survivable loss", || status(active.socket()).loss_of_this_host.survived);
+    assert!(!active.has(|e| matches!(e, Event::LinkLost { .. } | Event::ArbiterLost { .. })));
+    assert_eq!(active.events().filter(|e| matches!(e, Event::StandbyArbiterLost { .. })).count(), 1);
+    active.kill();
+    assert_eq!(standby.wait_takeover(), 2);
+    witnesses.finish(&world);
+}
+
 #[test]
 fn with_the_link_cut_and_no_arbiter_nobody_goes_on() {
     let Some(world) = World::new() else { return };
@@ -117,6 +156,7 @@ fn with_the_standby_dead_and_no_arbiter_the_primary_waits() {
     let (mut primary, standby) = world.protected(Side::A);
     let witnesses = Witnesses::start(&world, 2);
     take_arbiter_away(&world);
+    primary.wait_for("without its arbiter", |e| matches!(e, Event::ArbiterLost { .. }));
     standby.kill();
     wait_unreachable(&world, &mut primary);
     assert_silence(&world, &witnesses);
@@ -125,7 +165,12 @@ fn with_the_standby_dead_and_no_arbiter_the_primary_waits() {
     bring_arbiter_back(&world);
     primary.wait_for("alone", |e| matches!(e, Event::Won { .. }));
     witnesses.hear_all();
+    // The answer says that the arbiter is there; the next probe may be 10 s away.
+    let of_both = |e: &&Event| matches!(e, Event::Won { .. } | Event::ArbiterBack { .. });
+    let told: Vec<_> = primary.events().filter(of_both).collect();
+    assert!(matches!(told[..], [Event::ArbiterBack { .. }, Event::Won { .. }]), "{told:?}");
     let _standby = world.standby(Side::B);
     primary.wait_protected();
+    assert!(!primary.log().contains("only once the arbiter is back"), "{}", primary.log());
     witnesses.finish(&world);
 }

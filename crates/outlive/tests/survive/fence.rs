@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::pipe;
 use outlive::events::Event;
 
+use crate::status::status;
 use crate::support::{Log, Process, Readers, Side, Witnesses, World, fill, wait_until};
 
 /// It fails once, then hangs once, then works. It writes down what it was told.
@@ -40,6 +41,13 @@ fn the_vm_waits_for_a_fence_command_that_fails_or_hangs() {
     standby.wait_for("failing to fence", failed(1, "exit status: 1"));
     standby.wait_for("killing the command", failed(2, "did not end within 0.3 s"));
     assert!(!standby.took_over());
+    let told = status(standby.socket());
+    let what = &told.loss_of_other_host.what;
+    assert!(
+        !told.loss_of_other_host.survived && what.contains("waits for the fence command since "),
+        "{told}"
+    );
+    assert!(told.why.as_ref().unwrap().contains("the VM waits for the fence command since "), "{told}");
     signs_of_life(&manager);
     // The third run would be killed, too.
     standby.wait_for("killing the command", failed(3, "did not end"));

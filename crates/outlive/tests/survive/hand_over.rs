@@ -8,7 +8,7 @@ use outlive::events::Event;
 use crate::support::{PROGRAM, Process, Side, Witnesses, World};
 
 /// What `outlive hand-over` says to a process: its exit code, and all that it prints.
-fn hand_over(process: &Process) -> (Option<i32>, String) {
+pub(crate) fn hand_over(process: &Process) -> (Option<i32>, String) {
     let said = Command::new(PROGRAM).arg("hand-over").arg("--socket").arg(process.socket()).output().unwrap();
     (said.status.code(), String::from_utf8([said.stdout, said.stderr].concat()).unwrap())
 }

@@ -98,8 +98,9 @@ impl FakePrimary {
             match self.reader.read_section(&mut self.stream) {
                 Err(error) => return error.to_string(),
                 Ok(section) => match Message::parse(&section).unwrap() {
-                    // A standby of a stream of version 5 says whether it reaches the clients.
-                    Message::Heartbeat { .. } | Message::Reach(_) => {}
+                    // A standby of a stream of version 5 says whether it reaches the clients, and one of version 7
+                    // whether it sees the arbiter.
+                    Message::Heartbeat { .. } | Message::Reach(_) | Message::ArbiterSight(_) => {}
                     other => return format!("{other:?}"),
                 },
             }

@@ -262,6 +262,69 @@ fn an_image_of_another_user_is_refused_with_the_remedy() {
     assert!(code == Some(2) && said.contains("--user makes no sense with --sandbox off"), "{said}");
 }
 
+/// `/run` of its own, with a folder of sockets of the first argument's, around the rest of the arguments; and a `/dev/kvm`
+/// that every user may use.
+const OWN_RUN: &str = r#"
+mount -t tmpfs none /run && mkdir -m 700 /run/outlive && chown "$0" /run/outlive || exit
+if [ -e /dev/kvm ]; then mknod -m 666 /run/kvm c 10 232 && mount --bind /run/kvm /dev/kvm || exit; fi
+exec "$@"
+"#;
+
+/// Where nobody could see the process, or give it a word, it says so when it starts. Needs no KVM but for the last.
+#[test]
+fn a_folder_of_sockets_of_another_user_is_refused_with_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    fs::create_dir(&run).unwrap();
+    fs::set_permissions(&run, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("nobody is a user");
+    if nix::unistd::chown(&run, Some(nobody.uid), Some(nobody.gid)).is_err() {
+        return println!("skipped: not root");
+    }
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let command = |owner: &str, options: &[&str]| {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-m", "sh", "-c", OWN_RUN, owner, crate::support::PROGRAM, "run", "--memory", "64M"]);
+        command.args(["--sandbox", "on"]).args(options).env_remove("XDG_RUNTIME_DIR");
+        command
+    };
+    let refused = |owner: &str, options: &[&str], words: &[&str]| {
+        let output = command(owner, options).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let whole = words.iter().all(|it| said.contains(it));
+        assert!(output.status.code() == Some(2) && whole, "{words:?}: {said}");
+    };
+    let (of_nobody, own) = ("belongs to the user nobody", path("own.sock"));
+    refused(
+        "root",
+        &["--status", &path("run/a.sock")],
+        &[of_nobody, "chown root: ", "--status another path"],
+    );
+    refused(
+        "root",
+        &["--console", &path("run"), "--status", &own],
+        &[of_nobody, "chown root: ", "--console another directory"],
+    );
+    let usual = ["--arbiter manual", "/run/outlive", "--status PATH"];
+    refused("nobody", &["--arbiter", "manual"], &[&usual[..], &[of_nobody, "runs as root"]].concat());
+    let of_root = ["belongs to the user root", "runs as nobody", "chown nobody: /run/outlive"];
+    refused("root", &["--arbiter", "manual", "--user", "nobody"], &[&usual[..], &of_root].concat());
+    if !crate::support::has_kvm() {
+        return;
+    }
+    // With any other arbiter it can do its work.
+    let log = folder.path().join("log");
+    let to = fs::File::create(&log).unwrap();
+    let mut goes_on = command("nobody", &["--exit-with-stdin"]);
+    let mut goes_on = goes_on.stdin(std::process::Stdio::piped()).stderr(to).spawn().unwrap();
+    let said = || fs::read_to_string(&log).unwrap();
+    wait_until("a warning", || said().contains("`outlive status` cannot see this process"));
+    assert!(said().contains(of_nobody) && said().contains("chown root: /run/outlive"), "{}", said());
+    assert!(goes_on.try_wait().unwrap().is_none());
+    drop(goes_on.stdin.take());
+    goes_on.wait().unwrap();
+}
+
 /// Gives a user a folder with everything in it.
 fn give(path: &std::path::Path, user: &nix::unistd::User) {
     nix::unistd::chown(path, Some(user.uid), Some(user.gid)).unwrap();

@@ -25,7 +25,7 @@ fn look(socket: &Path) -> (i32, Option<Status>) {
     (code, Some(status))
 }
 
-fn status(socket: &Path) -> Status {
+pub(crate) fn status(socket: &Path) -> Status {
     look(socket).1.expect("somebody answers")
 }
 
@@ -114,6 +114,22 @@ fn clients_that_never_read_disturb_nothing() {
     }
     drop(silent);
     witnesses.finish(&world);
+}
+
+/// An operator who looks at the standby learns why it protects nothing.
+#[test]
+fn a_standby_says_that_it_has_refused_a_primary() {
+    let Some(world) = World::new() else { return };
+    let there = Side::A.addr().to_string();
+    let standby = world.standby_with(Side::B, &["--standby", &there, "--vm", "another"]);
+    let before = status(standby.socket()).why.unwrap();
+    assert_eq!(before, "no primary has come yet");
+    let _primary = world.run(Side::A);
+    let told = wait_status(standby.socket(), "a refusal", |it| {
+        it.why.as_ref().is_some_and(|why| why.contains("this standby is kept for VM another"))
+    });
+    let why = told.why.unwrap();
+    assert!(why.starts_with("no primary has been accepted yet; a primary was refused: "), "{why}");
 }
 
 #[test]

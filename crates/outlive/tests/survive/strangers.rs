@@ -219,7 +219,8 @@ fn hosts_without_the_right_to_a_vm_are_refused_on_both_sides() {
     };
     let holds = make("holds", Grant { hold: Vms::Any, ..none.clone() });
     let sends = make("sends", Grant { send: Vms::Any, ..none.clone() });
-    let elsewhere = make("elsewhere", Grant { send: other, ..none });
+    let elsewhere = make("elsewhere", Grant { send: other.clone(), ..none.clone() });
+    let holds_other = make("holds-other", Grant { hold: other, ..none });
     let there = Side::B.addr().to_string();
     let standby = world.standby_with(Side::B, &["--keys", &holds]);
     for (keys, host) in [(&holds, "holds"), (&elsewhere, "elsewhere")] {
@@ -235,10 +236,24 @@ fn hosts_without_the_right_to_a_vm_are_refused_on_both_sides() {
     primary.kill();
     drop(standby);
     // And the other way round: a standby that may not hold it.
-    let _standby = world.standby_with(Side::B, &["--keys", &sends]);
+    let standby = world.standby_with(Side::B, &["--keys", &holds_other]);
     let mut primary = world.run(Side::A);
-    wait_until("the primary complains", || primary.log().contains("host sends may not hold VM"));
+    wait_until("the primary complains", || primary.log().contains("host holds-other may not hold VM"));
     assert!(!primary.has(|e| matches!(e, Event::Protected { .. })));
+    primary.kill();
+    drop(standby);
+    // One that could never be a standby is told so when it starts.
+    let (arbiters, vm) = (world.arbiter_keys().display().to_string(), "3".repeat(32));
+    for (options, host) in [
+        (&["--keys", &sends][..], "sends"),
+        (&["--keys", &arbiters], "third"),
+        (&["--keys", &holds_other, "--vm", &vm], "holds-other"),
+    ] {
+        let mut refused = world.standby_with_failure(Side::B, options);
+        assert_eq!(refused.wait_exit(), 2, "{}", refused.log());
+        refused.wait_says("so this host can be no standby of", 1);
+        refused.wait_says(&format!("`outlive keys issue --host {host}"), 1);
+    }
 }
 
 #[test]

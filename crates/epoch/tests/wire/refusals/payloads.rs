@@ -1,7 +1,7 @@
 //! Payloads whose fields make no sense.
 
 use outlive_epoch::{
-    Audited, DeviceKind, EncodeError, Encoder, HEADER_LEN, MAX_AUDIT_SPANS, MAX_FRAMES_BYTES,
+    ArbiterSight, Audited, DeviceKind, EncodeError, Encoder, HEADER_LEN, MAX_AUDIT_SPANS, MAX_FRAMES_BYTES,
     MAX_PACKET_BYTES, Message, ProtocolVersion, SectionKind, StateKind, StateSection, TailBuf, TailFrame,
 };
 
@@ -169,9 +169,31 @@ fn sums_of_pages_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn sights_of_the_arbiter_that_make_no_sense_are_refused() {
+    let parse = |payload: &[u8]| {
+        let parsed = Message::parse_payload(SectionKind::ArbiterSight, 1, payload);
+        parsed.map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(parse(&[1, 0, 0, 0, 255, 255, 255, 255]), Ok(()));
+    for (payload, why) in [
+        (&[3, 0, 0, 0, 0, 0, 0, 0][..], "unknown sight of the arbiter (0x3)"),
+        (&[1, 0, 4, 0, 0, 0, 0, 0], "a reserved field is not zero (0x4)"),
+        (&[2, 0, 0, 0, 5, 0, 0, 0], "a reserved field is not zero (0x5)"),
+        (&[2, 0, 0, 0, 0, 0, 0], "the payload ends early, bytes missing (0x1)"),
+        (&[2, 0, 0, 0, 0, 0, 0, 0, 0], "bytes are left over (0x1)"),
+    ] {
+        assert_eq!(parse(payload), Err(format!("section ArbiterSight: {why}")));
+    }
+}
+
+#[test]
 fn an_older_stream_has_no_audits() {
     let (mut out, mut encoder) = (Vec::new(), Encoder::speaking(ProtocolVersion::V6));
-    let errors = [encoder.audit(&mut out, &[]), encoder.audited(&mut out, &Audited::default())];
+    let errors = [
+        encoder.audit(&mut out, &[]),
+        encoder.audited(&mut out, &Audited::default()),
+        encoder.arbiter_sight(&mut out, ArbiterSight::Seen),
+    ];
     assert!(errors.iter().all(|it| matches!(it, Err(EncodeError::Order(_)))) && out.is_empty());
     let outside = Encoder::speaking(ProtocolVersion::V7).audit(&mut out, &[]);
     assert!(matches!(outside, Err(EncodeError::Order(_))) && out.is_empty());
