@@ -19,7 +19,12 @@ pub(crate) enum Danger {
     /// The image knows another arbiter than the one that was given.
     OtherArbiter { known: String, given: String },
     /// The arbiter knows less of the VM than the image does.
-    LostClaims { generation: u64, highest: Option<u64> },
+    LostClaims {
+        generation: u64,
+        highest: Option<u64>,
+        /// The arbiter is a person, and remembers nothing.
+        by_hand: bool,
+    },
     /// The image knows an arbiter (perhaps not which), and none was given.
     NoArbiter { known: Option<String> },
     /// The image is not the file that its sidecar was written for.
@@ -72,23 +77,35 @@ impl Danger {
         }
     }
 
+    /// What is so, without a remedy.
+    pub(super) fn why(&self, image: &Path) -> String {
+        let shown = image.display();
+        match self {
+            Self::Stale { generation, newest, owner } => {
+                let owner = owner.as_ref().map_or_else(String::new, |owner| format!(", won by {owner}"));
+                format!(
+                    "the disk image {shown} is out of date: it has generation {generation} and its VM continued in \
+                     generation {newest}{owner}"
+                )
+            }
+            Self::Released { generation } => format!(
+                "the disk image {shown} is out of date: its standby gave it up in generation {generation} and its VM \
+                 continued without it"
+            ),
+            other => other.refusal(image),
+        }
+    }
+
     /// One line with the remedy.
     pub(super) fn refusal(&self, image: &Path) -> String {
         let image_path = image;
         let (image, option) = (image.display(), self.kind().option());
         match self {
-            Self::Stale { generation, newest, owner } => {
-                let owner = owner.as_ref().map_or_else(String::new, |owner| format!(", won by {owner}"));
-                format!(
-                    "the disk image {image} is out of date: it has generation {generation} and its VM \
-                     continued in generation {newest}{owner}; start from the image of the host that has \
-                     that generation, or give up what happened since with {option}"
-                )
-            }
-            Self::Released { generation } => format!(
-                "the disk image {image} is out of date: its standby gave it up in generation {generation} \
-                 and its VM continued without it; start from the image of the host where it ran, or give up \
-                 what happened since with {option}"
+            Self::Stale { .. } | Self::Released { .. } => format!(
+                "{}; {}; or start from the image of the host where the VM ran last; \
+                 only if that one is lost for good, give up what happened since with {option}",
+                self.why(image_path),
+                join(image_path)
             ),
             Self::Replica { generation } => format!(
                 "the disk image {image} is a standby's copy as of its last commit in generation {generation}, and the image of the host where the VM ran may be newer: start from that one, or, if it is lost for good, from this one with {option}"
@@ -98,7 +115,13 @@ impl Danger {
                  id {given}), and another host may have taken that VM over: give its arbiter; or, if that \
                  is lost for good and the VM runs nowhere, start with {option}"
             ),
-            Self::LostClaims { generation, highest } => {
+            Self::LostClaims { by_hand: true, .. } => format!(
+                "the disk image {image} has been a VM's, and with --arbiter manual a process that is started anew does \
+                 not know whether that VM runs at another host: look there (`outlive status`); if it runs there, \
+                 run `outlive standby ... --disk path={image}` here; if it runs nowhere and this is its newest image, start \
+                 with {option}"
+            ),
+            Self::LostClaims { generation, highest, by_hand: false } => {
                 let what = match highest {
                     None => "does not know the VM".to_owned(),
                     Some(highest) => format!("knows generation {highest} but not generation {generation}"),
@@ -159,6 +182,15 @@ impl Danger {
             Self::Missing { had, given } => format!("VM {vm}: {given} of its {had} disks"),
         }
     }
+}
+
+/// How a host whose image is older protects the VM again.
+fn join(image: &Path) -> String {
+    format!(
+        "to protect the VM, run `outlive standby ... --disk path={}` here (or `outlive run --or-standby ...`), which \
+         brings the image up to date",
+        image.display()
+    )
 }
 
 /// The standing of an image; see the module.
@@ -227,7 +259,10 @@ impl Standing {
             }
             Some(highest) if highest == generation => {}
             None if provenance.arbiter == KnownArbiter::None => {}
-            _ => dangers.push(Danger::LostClaims { generation, highest }),
+            _ => {
+                let by_hand = arbiter.is_a_person();
+                dangers.push(Danger::LostClaims { generation, highest, by_hand });
+            }
         }
         Ok(Self { generation, role, highest, dangers })
     }
