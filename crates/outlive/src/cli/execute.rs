@@ -9,7 +9,7 @@ use outlive_pair::{ExitReason, StandbyExit};
 
 use super::part::{self, PartError};
 use super::sense::SenseError;
-use super::standby::ItsOwnStandby;
+use super::standby::{ItsOwnStandby, is_here};
 use super::{ActiveOptions, Command, RunOptions, StandbyOptions};
 use crate::disk::{Held, Part};
 use crate::events::{Event, Role};
@@ -137,6 +137,12 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
     }
+    for standby in options.active.standbys.iter().filter(|it| is_here(it)) {
+        tracing::warn!(
+            "--standby {standby} is an address of this host itself, and a standby here would die with the VM: give the \
+             other host's address"
+        );
+    }
     check_security(&options.active, options.listen.as_deref())?;
     if options.listen.is_some()
         && let Err(why) = options.active.security().may_hold(None)
@@ -165,10 +171,10 @@ fn start_or_wait(options: &RunOptions, place: Place) -> Result<Ready, BeginError
     loop {
         let part = part::of(options, &place.stops, |now| place.standing.now(now))?;
         match (part, lost.take()) {
-            (Part::Waits { why, name }, _) => {
+            (Part::Waits { why, name, needs_operator }, _) => {
                 // A standby locks them when a primary comes, and then looks at them once more.
                 drop(held);
-                return wait(options, place, &why, name.as_deref());
+                return wait(options, place, &why, name.as_deref(), needs_operator);
             }
             // The arbiter said that another host has the VM, and now it says that none has.
             (Part::Starts { .. }, Some(why)) => return Err(StartError::Plan(why).into()),
@@ -267,14 +273,25 @@ fn started(options: &RunOptions, place: Place, launch: Launch) -> Result<Ready, 
 }
 
 /// Waits although a VM could be started, because this host is not the one to start it.
-fn wait(options: &RunOptions, place: Place, why: &str, name: Option<&str>) -> Result<Ready, BeginError> {
+fn wait(
+    options: &RunOptions,
+    place: Place,
+    why: &str,
+    name: Option<&str>,
+    needs_operator: bool,
+) -> Result<Ready, BeginError> {
     let standby = options.as_standby(name).ok_or(BeginError::CannotWait)?;
     let Place { standing, server, door, stops } = place;
     standing.waits_here(why);
     let door = door.ok_or(BeginError::CannotWait)?;
     let post = Post::prepare(&standby, door, standing.clone(), stops)?;
     let server = server.or_else(|| Server::open_usual(&standby.status_name(), standing));
-    tracing::warn!("this host does not start the VM and waits as its standby: {why}");
+    let said = format!("this host does not start the VM and waits as its standby: {why}");
+    if needs_operator {
+        tracing::warn!("{said}");
+    } else {
+        tracing::info!("{said}");
+    }
     post.events().emit(Event::Decided { starts: false, why: why.to_owned() });
     Ok((server, None, Some(post)))
 }

@@ -10,6 +10,7 @@ use outlive_machine::SectorSize;
 
 use super::values::{ConsoleSpec, DiskSpec};
 use super::{ActiveOptions, RunOptions, StandbyOptions};
+use crate::disk::{self, NotRaw};
 use crate::network::UplinkSpec;
 
 /// What makes no sense.
@@ -46,6 +47,19 @@ pub(super) enum SenseError {
         .image.display(), bytes.next_multiple_of(*sector), .image.display()
     )]
     PartOfSector { image: PathBuf, bytes: u64, sector: u64 },
+    /// No disk, or one that was cut.
+    #[error(
+        "{} has {bytes} bytes, no multiple of 512, so it is no raw disk image, or its end is missing: give another file; \
+         a new image is made under a name of its own, for example with `truncate -s 8G NAME.img`",
+        .image.display()
+    )]
+    NoDisk { image: PathBuf, bytes: u64 },
+    /// Its tables would be the guest's disk.
+    #[error(transparent)]
+    NotRaw(#[from] NotRaw),
+    /// It is in a folder that is not there.
+    #[error("the directory {} does not exist: correct the path of --disk", .0.display())]
+    NoFolder(PathBuf),
     /// A pipe would be waited for, a terminal read.
     #[error("{} is neither a file nor a block device: give the path of a raw disk image", .0.display())]
     NotAnImage(PathBuf),
@@ -70,7 +84,11 @@ impl RunOptions {
             return Err(SenseError::NoOtherHost);
         }
         images(self.disks.iter().map(|disk| disk.path.as_path()))?;
-        self.disks.iter().try_for_each(whole_sectors)
+        for disk in &self.disks {
+            disk::refuse_other_formats(&disk.path)?;
+            whole_sectors(disk)?;
+        }
+        Ok(())
     }
 }
 
@@ -81,7 +99,13 @@ impl StandbyOptions {
     /// See [`SenseError`].
     pub(super) fn make_sense(&self) -> Result<(), SenseError> {
         self.active.make_sense()?;
-        images(self.disks.iter().map(|disk| disk.path.as_path()))
+        images(self.disks.iter().map(|disk| disk.path.as_path()))?;
+        // What may be overwritten may be anything.
+        for disk in self.disks.iter().filter(|disk| !disk.overwrite) {
+            disk::refuse_other_formats(&disk.path)?;
+            multiple_of_512(&disk.path)?;
+        }
+        Ok(())
     }
 }
 
@@ -107,7 +131,13 @@ impl ActiveOptions {
 fn images<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<(), SenseError> {
     let mut known = HashSet::new();
     for path in paths {
-        let Ok(about) = fs::metadata(path) else { continue };
+        let Ok(about) = fs::metadata(path) else {
+            let folder = path.parent().filter(|it| !it.as_os_str().is_empty());
+            match folder.filter(|folder| is_missing(folder)) {
+                Some(folder) => return Err(SenseError::NoFolder(folder.to_owned())),
+                None => continue,
+            }
+        };
         let kind = about.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(SenseError::NotAnImage(path.to_owned()));
@@ -121,15 +151,31 @@ fn images<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<(), SenseError> {
     Ok(())
 }
 
+fn is_missing(folder: &Path) -> bool {
+    fs::metadata(folder).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
+/// Bytes of an image that is a file.
+fn length(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().filter(fs::Metadata::is_file).map(|about| about.len())
+}
+
+/// A file that nobody made as a disk. Advice to make it longer would change what is somebody's data.
+fn multiple_of_512(path: &Path) -> Result<(), SenseError> {
+    match length(path) {
+        Some(bytes) if !bytes.is_multiple_of(512) => {
+            Err(SenseError::NoDisk { image: path.to_owned(), bytes })
+        }
+        _ => Ok(()),
+    }
+}
+
 fn whole_sectors(disk: &DiskSpec) -> Result<(), SenseError> {
-    let length = || -> io::Result<Option<u64>> {
-        let about = fs::metadata(&disk.path)?;
-        Ok(about.is_file().then_some(about.len()))
-    };
+    multiple_of_512(&disk.path)?;
     let sector = disk.sectors.unwrap_or(SectorSize::Small).bytes();
-    match length() {
+    match length(&disk.path) {
         // An image that is empty has its own line.
-        Ok(Some(bytes)) if bytes > sector && !bytes.is_multiple_of(sector) => {
+        Some(bytes) if bytes > sector && !bytes.is_multiple_of(sector) => {
             Err(SenseError::PartOfSector { image: disk.path.clone(), bytes, sector })
         }
         _ => Ok(()),
@@ -190,7 +236,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name).display().to_string();
         let make = |name: &str, bytes| File::create(path(name)).unwrap().set_len(bytes).unwrap();
-        for (name, bytes) in [("a", 1 << 20), ("odd", (1 << 20) + 100), ("half", (1 << 20) + 512)] {
+        let sizes = [("a", 1 << 20), ("odd", (1 << 20) + 100), ("half", (1 << 20) + 512), ("small", 8)];
+        for (name, bytes) in sizes {
             make(name, bytes);
         }
         fs::hard_link(path("a"), path("same")).unwrap();
@@ -199,12 +246,44 @@ mod tests {
             let disks = disks.iter().map(|disk| format!(" --disk path={}", path(disk)));
             said(&format!("run{}", disks.collect::<String>()))
         };
+        let standby = format!("standby --listen 0.0.0.0:1 --arbiter file:/x --disk path={}", path(""));
         assert_eq!(run(&["a", "half", "missing"]), "");
         assert!(run(&["a", "same"]).contains("is given twice"));
-        assert!(run(&["odd"]).contains("truncate -s 1049088"), "{}", run(&["odd"]));
+        for what in [run(&["odd"]), said(&format!("{standby}odd")), said(&format!("{standby}small"))] {
+            assert!(
+                what.contains("no multiple of 512") && what.contains("under a name of its own"),
+                "{what}"
+            );
+            assert!(!what.contains(&format!("truncate -s 1049088 {}", path("odd"))), "{what}");
+        }
+        for what in [run(&["no-folder/a"]), said(&format!("{standby}no-folder/a"))] {
+            assert!(what.contains("no-folder does not exist: correct the path"), "{what}");
+            assert!(!what.contains("truncate"), "{what}");
+        }
         assert!(run(&["half,sector=4096"]).contains("truncate -s 1052672"));
         assert!(run(&["pipe"]).contains("is neither a file nor a block device"));
-        let standby = format!("standby --listen 0.0.0.0:1 --arbiter file:/x --disk path={}", path("pipe"));
-        assert!(said(&standby).contains("is neither a file nor a block device"));
+        assert!(said(&format!("{standby}pipe")).contains("is neither a file nor a block device"));
+    }
+
+    #[test]
+    fn an_image_in_another_format_is_refused_with_the_command_that_converts_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("server.img");
+        let standby = "standby --listen 0.0.0.0:1 --arbiter file:/x";
+        for (magic, format) in [(&b"QFI\xfb"[..], "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx")] {
+            fs::write(&image, [magic, &vec![0; 4096 - magic.len()]].concat()).unwrap();
+            let disk = format!("--disk path={}", image.display());
+            for line in [format!("run {disk}"), format!("run {disk},readonly"), format!("{standby} {disk}")] {
+                let said = said(&line);
+                let remedy = format!("qemu-img convert -f {format} -O raw {}", image.display());
+                assert!(said.contains(&remedy), "{line}: {said}");
+            }
+            assert_eq!(said(&format!("{standby} {disk},overwrite")), "");
+            // What a VM has written to its own disk is its own business.
+            let sidecar = folder.path().join("server.img.outlive");
+            fs::write(&sidecar, "").unwrap();
+            assert_eq!(said(&format!("run {disk}")), "");
+            fs::remove_file(sidecar).unwrap();
+        }
     }
 }

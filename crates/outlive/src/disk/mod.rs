@@ -7,7 +7,8 @@
 //! both      book.rs: what this process knows of its images' contents, so that it need not read all of them again
 //!           sidecar.rs: whose copy an image is, and whether it is whole; sidecars.rs: the thread that writes it
 //! a start   prepare.rs: brings images to their last commit; standing.rs: whether the VM may go on with them;
-//!           start.rs: as which VM, in which generation; overwrite.rs, blank.rs: what a standby may overwrite
+//!           start.rs: as which VM, in which generation; overwrite.rs, blank.rs: what a standby may overwrite;
+//!           format.rs: images that are not raw
 //! ```
 //!
 //! Why an image is never between two checkpoints, not even after a loss of power (invariant 2):
@@ -25,6 +26,7 @@ mod apply;
 mod blank;
 mod book;
 mod command;
+mod format;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
 mod hash;
@@ -46,6 +48,7 @@ pub(crate) mod tests;
 
 pub(crate) use book::{Book, Books};
 pub(crate) use command::command;
+pub(crate) use format::{NotRaw, refuse_other_formats};
 pub(crate) use hash::contents as hash_contents;
 pub(crate) use overwrite::{OverwriteError, Target};
 pub(crate) use part::{Part, PartError};

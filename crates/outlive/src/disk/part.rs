@@ -50,6 +50,8 @@ pub(crate) enum Part {
         why: String,
         /// The VM's name, if the images know it.
         name: Option<String>,
+        /// Whether nobody may start the VM before an operator has done something.
+        needs_operator: bool,
     },
 }
 
@@ -121,6 +123,7 @@ impl Part {
         }
         let mut name = name.map(str::to_owned);
         let mut waits: Option<String> = None;
+        let mut needs_operator = false;
         let (mut own, mut unknown) = (None, Vec::new());
         let (mut after, mut may_be_taken_over) = (Duration::ZERO, false);
         for given in Given::all(images) {
@@ -151,10 +154,14 @@ impl Part {
                 waits.get_or_insert_with(|| format!("the disk image {} is not whole", image.display()));
             }
             for danger in &standing.dangers {
-                let text = danger.refusal(image);
                 match danger.kind() {
-                    DangerKind::StaleImage | DangerKind::Replica => waits.get_or_insert(text),
-                    _ => return Err(PartError::Unclear(text)),
+                    // Nothing is wrong: the host with the newest image starts the VM.
+                    DangerKind::StaleImage => waits.get_or_insert_with(|| danger.why(image)),
+                    DangerKind::Replica => {
+                        needs_operator = true;
+                        waits.get_or_insert_with(|| danger.refusal(image))
+                    }
+                    _ => return Err(PartError::Unclear(danger.refusal(image))),
                 };
             }
             may_be_taken_over |= standing.highest.is_some() && sidecar.end.is_none();
@@ -166,10 +173,12 @@ impl Part {
             if let Some(own) = own {
                 return Err(PartError::NewDisk { own: own.to_path_buf(), other: image.to_path_buf() });
             }
-            waits.get_or_insert(blank(image)?);
+            let why = blank(image)?;
+            needs_operator |= waits.is_none();
+            waits.get_or_insert(why);
         }
         Ok(match waits {
-            Some(why) => Self::Waits { why, name },
+            Some(why) => Self::Waits { why, name, needs_operator },
             None => Self::Starts { after, may_be_taken_over },
         })
     }
@@ -178,7 +187,12 @@ impl Part {
 /// Why a host with an image without a sidecar waits: the image is empty.
 fn blank(image: &Path) -> Result<String, PartError> {
     match is_blank(image)? {
-        true => Ok(format!("the disk image {} is empty", image.display())),
+        true => Ok(format!(
+            "the disk image {image} is empty, so this host waits for one that has the VM; if there is no VM yet, begin \
+             it on one host: end this command there, run `outlive image accept --yes {image}` (with the server's data in the \
+             image, or empty), and start this command again",
+            image = image.display()
+        )),
         false => Err(PartError::Unknown(image.to_path_buf())),
     }
 }

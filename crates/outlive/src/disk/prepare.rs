@@ -74,8 +74,8 @@ pub(crate) enum PrepareError {
     Missing(PathBuf),
     /// There is no room for one block.
     #[error(
-        "the disk image {image} has {bytes} bytes, less than one block: make it as large as the primary's with \
-         `truncate -s SIZE {image}`"
+        "{image} has {bytes} bytes, less than one block, so it is no disk image: give another file, as large as the \
+         primary's; a new one is made with `truncate -s SIZE NAME.img`"
     )]
     TooSmall { image: PathBuf, bytes: u64 },
     /// An image cannot be opened.

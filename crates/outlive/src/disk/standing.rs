@@ -37,10 +37,21 @@ impl<'a> Given<'a> {
     }
 }
 
+/// How a host whose image is older protects the VM again.
+fn join(image: &Path) -> String {
+    format!(
+        "to protect the VM, run `outlive standby ... --disk path={}` here (or `outlive run --or-standby ...`), which \
+         brings the image up to date",
+        image.display()
+    )
+}
+
 /// How a danger is told to people, and accepted by them.
 pub(super) trait Told {
     /// The option that accepts it.
     fn kind(&self) -> DangerKind;
+    /// What is so, without a remedy.
+    fn why(&self, image: &Path) -> String;
     /// One line with the remedy.
     fn refusal(&self, image: &Path) -> String;
     /// What was accepted, for the record.
@@ -60,22 +71,33 @@ impl Told for Danger {
         }
     }
 
-    fn refusal(&self, image: &Path) -> String {
-        let image_path = image;
-        let (image, option) = (image.display(), self.kind().option());
+    fn why(&self, image: &Path) -> String {
+        let shown = image.display();
         match self {
             Self::Stale { generation, newest, owner } => {
                 let owner = owner.as_ref().map_or_else(String::new, |owner| format!(", won by {owner}"));
                 format!(
-                    "the disk image {image} is out of date: it has generation {generation} and its VM \
-                     continued in generation {newest}{owner}; start from the image of the host that has \
-                     that generation, or give up what happened since with {option}"
+                    "the disk image {shown} is out of date: it has generation {generation} and its VM continued in \
+                     generation {newest}{owner}"
                 )
             }
             Self::Released { generation } => format!(
-                "the disk image {image} is out of date: its standby gave it up in generation {generation} \
-                 and its VM continued without it; start from the image of the host where it ran, or give up \
-                 what happened since with {option}"
+                "the disk image {shown} is out of date: its standby gave it up in generation {generation} and its VM \
+                 continued without it"
+            ),
+            other => other.refusal(image),
+        }
+    }
+
+    fn refusal(&self, image: &Path) -> String {
+        let image_path = image;
+        let (image, option) = (image.display(), self.kind().option());
+        match self {
+            Self::Stale { .. } | Self::Released { .. } => format!(
+                "{}; {}; or start from the image of the host where the VM ran last; \
+                 only if that one is lost for good, give up what happened since with {option}",
+                self.why(image_path),
+                join(image_path)
             ),
             Self::Replica { generation } => format!(
                 "the disk image {image} is a standby's copy as of its last commit in generation {generation}, and the image of the host where the VM ran may be newer: start from that one, or, if it is lost for good, from this one with {option}"

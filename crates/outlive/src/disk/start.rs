@@ -177,6 +177,18 @@ impl Start {
         self.known.iter().find(won).map(|it| it.standing.generation)
     }
 
+    /// Whether no image says that the VM has run before.
+    pub(crate) fn is_new(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    /// The VM, those of the images, and their ancestors.
+    pub(crate) fn vms(&self) -> impl Iterator<Item = VmId> {
+        let of_images = self.known.iter().map(|it| it.sidecar.provenance.vm);
+        let ancestors = self.provenance.lineage.ancestors().iter().map(|it| it.vm);
+        std::iter::once(self.provenance.vm).chain(of_images).chain(ancestors)
+    }
+
     /// What was accepted for this start.
     pub(crate) fn accepted(&self) -> &[Accepted] {
         &self.accepted

@@ -91,6 +91,20 @@ pub enum Event {
         /// Why, for a person.
         why: String,
     },
+    /// The other host runs this VM, too, or another VM of the same name. No VM is stopped by that; an operator must
+    /// look.
+    RunsTwice {
+        /// Name of the VM there.
+        vm: String,
+        /// Its id.
+        id: String,
+        /// The generation in which it runs there.
+        generation: u64,
+        /// `HOST:PORT` of the other host; all of them where there are several.
+        at: String,
+        /// It is this very VM; else it only has the same name.
+        same_vm: bool,
+    },
     /// A primary reaches no standby, or is refused before it could introduce itself; told now and then while that
     /// lasts.
     StandbyUnreachable {

@@ -21,6 +21,13 @@ fn every_event() -> Vec<Event> {
         Event::Ready { generation: 1, checkpoint: 3 },
         Event::StreamRefused { why: "damage".into() },
         Event::StillUnprotected { why: "no standby".into(), for_s: 60 },
+        Event::RunsTwice {
+            vm: "demo".into(),
+            id: "00ff".into(),
+            generation: 2,
+            at: "hostb:7000".into(),
+            same_vm: false,
+        },
         Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536, planned_pages: 65600 },
         Event::GuestPanicked,
         Event::GuestRestarted { how: "a triple fault".into() },

@@ -137,6 +137,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     let counted = totals.clone();
     standing.runs_here(
         &identity.provenance.name,
+        &identity.provenance.vm.to_string(),
         identity.generation,
         unprotected_because(&options, identity.checkpoint),
         move || counted.progress(),

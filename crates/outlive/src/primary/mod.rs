@@ -10,6 +10,7 @@ mod converge;
 mod coordinator;
 mod disks;
 mod driver;
+mod elsewhere;
 mod handover;
 mod hold;
 mod inbox;
@@ -46,6 +47,7 @@ use crate::vm::{
 use crate::{notify, sandbox};
 
 pub(crate) use ask::{Answer, ask};
+pub(crate) use elsewhere::Elsewhere;
 pub(crate) use handover::{HandOverError, Waiting, ask as ask_to_hand_over};
 pub(crate) use inbox::Queue;
 pub(crate) use launch::run;
@@ -65,6 +67,9 @@ pub(crate) enum StartError {
     /// No VM starts from these images.
     #[error(transparent)]
     Plan(#[from] disk::StartError),
+    /// Another host has the VM.
+    #[error(transparent)]
+    Elsewhere(#[from] Elsewhere),
     /// There is nothing to boot.
     #[error(transparent)]
     Guest(#[from] GuestError),
@@ -133,6 +138,7 @@ pub(crate) fn start(
         Start::plan(&written, arbiter.as_deref_mut(), options.name.as_deref(), &options.accept.dangers())
     };
     let mut start = plan(&mut arbiter)?;
+    elsewhere::look(&start, &active.standbys, &active.security())?;
     let vm = start.provenance.vm;
     let machine_events = Relay::new();
     let guest = Guest::read(options)?;

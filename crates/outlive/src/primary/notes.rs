@@ -11,6 +11,7 @@ use super::reminder::Reminder;
 use super::stats::{BaseCost, Totals};
 use crate::events::{Event, EventWriter};
 use crate::status::Standing;
+use crate::vm::Runs;
 
 /// The log repeats after this time that no standby can be reached.
 const UNREACHABLE_AGAIN: Duration = Duration::from_secs(60);
@@ -53,6 +54,11 @@ impl Notes {
         match note {
             Note::DialFailed { why } => self.unreachable(&why),
             Note::Refused { text, .. } => {
+                if let Some(there) = Runs::parse(&text)
+                    && self.runs_twice(there)
+                {
+                    return;
+                }
                 self.standing.now(&format!("the standby refuses: {text}"));
                 tracing::warn!("standby refused: {text}");
             }
@@ -155,6 +161,37 @@ impl Notes {
                 }
             }
         }
+    }
+
+    /// Whether the VM that the other host runs is this one, or is called like it. Then it is said loudly. This VM runs
+    /// on: nobody here can know which of the two is the right one.
+    fn runs_twice(&self, there: Runs) -> bool {
+        let Some(here) = self.standing.runs() else { return false };
+        let Runs { name, id, generation } = there;
+        let same_vm = id == here.id;
+        if !same_vm && name != here.name {
+            return false;
+        }
+        let at = self.standing.other_hosts();
+        let why = if same_vm {
+            format!(
+                "THE VM {name} RUNS ON BOTH HOSTS: here in generation {}, and at {at} in generation {generation}. Look at \
+                 both (`outlive status`) and stop the one that is not to go on; what its clients were told is lost \
+                 (docs/arbitration.md)",
+                here.generation
+            )
+        } else {
+            format!(
+                "TWO VMS HAVE THE NAME {name}: this one (id {}) and one that runs at {at} (id {id}, generation \
+                 {generation}). If they have one address, clients reach either: stop the wrong one. To protect the VM \
+                 at {at}, stop this one and run `outlive standby` here; for two VMs give another --name and --standby",
+                here.id
+            )
+        };
+        self.standing.now(&why);
+        tracing::error!("{why}");
+        self.events.emit(Event::RunsTwice { vm: name, id, generation, at, same_vm });
+        true
     }
 
     /// The primary tries again and again; the reason may differ each time although nothing has changed.

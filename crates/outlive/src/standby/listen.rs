@@ -13,7 +13,7 @@ use outlive_epoch::{
     Hello, IncomingError, IncomingLimits, Message, PAGE_SIZE, Peer, ProtocolVersion, ReadError, RefuseCode,
     SectionReader, VersionRange, WireError,
 };
-use outlive_pair::{Introduction, Link};
+use outlive_pair::{Introduction, Link, Unwelcome};
 
 use super::applier::Applier;
 use super::audit::Comparing;
@@ -215,7 +215,7 @@ fn serve(
             tracing::info!(primary = from, version = version as u32, "primary attached");
             reader.agree(version);
             let standing = &decisions.equipment.standing;
-            standing.vm(&hello.name, hello.generation);
+            standing.vm(&hello.name, &hello.vm.to_string(), hello.generation);
             standing.peer(&from);
             let events = &decisions.equipment.events;
             events.of_vm(&hello.name, &hello.vm.to_string());
@@ -281,7 +281,7 @@ fn admit(
         dead_after: Duration::from_micros(hello.dead_after_us),
         shared_storage: hello.devices.iter().any(|device| device.flags.shared),
     };
-    decisions.would_accept(&introduction)?;
+    decisions.would_accept(&introduction).map_err(|why| unwelcome(decisions, why))?;
     // Before anything that a primary must be: whoever asks has made no VM yet.
     if hello.limits.slots == 0 {
         return Err(Refusal::OnlyAsked);
@@ -321,6 +321,12 @@ fn admit(
         Refusal::Attached
     })?;
     Ok((admitted, version))
+}
+
+/// The words of a refusal. Where a VM runs, it says which: the primary may have it, too.
+fn unwelcome(decisions: &Decisions, why: Unwelcome) -> Refusal {
+    let runs = decisions.equipment.standing.runs().filter(|_| why == Unwelcome::TakenOver);
+    runs.map_or_else(|| why.into(), Refusal::Runs)
 }
 
 /// A question about no VM needs no right: see `primary/ask.rs`.

@@ -11,6 +11,7 @@ use super::decisions::ClaimsError;
 use super::listen::MAX_SLOTS;
 use crate::arbiter::{ArbiterError, ArbiterSpecError};
 use crate::link::MayNot;
+use crate::vm::Runs;
 
 /// See the module. The words go to the primary, with the [code](Self::code).
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +25,9 @@ pub(super) enum Refusal {
     /// The decisions are against it.
     #[error(transparent)]
     Unwelcome(#[from] Unwelcome),
+    /// A VM runs here. The words are read by the primary's program, too.
+    #[error("{0}")]
+    Runs(Runs),
     /// This standby is for another VM.
     #[error("this standby is kept for VM {served}, not for {name} ({vm})")]
     WrongVm { served: String, name: String, vm: VmId },
@@ -80,7 +84,7 @@ impl Refusal {
             Self::Stale { .. } => RefuseCode::StaleGeneration,
             Self::Copy(why) => why.code(),
             // Nothing is wrong with the primary: it may try again.
-            Self::Place(_) | Self::Arbiter { .. } | Self::Attached => RefuseCode::Busy,
+            Self::Place(_) | Self::Arbiter { .. } | Self::Attached | Self::Runs(_) => RefuseCode::Busy,
             Self::OnlyAsked
             | Self::Slots(_)
             | Self::OtherArbiter { .. }

@@ -392,7 +392,7 @@ mod tests {
 
     fn primary() -> std::sync::Arc<Standing> {
         let standing = Standing::new(Role::Primary, Some("web"), "starting");
-        standing.runs_here("web", 1, "no --standby is given", counted);
+        standing.runs_here("web", "00ff", 1, "no --standby is given", counted);
         standing
     }
 
@@ -508,7 +508,7 @@ mod tests {
         let status = standing.status();
         assert!(!status.protected && status.checkpoint.is_none() && status.arbiter.is_none());
         assert!(status.to_string().starts_with("(no VM yet): standby, UNPROTECTED since "), "{status}");
-        standing.vm("web", 4);
+        standing.vm("web", "00ff", 4);
         standing.peer("10.0.0.1:555");
         standing.protected(4);
         standing.staged(77);
@@ -521,7 +521,7 @@ mod tests {
         standing.won(5);
         let status = standing.status();
         assert!(!status.loss_of_this_host.survived && status.loss_of_other_host.survived);
-        standing.runs_here("web", 5, "it was taken over", counted);
+        standing.runs_here("web", "00ff", 5, "it was taken over", counted);
         let status = standing.status();
         assert_eq!((status.role, status.checkpoint, status.peer), (Role::Primary, Some(812), None));
     }

@@ -11,6 +11,7 @@ use crate::events::{EventWriter, Role, now_us};
 use crate::link::{LinkKind, Security};
 use crate::notify;
 use crate::primary::Queue;
+use crate::vm::Runs;
 
 /// How far the checkpoints are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,6 +38,8 @@ type Counter = Arc<dyn Fn() -> Progress + Send + Sync>;
 #[derive(Clone)]
 pub(super) struct Facts {
     pub(super) vm: Option<String>,
+    /// The VM's id.
+    pub(super) id: Option<String>,
     pub(super) role: Role,
     pub(super) protected: bool,
     /// When `protected` became what it is.
@@ -101,6 +104,7 @@ impl Standing {
     pub(crate) fn new(role: Role, vm: Option<&str>, why: &str) -> Arc<Self> {
         let facts = Facts {
             vm: vm.map(str::to_owned),
+            id: None,
             role,
             protected: false,
             since: SystemTime::now(),
@@ -169,6 +173,7 @@ impl Standing {
     pub(crate) fn runs_here(
         &self,
         vm: &str,
+        id: &str,
         generation: u64,
         why: &str,
         counter: impl Fn() -> Progress + Send + Sync + 'static,
@@ -176,7 +181,7 @@ impl Standing {
         self.unprotected(why);
         self.change(|facts| {
             facts.role = Role::Primary;
-            facts.vm = Some(vm.to_owned());
+            (facts.vm, facts.id) = (Some(vm.to_owned()), Some(id.to_owned()));
             facts.generation = Some(generation);
             facts.peer = None;
             facts.counter = Some(Arc::new(counter));
@@ -221,8 +226,22 @@ impl Standing {
     }
 
     /// Which VM it is, as its primary says.
-    pub(crate) fn vm(&self, name: &str, generation: u64) {
-        self.change(|facts| (facts.vm, facts.generation) = (Some(name.to_owned()), Some(generation)));
+    pub(crate) fn vm(&self, name: &str, id: &str, generation: u64) {
+        self.change(|facts| {
+            (facts.vm, facts.id) = (Some(name.to_owned()), Some(id.to_owned()));
+            facts.generation = Some(generation);
+        });
+    }
+
+    /// The VM that this process has, as it is told to other hosts.
+    pub(crate) fn runs(&self) -> Option<Runs> {
+        let facts = self.facts();
+        Some(Runs { name: facts.vm?, id: facts.id?, generation: facts.generation? })
+    }
+
+    /// Where the other host may be found, for people.
+    pub(crate) fn other_hosts(&self) -> String {
+        self.facts().others.map_or_else(String::new, |(addresses, _)| addresses.join(" or "))
     }
 
     /// A base is committed.

@@ -11,6 +11,7 @@
 //! limits.rs     how much a checkpoint may carry
 //! relay.rs      keeps a machine's events until it has a coordinator
 //! remedy.rs     which option helps against an error of the machine
+//! runs.rs       how a host tells another one which VM it runs
 //! launch.rs     a running machine with its identity, on its way to its coordinator
 //! ```
 
@@ -23,6 +24,7 @@ pub(crate) mod limits;
 mod options;
 mod relay;
 mod remedy;
+mod runs;
 mod tap;
 
 pub(crate) use disks::{Disk, replicated};
@@ -36,4 +38,5 @@ pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};
 pub(crate) use relay::{Relay, Stops};
 pub(crate) use remedy::Remedied;
+pub(crate) use runs::Runs;
 pub(crate) use tap::{CardError, open_card, place_card};

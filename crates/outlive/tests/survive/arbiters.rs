@@ -253,6 +253,41 @@ fn with_an_operator_as_arbiter_nobody_goes_on_before_the_word() {
     witnesses.finish(&world);
 }
 
+/// Two operators, or one in a hurry, give one generation to both hosts. Nobody can undo that, but everybody hears of it.
+#[test]
+fn two_words_for_one_generation_are_told_loudly() {
+    let Some(world) = World::new() else { return };
+    let [a, b] = ["a", "b"].map(|name| world.dir().join(name));
+    let options = |side: Side, socket: &Path| {
+        let other = side.other().addr().to_string();
+        let status = socket.to_str().unwrap();
+        ["--standby", &other, "--arbiter", "manual", "--status", status, "--dead-after", DEAD_AFTER]
+            .map(str::to_owned)
+    };
+    let (at_a, at_b) = (options(Side::A, &a), options(Side::B, &b));
+    let mut standby = world.standby_with(Side::B, &words(&at_b));
+    let mut primary = world.run_with(Side::A, &words(&at_a));
+    primary.wait_protected();
+    world.cut_link();
+    for host in [&mut primary, &mut standby] {
+        host.wait_for("asking an operator", |e| matches!(e, Event::ArbiterUnreachable { .. }));
+    }
+    for (socket, command) in [(&a, "go-on-alone"), (&b, "take-over")] {
+        let (code, said) = word(socket, &[command, "--generation", "2"]);
+        assert_eq!(code, Some(0), "{said}");
+    }
+    assert_eq!(standby.wait_takeover(), 2);
+    primary.wait_for("alone", |e| matches!(e, Event::Won { generation: 2 }));
+    world.mend_link();
+    primary.wait_for("both", |e| matches!(e, Event::RunsTwice { same_vm: true, generation: 2, .. }));
+    primary.wait_says("THE VM vm RUNS ON BOTH HOSTS: ", 1);
+    assert!(primary.log().lines().any(|line| line.contains("ERROR") && line.contains("RUNS ON BOTH HOSTS")));
+    let out = Command::new(PROGRAM).args(["status", "--socket"]).arg(&a).output().unwrap();
+    let told = String::from_utf8(out.stdout).unwrap();
+    assert!(told.contains("RUNS ON BOTH HOSTS"), "{told}");
+    assert!(!primary.ended() && !standby.ended(), "nobody stops a VM by itself");
+}
+
 /// The hosts see each other again before the operator has decided: then one of them is told first that it has lost.
 #[test]
 fn an_operators_word_is_refused_while_the_other_host_answers() {

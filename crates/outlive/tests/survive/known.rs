@@ -99,6 +99,19 @@ fn a_stale_image_starts_nowhere() {
     // The operator forgot nothing.
     let said = refusal(run(&world, Side::A, &[]));
     assert!(said.contains("is out of date: it has generation 1"), "{said}");
+    let place = |words: &str| said.find(words).unwrap_or_else(|| panic!("no {words}: {said}"));
+    assert!(
+        place("run `outlive standby ...") < place("--accept-stale-image"),
+        "the wrong remedy first: {said}"
+    );
+    // The operator believes the last words of that line, although the VM runs.
+    let said = refusal(run(&world, Side::A, &["--accept-stale-image"]));
+    assert!(
+        said.contains("--accept-stale-image would start a second VM")
+            && said.contains(&format!("the host at {} has this VM", Side::B.addr()))
+            && said.contains("generation 2"),
+        "{said}"
+    );
     // Somebody emptied the arbiter.
     let (vm, away) = (vm_of(&before), world.dir().join("away"));
     fs::rename(world.arbiter().join(&vm), &away).unwrap();
@@ -118,6 +131,48 @@ fn a_stale_image_starts_nowhere() {
     let a = standby(&world, Side::A, &[]);
     b.wait_protected();
     wait_until("host a has the base", || a.log().contains("this standby can take over"));
+}
+
+/// The same without disks: nothing but the other host knows that there is a VM.
+#[test]
+fn a_new_vm_is_not_started_beside_one_of_its_name() {
+    let Some(world) = World::new() else { return };
+    let mut b = world.standby(Side::B);
+    let mut a = world.run(Side::A);
+    a.wait_protected();
+    a.kill();
+    assert_eq!(b.wait_takeover(), 2);
+    let frames = world.settled_frames_out(Side::A);
+    let said = refusal(world.run(Side::A));
+    assert!(
+        said.contains("runs a VM of the name vm (id ")
+            && said.contains(", generation 2)")
+            && said.contains("run `outlive standby` here"),
+        "{said}"
+    );
+    assert_eq!(world.settled_frames_out(Side::A), frames, "a second VM has sent something");
+    assert!(!b.ended());
+
+    // A host that cannot be reached says nothing. Once it is, both VMs run, and that is said.
+    world.cut_link();
+    let mut a = world.run(Side::A);
+    a.wait_for("a start", |e| matches!(e, Event::Started { vm: Some(_), .. }));
+    world.mend_link();
+    let twice = a.wait_for("two VMs", |e| matches!(e, Event::RunsTwice { .. }));
+    let Event::RunsTwice { vm, generation, at, same_vm, .. } = twice else {
+        unreachable!("the filter above")
+    };
+    assert_eq!((vm.as_str(), generation, same_vm), ("vm", 2, false));
+    assert_eq!(at, Side::B.addr().to_string());
+    a.wait_says("TWO VMS HAVE THE NAME vm: ", 1);
+    assert!(!a.ended() && !b.ended(), "nobody stops a VM by itself");
+
+    // A VM of another name is none of its business.
+    a.kill();
+    let there = Side::B.addr().to_string();
+    let mut a = world.run_with(Side::A, &["--name", "other", "--standby", &there]);
+    a.wait_says("standby refused: this host RUNS the VM vm (id ", 1);
+    assert!(!a.has(|e| matches!(e, Event::RunsTwice { .. })));
 }
 
 fn vm_of(sidecar: &str) -> String {

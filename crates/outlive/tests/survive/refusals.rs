@@ -48,12 +48,17 @@ fn until_closed(mut stream: TcpStream) -> Vec<u8> {
 fn overhear(world: &World) -> (Process, Hello) {
     let listener = world.on(Side::B, || TcpListener::bind(Side::B.addr())).unwrap();
     let primary = world.run(Side::A);
-    let (mut stream, _) = listener.accept().unwrap();
-    let mut reader = SectionReader::new(Peer::Primary);
-    reader.read_preface(&mut stream).unwrap();
-    let section = reader.read_section(&mut stream).unwrap();
-    let Message::Hello(hello) = Message::parse(&section).unwrap() else { panic!("no Hello") };
-    (primary, *hello)
+    loop {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut reader = SectionReader::new(Peer::Primary);
+        reader.read_preface(&mut stream).unwrap();
+        let section = reader.read_section(&mut stream).unwrap();
+        let Message::Hello(hello) = Message::parse(&section).unwrap() else { panic!("no Hello") };
+        // Without slots it is only the question whether a VM of this name runs here.
+        if hello.limits.slots > 0 {
+            return (primary, *hello);
+        }
+    }
 }
 
 /// A primary that consists only of its protocol.

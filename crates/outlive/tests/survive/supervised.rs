@@ -139,7 +139,11 @@ fn after_a_power_cut_of_both_hosts_the_vm_runs_once_from_the_newest_image() {
     b.kill();
     let mut a = start(&world, Side::A);
     let why = wait_waits(&mut a);
-    assert!(why.contains("is out of date"), "{why}");
+    assert!(why.contains("is out of date") && !why.contains("--accept"), "{why}");
+    let said = |line: &&str| line.contains("does not start the VM and waits as its standby");
+    let log = a.log();
+    let line = log.lines().find(said).unwrap_or_else(|| panic!("{log}"));
+    assert!(line.contains("INFO"), "nothing is wrong: {line}");
     let before = world.settled_frames_out(Side::A);
     let mut b = start(&world, Side::B);
     b.wait_protected();

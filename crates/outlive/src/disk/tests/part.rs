@@ -86,9 +86,17 @@ fn the_newest_image_of_the_vm_starts_it_and_leaves_time_for_a_takeover() {
 #[test]
 fn whoever_has_less_than_another_host_may_have_waits() {
     let mut host = Host::new();
-    assert!(host.waits().contains("is empty"));
+    let why = host.waits();
+    assert!(
+        why.contains("is empty")
+            && why.contains("if there is no VM yet")
+            && why.contains("outlive image accept --yes")
+    );
+    assert!(matches!(host.part(), Ok(Part::Waits { needs_operator: true, .. })));
     both(&host, 2, |_| {});
-    assert!(host.waits().contains("continued in generation 3"));
+    let why = host.waits();
+    assert!(why.contains("continued in generation 3") && !why.contains("--accept"), "{why}");
+    assert!(matches!(host.part(), Ok(Part::Waits { needs_operator: false, .. })));
     both(&host, 3, |it| it.role = Role::Replica);
     assert!(host.waits().contains("--accept-replica"));
     both(&host, 3, |it| (it.role, it.end) = (Role::Replica, Some(CopyEnd::Released)));

@@ -256,6 +256,25 @@ fn an_image_of_a_vm_that_the_arbiter_has_forgotten_is_refused() {
     assert_eq!(start.provenance.lineage, Lineage::new([Ancestor { vm: VM, through: 3 }]));
 }
 
+/// There is nothing to bring back where a person is the arbiter.
+#[test]
+fn an_image_is_refused_by_a_person_who_remembers_nothing() {
+    let stage = Stage::new();
+    let mut sidecar = stage.sidecar();
+    sidecar.provenance.arbiter = KnownArbiter::Id("manual".into());
+    sidecar.provenance.vm = VmId([0x4d; 16]);
+    sidecar.write(&stage.image("a")).unwrap();
+    let mut manual = crate::arbiter::parse("manual").unwrap();
+    let mut plan = |accept: &[DangerKind]| {
+        let started = Start::plan(&[(0, &stage.image("a"))], Some(manual.as_mut()), None, accept);
+        started.map(drop).map_err(|error| error.to_string())
+    };
+    let error = plan(&[]).unwrap_err();
+    assert!(error.contains("run `outlive standby ...") && error.contains("--accept-lost-claims"), "{error}");
+    assert!(!error.contains("emptied") && !error.contains("bring the right arbiter back"), "{error}");
+    plan(&[DangerKind::LostClaims]).unwrap();
+}
+
 #[test]
 fn an_image_of_a_vm_with_an_arbiter_does_not_start_without_it() {
     for unsaid in [false, true] {
