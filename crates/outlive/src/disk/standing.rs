@@ -212,7 +212,7 @@ impl Standing {
         let (newest, highest) = (history.last(), history.last().map(|win| win.generation));
         // A process that wins a generation keeps its images. It may have died before their sidecars said so.
         let own = |win: &&Win| {
-            win.winner.as_ref().is_some_and(|winner| sidecar.claimants().any(|token| token == winner.process))
+            win.winner.as_ref().is_some_and(|winner| sidecar.claimants().any(|token| winner.is(token)))
         };
         let won = history.iter().rev().find(own).map(|win| win.generation).filter(|won| won > generation);
         let (generation, role) = won.map_or((*generation, *role), |won| (won, Role::Primary));

@@ -86,7 +86,7 @@ fn rests(driver: &Weak<SharedDriver>, hurry: &Hurry) -> bool {
 /// The newest generation and its winner, if that is another process.
 fn newest(arbiter: &mut dyn Arbiter, vm: &VmId, token: &str) -> Option<(u64, String)> {
     let win = arbiter.history(vm).ok()?.pop()?;
-    let winner = win.winner.filter(|winner| winner.process != token)?;
+    let winner = win.winner.filter(|winner| !winner.is(token))?;
     Some((win.generation, winner.owner))
 }
 

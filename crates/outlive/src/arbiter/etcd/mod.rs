@@ -297,7 +297,12 @@ impl Arbiter for EtcdArbiter {
 
     fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError> {
         let text = record::ended_text_at(vm, generation, why, now());
-        let conditions = vec![Compare::exists(self.keys.claim(vm, generation))];
+        let view = self.read(vm).map_err(|fault| self.fails(fault))?;
+        let claim = view.claims.into_iter().find(|(number, claim)| {
+            *number == generation && record::parse_claim(claim).is_some_and(|(_, it)| it == self.process)
+        });
+        let Some((_, claim)) = claim else { return Err(self.fails(EtcdFault::NotWinner(generation))) };
+        let conditions = vec![Compare::value(self.keys.claim(vm, generation), claim)];
         let noted = self.change(vm, conditions, vec![Op::put(self.keys.ended(vm, generation), text)]);
         match noted {
             Ok(None) => Ok(()),
