@@ -66,9 +66,6 @@ pub enum EtcdFault {
     /// Only the winner knows that the VM has ended.
     #[error("{}", not_won(*.0))]
     NotWinner(u64),
-    /// The password cannot be read.
-    #[error("{0}")]
-    Password(#[from] SecretError),
 }
 
 const LOST: &str = "bring the right cluster back; nobody goes on without it";
