@@ -79,8 +79,15 @@ pub enum Claim {
 pub struct Winner {
     /// Names the claimant to people.
     pub owner: String,
-    /// The claimant's [`process_token`].
+    /// The claimant's [`process_token`], or the [`fingerprint`] of it.
     pub process: String,
+}
+
+impl Winner {
+    /// Whether it is the process that has this token.
+    pub fn is(&self, token: &str) -> bool {
+        self.process == token || self.process == fingerprint(token)
+    }
 }
 
 /// A generation that was won.
@@ -169,9 +176,9 @@ pub trait Arbiter: Send {
     /// wrong and names the remedy.
     fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, ArbiterError>;
 
-    /// Notes that the VM has ended in order in a generation that this process has won. Only for people and
-    /// for [`prune`](crate::cli::ArbiterCommand::Prune): no decision depends on it. The error says what is
-    /// wrong and names the remedy.
+    /// Notes that the VM has ended in order in a generation that this process has won; no other's end is noted. Only
+    /// for people and for [`prune`](crate::cli::ArbiterCommand::Prune): no decision depends on it. The error says
+    /// what is wrong and names the remedy.
     fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError>;
 
     /// The VMs that the arbiter knows, in the order of their ids. The error says what is wrong and names the
@@ -224,6 +231,11 @@ pub fn process_token() -> io::Result<&'static str> {
     }
     let fresh = random_hex()?;
     Ok(TOKEN.get_or_init(|| fresh))
+}
+
+/// What others may learn of a [`process_token`]: whoever has the token itself counts as that process.
+fn fingerprint(token: &str) -> String {
+    format!("blake3:{}", blake3::hash(token.as_bytes()))
 }
 
 fn random_hex() -> io::Result<String> {

@@ -120,7 +120,7 @@ impl EndNotes {
 fn note_end(arbiter: &mut dyn Arbiter, vm: &VmId, why: &str) -> Result<(), ArbiterError> {
     let Ok(process) = process_token() else { return Ok(()) };
     let newest = arbiter.history(vm)?.pop();
-    let own = newest.filter(|win| win.winner.as_ref().is_some_and(|winner| winner.process == process));
+    let own = newest.filter(|win| win.winner.as_ref().is_some_and(|winner| winner.is(process)));
     own.map_or(Ok(()), |win| arbiter.note_end(vm, win.generation, why))
 }
 

@@ -87,7 +87,8 @@ pub enum ArbiterCommand {
         #[arg(value_name = "ARBITER")]
         place: String,
         /// Also forget VMs that ended in order at least this long ago, for example 30days. The arbiter then
-        /// no longer knows their images, and they start only with --accept-lost-claims
+        /// no longer knows their images, and they start only with --accept-lost-claims.
+        /// Where the arbiter is served, say it on its machine, with file:DIR: no host may
         #[arg(long, value_name = "AGE", value_parser = parse_age)]
         forget_ended: Option<Duration>,
         /// Only say what would be removed

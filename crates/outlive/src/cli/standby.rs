@@ -126,6 +126,19 @@ fn is_of_this_host(address: IpAddr) -> bool {
     UdpSocket::bind((address, 0)).is_ok()
 }
 
+const STANDBY_EXAMPLES: &str = "\
+Examples:
+  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0
+      waits for one VM and takes it over when its host dies
+  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --disk path=server.img
+      the same for a VM with a disk; to make the image: truncate --size SIZE server.img
+  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --standby hosta:7000
+      the same, and protects the VM with host a after a takeover
+  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --disk path=/dev/mapper/lun --fence /usr/local/sbin/preempt-hosta
+      a disk that both hosts see: host a loses its reservation before the VM runs here
+
+The link needs keys of both hosts: outlive keys init on one, outlive keys issue for the other (docs/trust.md).";
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,16 +154,3 @@ mod tests {
         }
     }
 }
-
-const STANDBY_EXAMPLES: &str = "\
-Examples:
-  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0
-      waits for one VM and takes it over when its host dies
-  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --disk path=server.img
-      the same for a VM with a disk; to make the image: truncate --size SIZE server.img
-  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --standby hosta:7000
-      the same, and protects the VM with host a after a takeover
-  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --disk path=/dev/mapper/lun --fence /usr/local/sbin/preempt-hosta
-      a disk that both hosts see: host a loses its reservation before the VM runs here
-
-The link needs keys of both hosts: outlive keys init on one, outlive keys issue for the other (docs/trust.md).";

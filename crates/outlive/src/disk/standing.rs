@@ -7,7 +7,7 @@ use outlive_pair::{Danger, Differs, ImageArbiter, ImageEnd, ImageFacts, ImageRol
 
 use super::provenance::{DangerKind, KnownArbiter};
 use super::sidecar::{CopyEnd, Role, Sidecar, beside};
-use crate::arbiter::{Arbiter, ArbiterError};
+use crate::arbiter::{Arbiter, ArbiterError, Win};
 
 /// One of the images that a VM is to start from.
 #[derive(Clone, Copy, Debug)]
@@ -194,8 +194,17 @@ pub(super) fn judge(
     };
     let given = arbiter.as_ref().map(|arbiter| arbiter.identity().to_owned());
     // It is asked only if one is given.
+    // A served arbiter tells other hosts no token, but what can be compared with one.
+    let by_token = |mut win: Win| {
+        if let Some(winner) = &mut win.winner
+            && let Some(own) = sidecar.claimants().find(|token| winner.is(token))
+        {
+            winner.process = own.to_owned();
+        }
+        win.into()
+    };
     let history = || match arbiter {
-        Some(arbiter) => Ok(arbiter.history(&sidecar.provenance.vm)?.into_iter().map(Into::into).collect()),
+        Some(arbiter) => Ok(arbiter.history(&sidecar.provenance.vm)?.into_iter().map(by_token).collect()),
         None => Ok(Vec::new()),
     };
     facts.judge(given.as_deref(), history)

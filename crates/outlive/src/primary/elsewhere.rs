@@ -62,7 +62,7 @@ fn before_accepted(
             Answer::Busy(why) | Answer::Unknown(why) => why,
         };
         // A host that has another VM says nothing about this one.
-        let other = |runs: &Runs| runs.name != start.provenance.name && !ids.iter().any(|id| *id == runs.id);
+        let other = |runs: &Runs| runs.name != start.provenance.name && !ids.contains(&runs.id);
         if Runs::parse(&why).as_ref().is_some_and(other) {
             continue;
         }

@@ -86,8 +86,12 @@ fn rests(driver: &Weak<SharedDriver>, hurry: &Hurry) -> bool {
 
 /// The newest generation and its winner, if that is another process.
 fn newest(arbiter: &mut dyn Arbiter, vm: &VmId, token: &str) -> Option<(u64, String)> {
-    let newest = arbiter.history(vm).ok()?.pop()?;
-    rival(&[newest.into()], &token.to_owned())
+    let win = arbiter.history(vm).ok()?.pop()?;
+    // A served arbiter tells other hosts no token, but what can be compared with one.
+    if win.winner.as_ref().is_some_and(|winner| winner.is(token)) {
+        return None;
+    }
+    rival(&[win.into()], &token.to_owned())
 }
 
 #[cfg(test)]

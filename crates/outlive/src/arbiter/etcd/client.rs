@@ -1,8 +1,5 @@
 //! Requests to the members of an etcd cluster: each has a deadline, and every member is tried in turn.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,11 +7,12 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
-use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::TlsConfig;
 use ureq::unversioned::transport::DefaultConnector;
 
 use super::api::{Authenticate, Authenticated, Refused, Txn, TxnAnswer};
 use super::fault::{EtcdFault, SecretError, is_unclear};
+use super::renewal::{Password, Renewed};
 use super::resolver::Names;
 use super::spec::Spec;
 
@@ -32,7 +30,7 @@ const IDLE: Duration = Duration::from_secs(30);
 /// copies: so a probe finds the member that answers, and keeps its connection, before a claim needs it.
 #[derive(Clone)]
 pub(super) struct Client {
-    agent: Agent,
+    agents: Arc<Renewed>,
     members: Arc<[String]>,
     /// The member that answered last.
     first: Arc<AtomicUsize>,
@@ -42,7 +40,7 @@ pub(super) struct Client {
 
 struct Login {
     user: String,
-    file: PathBuf,
+    password: Password,
     token: Mutex<Option<String>>,
 }
 
@@ -84,23 +82,13 @@ impl Client {
         let login = match (&spec.user, &spec.password_file) {
             (Some(user), Some(file)) => {
                 // Found out now, not when it is needed.
-                password(file)?;
-                Some(Arc::new(Login { user: user.clone(), file: file.clone(), token: Mutex::new(None) }))
+                let password = Password::read(file)?;
+                Some(Arc::new(Login { user: user.clone(), password, token: Mutex::new(None) }))
             }
             _ => None,
         };
-        let agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            // Whoever sits between must be named, not inherited.
-            .proxy(None)
-            .timeout_connect(Some(CONNECT))
-            .timeout_global(Some(PATIENCE))
-            .max_idle_age(IDLE)
-            .tls_config(tls(spec)?)
-            .build();
         Ok(Self {
-            agent: Agent::with_parts(agent, DefaultConnector::default(), Names::default()),
+            agents: Arc::new(Renewed::load(spec, agent)?),
             members: spec.members.clone().into(),
             first: Arc::default(),
             login,
@@ -159,7 +147,7 @@ impl Client {
                 answered => return answered,
             }
         }
-        let password = password(&login.file).map_err(|error| Trouble::Fault(error.into()))?;
+        let password = login.password.newest();
         let question_for_token = Authenticate { name: &login.user, password: &password };
         let Authenticated { token } =
             self.post(member, "/v3/auth/authenticate", &question_for_token, None)?;
@@ -174,7 +162,7 @@ impl Client {
         question: &impl Serialize,
         token: Option<&str>,
     ) -> Result<A, Trouble> {
-        let mut request = self.agent.post(format!("{member}{path}"));
+        let mut request = self.agents.newest().post(format!("{member}{path}"));
         if let Some(token) = token {
             request = request.header("Authorization", token);
         }
@@ -200,69 +188,16 @@ impl Client {
     }
 }
 
-fn tls(spec: &Spec) -> Result<TlsConfig, SecretError> {
-    let mut config = TlsConfig::builder()
-        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
-    if let Some(ca) = &spec.ca {
-        config = config.root_certs(RootCerts::Specific(Arc::new(certificates(ca)?)));
-    }
-    if let (Some(certificate), Some(key)) = (&spec.certificate, &spec.key) {
-        let client = ClientCert::new_with_certs(&certificates(certificate)?, private_key(key)?);
-        config = config.client_cert(Some(client));
-    }
-    Ok(config.build())
-}
-
-fn certificates(file: &Path) -> Result<Vec<Certificate<'static>>, SecretError> {
-    let bytes = read(file)?;
-    let found: Vec<_> = parse_pem(&bytes)
-        .filter_map(|item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        })
-        .collect();
-    if found.is_empty() {
-        let (file, what) = (file.to_owned(), "certificate in PEM");
-        return Err(SecretError::Content {
-            file,
-            what,
-            remedy: "it begins with -----BEGIN CERTIFICATE-----",
-        });
-    }
-    Ok(found)
-}
-
-fn private_key(file: &Path) -> Result<PrivateKey<'static>, SecretError> {
-    PrivateKey::from_pem(&secret(file)?).map_err(|_| SecretError::Content {
-        file: file.to_owned(),
-        what: "private key in PEM",
-        remedy: "give the key that belongs to the certificate",
-    })
-}
-
-/// The first line of a file.
-fn password(file: &Path) -> Result<String, SecretError> {
-    let bytes = secret(file)?;
-    let text = String::from_utf8(bytes).unwrap_or_default();
-    match text.lines().next() {
-        Some(line) if !line.is_empty() => Ok(line.to_owned()),
-        _ => Err(SecretError::Content {
-            file: file.to_owned(),
-            what: "password",
-            remedy: "write it into the first line",
-        }),
-    }
-}
-
-fn secret(file: &Path) -> Result<Vec<u8>, SecretError> {
-    let metadata =
-        fs::metadata(file).map_err(|source| SecretError::Read { file: file.to_owned(), source })?;
-    if metadata.mode() & 0o077 != 0 {
-        return Err(SecretError::Open(file.to_owned()));
-    }
-    read(file)
-}
-
-fn read(file: &Path) -> Result<Vec<u8>, SecretError> {
-    fs::read(file).map_err(|source| SecretError::Read { file: file.to_owned(), source })
+/// Has no connection yet.
+fn agent(tls: TlsConfig) -> Agent {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        // Whoever sits between must be named, not inherited.
+        .proxy(None)
+        .timeout_connect(Some(CONNECT))
+        .timeout_global(Some(PATIENCE))
+        .max_idle_age(IDLE)
+        .tls_config(tls);
+    Agent::with_parts(config.build(), DefaultConnector::default(), Names::default())
 }

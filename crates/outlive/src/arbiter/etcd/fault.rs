@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::spec::EtcdFormError;
+use crate::arbiter::file::not_won;
 
 /// What is wrong with a cluster.
 #[derive(Debug, thiserror::Error)]
@@ -62,9 +63,9 @@ pub enum EtcdFault {
         "its claim {0} is damaged: make sure that no host runs this VM in that generation, and delete the key"
     )]
     DamagedClaim(String),
-    /// The password cannot be read.
-    #[error("{0}")]
-    Password(#[from] SecretError),
+    /// Only the winner knows that the VM has ended.
+    #[error("{}", not_won(*.0))]
+    NotWinner(u64),
 }
 
 const LOST: &str = "bring the right cluster back; nobody goes on without it";

@@ -54,6 +54,9 @@ pub enum DirectoryFault {
         /// What is wrong with it.
         problem: String,
     },
+    /// Only the winner knows that the VM has ended.
+    #[error("{}", not_won(*.0))]
+    NotWinner(u64),
     /// A claim vanished.
     #[error("the claim that was just written is missing: check the file server")]
     ClaimGone,
@@ -62,6 +65,14 @@ pub enum DirectoryFault {
 /// The message when a VM's claims are missing from the directory.
 const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM: bring the right directory back; nobody \
                            goes on without it";
+
+/// The message when an end is noted by another process than the generation's winner.
+pub(in crate::arbiter) fn not_won(generation: u64) -> String {
+    format!(
+        "the process that says so has not won generation {generation}, so it cannot note the VM's end in it; if no host \
+         runs the VM any more, run `outlive arbiter release` (where the arbiter is served: on its machine, with file:DIR)"
+    )
+}
 
 /// What helps against an error of the file system.
 fn remedy(error: &io::Error) -> &'static str {

@@ -43,6 +43,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use self::directory::{Directory, Found, unusable};
+pub(super) use self::fault::not_won;
 pub use self::fault::{DirectoryFault, FileSpecError};
 use super::record::{self, MARKER, Marker};
 use super::registry::Needs;
@@ -51,6 +52,8 @@ use super::{
     process_token, random_hex,
 };
 
+/// The most files of a VM that a served arbiter keeps. Hosts remove old claims themselves, long before.
+const MOST_FILES: usize = 64;
 /// How to write it.
 pub(super) const FORM: &str =
     "file:DIR, where DIR is a directory that both hosts see, for example file:/srv/outlive";
@@ -244,6 +247,24 @@ impl FileArbiter {
         Win { generation, winner, at: self.directory.written(&name) }
     }
 
+    /// Whether this process has won a generation.
+    fn has_won(&self, vm: &VmId, generation: u64) -> io::Result<bool> {
+        let Found::Text(text) = self.directory.read(&record::claim_name(vm, generation))? else {
+            return Ok(false);
+        };
+        Ok(record::parse_claim(&text).is_some_and(|(_, process)| process == self.process))
+    }
+
+    /// Removes old claims of a VM whose hosts leave that to others: at most so many of its files stay.
+    pub(super) fn keep_small(&self, vm: &VmId) -> Result<(), ArbiterError> {
+        self.checked(|arbiter| {
+            if arbiter.directory.names(&record::vm_name(vm))?.len() > MOST_FILES {
+                prune::superseded(arbiter, vm, Mode::Remove)?;
+            }
+            Ok(())
+        })
+    }
+
     fn find_highest(&self, vm: &VmId) -> io::Result<Option<u64>> {
         let names = self.directory.names(&record::vm_name(vm))?;
         Ok(names.iter().filter_map(|name| record::parse_claim_name(name)).max())
@@ -285,6 +306,9 @@ impl Arbiter for FileArbiter {
     }
 
     fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError> {
+        if !self.checked(|arbiter| arbiter.has_won(vm, generation))? {
+            return Err(self.unreachable(DirectoryFault::NotWinner(generation)));
+        }
         self.checked(|arbiter| {
             let name = record::ended_name(vm, generation);
             arbiter.directory.publish(&name, &record::ended_text(vm, generation, why))?;

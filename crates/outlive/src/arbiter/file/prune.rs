@@ -23,10 +23,16 @@ pub(super) fn superseded(arbiter: &FileArbiter, vm: &VmId, mode: Mode) -> io::Re
     if mode == Mode::Name {
         return Ok(generations);
     }
-    // An end after which the VM was started again.
-    let ends = names.iter().filter_map(|name| record::parse_ended_name(name));
-    for generation in ends.filter(|generation| newest.is_some_and(|newest| *generation < newest)) {
-        remove(arbiter, &record::ended_name(vm, generation))?;
+    for generation in names.iter().filter_map(|name| record::parse_ended_name(name)) {
+        let ran_again = newest.is_some_and(|newest| generation < newest);
+        // Earlier releases took anybody's word. The claim is older than its end, so it would be here.
+        let unfounded = || {
+            let claim = arbiter.directory.read(&record::claim_name(vm, generation))?;
+            Ok::<_, io::Error>(matches!(claim, Found::Nothing))
+        };
+        if ran_again || unfounded()? {
+            remove(arbiter, &record::ended_name(vm, generation))?;
+        }
     }
     if let (false, Some(floor)) = (generations.is_empty(), kept.first()) {
         let note = record::pruned_name(vm, *floor);

@@ -240,7 +240,8 @@ impl Arbiter for ServedArbiter {
 
     fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError> {
         let why = super::record::printable(why);
-        self.get(Ask::NoteEnd { vm: Vm(*vm), generation, why }, |answer| match answer {
+        let process = Token::try_from(self.process.to_owned()).ok();
+        self.get(Ask::NoteEnd { vm: Vm(*vm), generation, why, process }, |answer| match answer {
             Answer::Noted => Ok(()),
             other => Err(other),
         })

@@ -17,7 +17,7 @@ use outlive_epoch::VmId;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::arbiter::{Ending, Win, Winner, record};
+use crate::arbiter::{Ending, Win, Winner, fingerprint, record};
 
 /// The version of the protocol. A server refuses others and names its own.
 pub(super) const VERSION: u32 = 1;
@@ -103,8 +103,15 @@ pub(super) enum Ask {
     History { vm: Vm },
     /// How it ended.
     Ending { vm: Vm },
-    /// It has ended.
-    NoteEnd { vm: Vm, generation: u64, why: String },
+    /// It has ended, says the process with this token. It must be that of the winner, so one without is refused;
+    /// hosts of 0.2.0 send none.
+    NoteEnd {
+        vm: Vm,
+        generation: u64,
+        why: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        process: Option<Token>,
+    },
     /// For all VMs.
     Vms,
     /// That old claims are removed, or only named.
@@ -114,6 +121,14 @@ pub(super) enum Ask {
 }
 
 impl Ask {
+    /// The VM of which a generation is claimed.
+    pub(super) fn claims(&self) -> Option<&VmId> {
+        match self {
+            Self::Claim { vm: Vm(vm), .. } => Some(vm),
+            _ => None,
+        }
+    }
+
     /// The VM that it is about.
     pub(super) fn vm(&self) -> Option<&VmId> {
         match self {
@@ -202,6 +217,16 @@ impl From<Win> for SentWin {
     fn from(win: Win) -> Self {
         let winner = win.winner.map(|winner| (winner.owner, winner.process));
         Self { generation: win.generation, winner, at: win.at.and_then(seconds) }
+    }
+}
+
+impl SentWin {
+    /// Without the winner's token: whoever has it counts as the winner.
+    pub(super) fn without_token(mut self) -> Self {
+        if let Some((_, process)) = &mut self.winner {
+            *process = fingerprint(process);
+        }
+        self
     }
 }
 
@@ -312,6 +337,7 @@ mod tests {
     fn all_lines_are_those_that_the_release_before_understands() {
         let vm = || Vm(VmId(*b"0123456789abcdef"));
         let process = Token("51d0".repeat(8));
+        let winner = Some(process.clone());
         let seventh = NonZeroU64::new(7).unwrap();
         let asks = [
             Ask::Open,
@@ -319,7 +345,7 @@ mod tests {
             Ask::Highest { vm: vm() },
             Ask::History { vm: vm() },
             Ask::Ending { vm: vm() },
-            Ask::NoteEnd { vm: vm(), generation: 7, why: "the guest has switched off".into() },
+            Ask::NoteEnd { vm: vm(), generation: 7, why: "the guest has switched off".into(), process: None },
             Ask::Vms,
             Ask::Prune { vm: vm(), remove: true },
             Ask::Forget { vm: vm(), age_s: 86_400, remove: false },
@@ -345,6 +371,13 @@ mod tests {
             Answer::Unable { why: "the directory is full: make room".into() },
             Answer::Refused { why: "not understood".into() },
         ];
+        // Since the release after 0.2.0: an end with its winner. Earlier servers ignore that.
+        let end = Ask::NoteEnd { vm: vm(), generation: 7, why: "stopped".into(), process: winner };
+        let mut line = Vec::new();
+        let question = Question { version: VERSION, arbiter: Some("5f".repeat(16)), ask: end.clone() };
+        say(&mut line, &question).unwrap();
+        let golden = crate::golden::keeps("arbiter-served-end-v1.jsonl", &String::from_utf8(line).unwrap());
+        assert_eq!(heard::<Question>(golden.as_bytes()).unwrap().ask, end);
         let mut out = Vec::new();
         for ask in &asks {
             let arbiter = (*ask != Ask::Open).then(|| "5f".repeat(16));

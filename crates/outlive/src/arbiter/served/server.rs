@@ -17,11 +17,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
-use super::protocol::{Answer, Ask, LONGEST_QUESTION, Question, VERSION, Vm, hear, say};
+use super::protocol::{Answer, Ask, LONGEST_QUESTION, Question, SentWin, Token, VERSION, Vm, hear, say};
 use super::transport::{NoArbiter, prepare, to_host};
 use super::visitors::{Entrance, Visitor, Visitors};
 use crate::arbiter::file::FileSpecError;
-use crate::arbiter::{Arbiter, ArbiterError, Claim, FileArbiter, Mode, VmId};
+use crate::arbiter::{Arbiter, ArbiterError, Claim, DirectoryFault, FileArbiter, Mode, VmId};
 use crate::keys::Certificate;
 use crate::link::{Security, SecurityError, may_be_open, usable};
 use crate::logs::RateLimit;
@@ -209,9 +209,11 @@ impl Server {
         if host.is_some() {
             visitor.becomes_known();
         }
+        let mut claims = None;
         let answer = match hear::<Question>(&mut stream, LONGEST_QUESTION, Instant::now() + PATIENCE) {
             Ok(question) => {
                 visitor.becomes_known();
+                claims = question.ask.claims().copied();
                 self.reply(question, host.as_ref())
             }
             Err(error) if error.kind() == ErrorKind::InvalidData => {
@@ -221,7 +223,14 @@ impl Server {
             Err(error) if error.get_ref().is_some() => Answer::Refused { why: error.to_string() },
             Err(error) => return Err(error),
         };
-        say(&mut stream, &answer)
+        let said = say(&mut stream, &answer);
+        // After the answer, because a VM waits for that.
+        if let (Answer::Won, Some(vm)) = (&answer, claims)
+            && let Err(error) = self.arbiter.keep_small(&vm)
+        {
+            tracing::warn!(%vm, "old claims stay: {error}");
+        }
+        said
     }
 
     fn reply(&self, question: Question, host: Option<&Certificate>) -> Answer {
@@ -261,16 +270,25 @@ impl Server {
             }
             Ask::Highest { vm: Vm(vm) } => Answer::Highest { generation: arbiter.highest(&vm)? },
             Ask::History { vm: Vm(vm) } => {
-                Answer::History { wins: arbiter.history(&vm)?.into_iter().map(Into::into).collect() }
+                let wins = arbiter.history(&vm)?.into_iter().map(SentWin::from);
+                // Where nobody shows a certificate there is nothing to protect, and 0.2.0 looks for its token.
+                let hide = |win: SentWin| if host.is_some() { win.without_token() } else { win };
+                Answer::History { wins: wins.map(hide).collect() }
             }
             Ask::Ending { vm: Vm(vm) } => Answer::Ending { ending: arbiter.ending(&vm)?.map(Into::into) },
-            Ask::NoteEnd { vm: Vm(vm), generation, why } => {
-                arbiter.note_end(&vm, generation, &why)?;
-                Answer::Noted
+            Ask::NoteEnd { vm: Vm(vm), generation, why, process } => {
+                let process = process.as_ref().map_or("", Token::as_str);
+                match self.arbiter.on_behalf_of(process).note_end(&vm, generation, &why) {
+                    Ok(()) => Answer::Noted,
+                    Err(ArbiterError::Directory { fault: fault @ DirectoryFault::NotWinner(_), .. }) => {
+                        Answer::Forbidden { why: fault.to_string() }
+                    }
+                    Err(error) => return Err(error),
+                }
             }
             Ask::Vms => {
                 let mut vms = arbiter.vms()?;
-                vms.retain(|vm| host.is_none_or(|host| host.grant.concerns(vm)));
+                vms.retain(|vm| host.is_none_or(|host| host.grant.arbiter || host.grant.concerns(vm)));
                 Answer::Vms { vms: vms.into_iter().map(Vm).collect() }
             }
             Ask::Prune { vm: Vm(vm), remove } => {
@@ -284,24 +302,37 @@ impl Server {
     }
 }
 
-/// A host that has nothing to do with a VM.
+/// A question that this host may not ask.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "host {host} may neither send nor hold VM {vm}: give it a certificate that allows it beside what it has (`outlive \
-     keys issue --host {host} {options}`)"
-)]
-struct Forbidden {
-    host: String,
-    vm: VmId,
-    options: String,
+enum Forbidden {
+    /// A host that has nothing to do with the VM.
+    #[error(
+        "host {host} may neither send nor hold VM {vm}: give it a certificate that allows it beside what it has \
+         (`outlive keys issue --host {host} {options}`)"
+    )]
+    Vm { host: String, vm: VmId, options: String },
+    /// A generation of a VM that was forgotten can be won once more, so no host of VMs decides on that.
+    #[error(
+        "no host may have VM {0} forgotten: run `outlive arbiter prune file:DIR --forget-ended AGE` on the arbiter's \
+         machine, where DIR is what it serves (and before it, if no host runs the VM any more and it has no end, \
+         `outlive arbiter release`)"
+    )]
+    Forget(VmId),
 }
 
-/// Whoever may send or hold a VM may ask for its generations, and nobody else.
+/// Whoever may send or hold a VM may ask for its generations, and nobody else. Whoever may be the arbiter may look after
+/// it, but not win.
 fn may_ask(ask: &Ask, host: Option<&Certificate>) -> Result<(), Forbidden> {
-    match (host, ask.vm()) {
-        (Some(host), Some(vm)) if !host.grant.concerns(vm) => {
-            Err(Forbidden { host: host.name.clone(), vm: *vm, options: host.grant.options_with(None, vm) })
-        }
+    let Some(vm) = ask.vm() else { return Ok(()) };
+    let steward = host.is_some_and(|host| host.grant.arbiter);
+    let of_hosts = matches!(ask, Ask::Claim { .. } | Ask::NoteEnd { .. });
+    match host {
+        Some(host) if !host.grant.concerns(vm) && (of_hosts || !steward) => Err(Forbidden::Vm {
+            host: host.name.clone(),
+            vm: *vm,
+            options: host.grant.options_with(None, vm),
+        }),
+        _ if matches!(ask, Ask::Forget { .. }) && !steward => Err(Forbidden::Forget(*vm)),
         _ => Ok(()),
     }
 }
@@ -323,3 +354,7 @@ fn claim(mut claimant: FileArbiter, vm: &VmId, generation: u64, owner: &str) -> 
         }
     }
 }
+
+#[cfg(test)]
+#[path = "hostile.rs"]
+mod tests;

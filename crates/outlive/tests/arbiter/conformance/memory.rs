@@ -28,7 +28,8 @@ pub(super) fn a_repeated_claim_is_won_again_but_not_by_another(place: &dyn Place
     let token = arbiter::process_token().unwrap();
     for (win, generation) in history.iter().zip(1..) {
         let winner = win.winner.as_ref().unwrap();
-        assert_eq!((win.generation, &*winner.owner, &*winner.process), (generation, "standby", token));
+        assert_eq!((win.generation, &*winner.owner, winner.is(token)), (generation, "standby", true));
+        assert!(!winner.is("another"));
         let age = win.at.unwrap().elapsed().unwrap_or_default();
         assert!(age < Duration::from_secs(600), "{age:?}");
     }
@@ -75,24 +76,29 @@ pub(super) fn old_claims_go_and_their_generations_cannot_be_won_again(place: &dy
 }
 
 pub(super) fn an_end_is_noted_until_the_vm_runs_again(place: &dyn Place) {
-    let mut arbiter = place.open();
+    let (mut arbiter, mut steward) = (place.open(), place.steward());
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
     assert_eq!(arbiter.ending(&VM).unwrap(), None);
     for _ in 0..2 {
         arbiter.note_end(&VM, 1, "the guest\npowered off").unwrap();
     }
+    // Of a generation that nobody has won, there is no end.
+    for generation in [0, 2, 1000] {
+        let error = arbiter.note_end(&VM, generation, "x").unwrap_err().to_string();
+        assert!(error.contains("`outlive arbiter release`"), "{error}");
+    }
     let end = arbiter.ending(&VM).unwrap().unwrap();
     assert_eq!((end.generation, &*end.why), (1, "the guest?powered off"));
     assert!(end.at.unwrap() <= SystemTime::now() + Duration::from_secs(5));
-    assert!(!arbiter.forget(&VM, Duration::from_secs(3600), Mode::Remove).unwrap(), "it is too young");
+    assert!(!steward.forget(&VM, Duration::from_secs(3600), Mode::Remove).unwrap(), "it is too young");
     // It runs again, so it has not ended.
     assert_eq!(arbiter.claim(&VM, 2, "primary"), Claim::Won);
     assert_eq!(arbiter.ending(&VM).unwrap(), None);
-    assert!(!arbiter.forget(&VM, Duration::ZERO, Mode::Remove).unwrap());
+    assert!(!steward.forget(&VM, Duration::ZERO, Mode::Remove).unwrap());
     arbiter.note_end(&VM, 2, "the end").unwrap();
-    assert!(arbiter.forget(&VM, Duration::ZERO, Mode::Name).unwrap());
+    assert!(steward.forget(&VM, Duration::ZERO, Mode::Name).unwrap());
     assert_eq!(arbiter.highest(&VM).unwrap(), Some(2));
-    assert!(arbiter.forget(&VM, Duration::ZERO, Mode::Remove).unwrap());
+    assert!(steward.forget(&VM, Duration::ZERO, Mode::Remove).unwrap());
     assert_eq!((arbiter.highest(&VM).unwrap(), arbiter.vms().unwrap().len()), (None, 0));
     // What is forgotten cannot go on.
     assert!(why(arbiter.claim(&VM, 3, "primary")).contains("lost the claims"));

@@ -58,6 +58,7 @@ fn etcd_conforms() {
     let cluster = Cluster::start(3);
     all(&|| Box::new(Prefix::make(&cluster)), 60);
     damage_is_never_a_win(&Prefix::make(&cluster));
+    only_the_winner_notes_an_end(&Prefix::make(&cluster));
     a_prefix_in_use_and_a_bare_cluster_are_no_arbiters(&cluster);
     a_cluster_that_went_back_is_not_trusted(&cluster);
 }
@@ -75,6 +76,23 @@ fn damage_is_never_a_win(prefix: &Prefix) {
     assert!(why(arbiter.claim(&VM, 1, "primary")).contains("is damaged"));
     remove(member, &format!("{}/arbiter", prefix.name));
     assert!(why(arbiter.claim(&VM, 1, "primary")).contains("is gone"));
+}
+
+fn only_the_winner_notes_an_end(prefix: &Prefix) {
+    let mut arbiter = prefix.open();
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+    let (token, other) = (arbiter::process_token().unwrap(), "b0".repeat(16));
+    let text = |process: &str| {
+        format!(
+            "outlive claim, version 1\nvm {VM}\ngeneration 1\nowner primary\ntoken {process}\nat 1\nend\n"
+        )
+    };
+    let key = format!("{}/vms/{VM}/claims/{:020}", prefix.name, 1);
+    put(prefix.cluster.members[0].client, &key, &text(&other));
+    let error = arbiter.note_end(&VM, 1, "the end").unwrap_err().to_string();
+    assert!(error.contains("has not won generation 1"), "{error}");
+    put(prefix.cluster.members[0].client, &key, &text(token));
+    arbiter.note_end(&VM, 1, "the end").unwrap();
 }
 
 fn a_prefix_in_use_and_a_bare_cluster_are_no_arbiters(cluster: &Cluster) {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use outlive::arbiter::{self, Claim};
+use outlive::arbiter::{self, Arbiter, Claim};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
 };
@@ -101,6 +101,93 @@ fn make_users(agent: &ureq::Agent, url: &str) {
     ask("auth/enable", json!({}));
 }
 
+/// Makes the place an arbiter, as soon as a member answers: a cluster that has just begun may be slow.
+fn made(place: &str) -> Box<dyn Arbiter> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        match arbiter::init(place) {
+            Ok((arbiter, _)) => return arbiter,
+            Err(error) => {
+                let told = error.to_string();
+                assert!(told.contains("no member answers") && Instant::now() < deadline, "{told}");
+            }
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Renames a file over another, as programs do that renew secrets.
+fn renew(file: &Path, text: &[u8]) {
+    let beside = file.with_extension("new");
+    fs::write(&beside, text).unwrap();
+    fs::set_permissions(&beside, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::rename(&beside, file).unwrap();
+}
+
+/// Gives the user a password. etcd takes no token any more that the user had.
+fn set_password(agent: &ureq::Agent, url: &str, password: &str) {
+    let root = json!({ "name": "root", "password": "a password" });
+    let mut answer = agent.post(format!("{url}/v3/auth/authenticate")).send_json(root).unwrap();
+    let token: Value = answer.body_mut().read_json().unwrap();
+    let change = json!({ "name": "vm", "password": password });
+    let change = agent
+        .post(format!("{url}/v3/auth/user/changepw"))
+        .header("Authorization", token["token"].as_str().unwrap())
+        .send_json(change);
+    assert!(change.unwrap().status().is_success());
+}
+
+#[test]
+fn secrets_of_etcd_are_renewed_and_missed_without_a_restart() {
+    if !has_etcd() {
+        return;
+    }
+    let files = directory();
+    let (trust, strangers) = (Trust::make(files.path(), "etcd"), Trust::make(files.path(), "strangers"));
+    let own = files.path().join("own");
+    fs::create_dir(&own).unwrap();
+    let (ca, certificate, key, password) =
+        (own.join("ca.pem"), own.join("cert.pem"), own.join("key.pem"), own.join("password"));
+    let copy = |from: &Path, to: &Path| renew(to, &fs::read(from).unwrap());
+    let cluster = Cluster::begin(1, "https", &trust.options());
+    let (agent, url) = (trust.agent(), cluster.urls());
+    make_users(&agent, &url);
+    renew(&password, b"a password\n");
+    copy(&trust.ca, &ca);
+    copy(&strangers.certificate, &certificate);
+    copy(&trust.key, &key);
+    let place = format!(
+        "etcd:{url}/secret?ca={}&cert={}&key={}&user=vm&password-file={}",
+        ca.display(),
+        certificate.display(),
+        key.display(),
+        password.display()
+    );
+    // A key that is another certificate's ends no thread.
+    let error = arbiter::init(&place).map(drop).unwrap_err().to_string();
+    assert!(error.contains("belongs to the certificate"), "{error}");
+    copy(&strangers.key, &key);
+    let error = arbiter::init(&place).map(drop).unwrap_err().to_string();
+    assert!(error.contains("no member answers"), "{error}");
+    // The same process, with what was renewed.
+    copy(&trust.certificate, &certificate);
+    copy(&trust.key, &key);
+    std::thread::sleep(Duration::from_secs(3));
+    let mut arbiter = made(&place);
+    assert_eq!(answer(arbiter.as_mut(), 1, "primary"), Claim::Won);
+    set_password(&agent, &url, "another");
+    renew(&password, b"another\n");
+    assert_eq!(answer(arbiter.as_mut(), 2, "primary"), Claim::Won);
+    // Half of a renewal, then nothing at all. What was read before is as good as it was.
+    copy(&strangers.certificate, &certificate);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(answer(arbiter.as_mut(), 3, "primary"), Claim::Won);
+    fs::remove_dir_all(&own).unwrap();
+    set_password(&agent, &url, "another");
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(answer(arbiter.as_mut(), 4, "primary"), Claim::Won);
+}
+
 #[test]
 fn etcd_with_tls_and_users() {
     if !has_etcd() {
@@ -121,7 +208,7 @@ fn etcd_with_tls_and_users() {
         )
     };
     let good = place("secret", &trust.ca, &trust, &password);
-    let (mut arbiter, _) = arbiter::init(&good).unwrap();
+    let mut arbiter = made(&good);
     for generation in 1..=10 {
         assert_eq!(answer(arbiter.as_mut(), generation, "primary"), Claim::Won);
     }

@@ -50,6 +50,10 @@ impl Place for Served {
         keys::place(self.proxy.address, &self.keys.host())
     }
 
+    fn steward(&self) -> Box<dyn arbiter::Arbiter> {
+        arbiter::parse(&keys::place(self.proxy.address, &self.keys.arbiter())).unwrap()
+    }
+
     fn reach(&self, reach: Reach) -> bool {
         self.proxy.reach(reach);
         true

@@ -132,8 +132,11 @@ fn a_host_asks_about_the_vms_of_its_certificate_and_about_no_others() {
     }
     assert_eq!(host.vms().unwrap(), [VM, OTHER_VM]);
     assert_eq!(host.highest(&OTHER_VM).unwrap(), Some(1));
-    // The arbiter's own certificate has no VM.
-    assert!(stage.open(&stage.keys.arbiter()).unwrap().vms().unwrap().is_empty());
+    // The arbiter's own certificate has no VM to run: it looks after all, and wins nothing.
+    let mut steward = stage.open(&stage.keys.arbiter()).unwrap();
+    assert_eq!(steward.vms().unwrap(), [VM, OTHER_VM]);
+    assert!(why(steward.claim(&VM, 4, "third")).contains("may neither send nor hold"));
+    assert!(steward.note_end(&VM, 3, "third").unwrap_err().to_string().contains("may neither"));
 }
 
 /// Any host of VMs has a certificate of the same CA. It must not be able to let another host win what it wants.
@@ -290,4 +293,47 @@ fn what_an_operator_does_goes_over_tls_too() {
         "{text}"
     );
     drop(stage.directory);
+}
+
+/// What was forgotten can be won once more, so no host decides on that.
+#[test]
+fn only_the_arbiters_own_certificate_has_a_vm_forgotten() {
+    let stage = Stage::set();
+    let (mut host, mut steward) =
+        (stage.open(&stage.keys.host()).unwrap(), stage.open(&stage.keys.arbiter()).unwrap());
+    assert_eq!(host.claim(&VM, 1, "primary"), Claim::Won);
+    host.note_end(&VM, 1, "the guest powered off").unwrap();
+    for mode in [Mode::Remove, Mode::Name] {
+        let told = host.forget(&VM, Duration::ZERO, mode).unwrap_err().to_string();
+        assert!(told.contains("prune file:DIR --forget-ended AGE"), "{told}");
+    }
+    assert_eq!(host.highest(&VM).unwrap(), Some(1));
+    assert!(steward.forget(&VM, Duration::ZERO, Mode::Remove).unwrap());
+}
+
+/// Also of a host that never removes what is old.
+#[test]
+fn a_vm_has_few_files_whatever_its_hosts_say() {
+    let stage = Stage::set();
+    let mut host = stage.open(&stage.keys.host()).unwrap();
+    let place = stage.directory.path().join(VM.to_string());
+    assert_eq!(host.claim(&VM, 1, "primary"), Claim::Won);
+    // As 0.2.0 took them from anybody.
+    for generation in 1000..1100 {
+        let text = format!("outlive end of a VM, version 1\nvm {VM}\ngeneration {generation}\nwhy x\nend\n");
+        fs::write(place.join(format!("ended.{generation}")), text).unwrap();
+    }
+    for generation in 2..=150 {
+        assert_eq!(host.claim(&VM, generation, "primary"), Claim::Won);
+    }
+    host.note_end(&VM, 150, "the end").unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let count = || fs::read_dir(&place).unwrap().count();
+    while count() > 70 {
+        assert!(Instant::now() < deadline, "{} files", count());
+        sleep(Duration::from_millis(20));
+    }
+    assert_eq!(host.highest(&VM).unwrap(), Some(150));
+    assert_eq!(host.ending(&VM).unwrap().unwrap().generation, 150);
+    assert!(!place.join("ended.1000").exists());
 }
