@@ -140,7 +140,10 @@ pub(crate) fn save(
     if version >= WITH_WAY {
         fields.put_plain(ASKED_BY, &asked.map_or(0, PowerRequest::way_number));
     }
-    fields.put_plain(RESTARTED, &restarts.numbers());
+    // Most guests have none to tell, and then the state is as releases up to 0.2 write it.
+    if restarts != RestartCount::default() {
+        fields.put_plain(RESTARTED, &restarts.numbers());
+    }
     for (item, _reason) in SAVE_ORDER {
         let field = item as u16;
         match (item, chip(item)) {
@@ -203,7 +206,7 @@ pub(crate) fn restore(vm: &VmFd, version: u16, bytes: &[u8], clock: Clock) -> Re
     // Version 1 does not have it; 0 stands for no way in particular.
     let way = if version >= WITH_WAY { fields.get_plain(ASKED_BY)? } else { 0 };
     let asked = PowerRequest::from_numbers(fields.get_plain(ASKED)?, way);
-    // Releases up to 0.2 do not write it.
+    // Releases up to 0.2 do not write it, nor is it there for a guest that has not restarted.
     let restarts = match fields.get_plain(RESTARTED) {
         Ok(numbers) => RestartCount::from_numbers(numbers),
         Err(_) if fields.get(RESTARTED).is_err() => RestartCount::default(),

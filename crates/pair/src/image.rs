@@ -75,6 +75,8 @@ pub struct ImageFacts<'a, P> {
     pub processes: &'a [P],
     /// How the file differs from the one that all this was written for; `None` as well if nobody can tell.
     pub differs: Option<&'a Differs>,
+    /// The arbiter that is given is a person: a process that asks remembers nothing.
+    pub by_hand: bool,
 }
 
 /// What speaks against starting a VM from an image.
@@ -112,6 +114,8 @@ pub enum Danger {
         generation: u64,
         /// The newest that the arbiter knows.
         highest: Option<u64>,
+        /// The arbiter is a person, and remembers nothing.
+        by_hand: bool,
     },
     /// The image knows an arbiter (perhaps not which), and none was given.
     NoArbiter {
@@ -251,7 +255,7 @@ impl<P: PartialEq> ImageFacts<'_, P> {
             }
             Some(highest) if highest == generation => None,
             None if self.arbiter == ImageArbiter::None => None,
-            _ => Some(Danger::LostClaims { generation, highest }),
+            _ => Some(Danger::LostClaims { generation, highest, by_hand: self.by_hand }),
         }
     }
 }
@@ -278,6 +282,7 @@ mod tests {
         arbiter: ImageArbiter::Id("a"),
         processes: &[1, 2],
         differs: None,
+        by_hand: false,
     };
 
     fn judge(facts: ImageFacts<'_, u32>, history: &[Won<u32>]) -> ImageStanding {

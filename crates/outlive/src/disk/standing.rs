@@ -107,7 +107,13 @@ impl Told for Danger {
                  id {given}), and another host may have taken that VM over: give its arbiter; or, if that \
                  is lost for good and the VM runs nowhere, start with {option}"
             ),
-            Self::LostClaims { generation, highest } => {
+            Self::LostClaims { by_hand: true, .. } => format!(
+                "the disk image {image} has been a VM's, and with --arbiter manual a process that is started anew does \
+                 not know whether that VM runs at another host: look there (`outlive status`); if it runs there, \
+                 run `outlive standby ... --disk path={image}` here; if it runs nowhere and this is its newest image, start \
+                 with {option}"
+            ),
+            Self::LostClaims { generation, highest, by_hand: false } => {
                 let what = match highest {
                     None => "does not know the VM".to_owned(),
                     Some(highest) => format!("knows generation {highest} but not generation {generation}"),
@@ -191,6 +197,7 @@ pub(super) fn judge(
         },
         processes: &processes,
         differs,
+        by_hand: arbiter.as_ref().is_some_and(|arbiter| arbiter.is_a_person()),
     };
     let given = arbiter.as_ref().map(|arbiter| arbiter.identity().to_owned());
     // It is asked only if one is given.

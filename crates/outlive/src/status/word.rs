@@ -17,6 +17,7 @@ use crate::arbiter::{NotTaken, Taken, Word, desk};
 use crate::cli::{HandOverOptions, WordOptions};
 use crate::events::{Event, Role};
 use crate::primary::{Answer, HandOverError, Waiting, ask, ask_to_hand_over};
+use crate::vm::Runs;
 use crate::{exit, socket};
 
 /// How long a client may take to say something. One that only wants the status says at once that it does not. Clients
@@ -207,7 +208,8 @@ fn unless_seen(facts: &Facts, generation: u64) -> Result<(), Refused> {
             Answer::Busy(why) | Answer::Unknown(why) => why,
         };
         let address = address.clone();
-        return Err(if why == Unwelcome::TakenOver.to_string() {
+        let runs = Runs::parse(&why).is_some() || why == Unwelcome::TakenOver.to_string();
+        return Err(if runs {
             Refused::RunsThere { address, why, generation }
         } else {
             Refused::Answers { address, why, generation }

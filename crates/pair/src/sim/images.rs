@@ -97,6 +97,7 @@ impl World {
             arbiter: if image.unknown { ImageArbiter::None } else { ImageArbiter::Id(ARBITER) },
             processes: &image.processes,
             differs: (image.copied && self.tells_files_apart).then_some(&Differs::File),
+            by_hand: false,
         };
         let given = if at.swapped_until > now { ANOTHER } else { ARBITER };
         let answers = at.arbiter_cut_until <= now;

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use super::hosts::Process;
-use super::images::Image;
 use super::ports::PortFault;
 use super::truth::Life;
 use super::world::{Base, Happening, Host, Msg, Stats, World};
@@ -219,10 +218,13 @@ impl World {
 
     /// The VM runs nowhere, and nobody alive has it. Then no image may have all that the world has seen.
     fn check_images(&mut self, newest: u64) {
-        // An operator who put a copy in the place of the VM's own image needs a word for it now.
-        let asks = |image: &Image| self.copies && (image.copied || image.replica);
+        // Operators who start copies stop and overwrite what the VM relies on: then it needs their word, and what is judged
+        // is that nothing is lost without one.
+        if self.copies {
+            return;
+        }
         let whole = |host: &Host| {
-            let image = host.image.as_ref().filter(|image| image.whole && !asks(image));
+            let image = host.image.as_ref().filter(|image| image.whole);
             image.is_some_and(|image| self.truth.is_past_of(self.truth.tip, image.node))
         };
         match self.hosts.iter().position(whole) {

@@ -155,7 +155,14 @@ fn a_host_whose_list_is_lost_lets_nobody_in() {
     let keys = keys_in(dir.path(), Grant::ALL);
     let list = keys[1].join("revoked");
     std::fs::remove_file(&list).unwrap();
-    let [why, _] = refused(&keys);
+    // It has no keys that it may use, so the other end learns nothing.
+    let listener = Listener::reserve("127.0.0.1:0").unwrap();
+    listener.listen().unwrap();
+    let (address, [a, b]) = (listener.address().unwrap().to_string(), keys.clone().map(Security::Keys));
+    let listening = std::thread::spawn(move || listener.accept().unwrap().open(&b));
+    let dialled = dial(&address, &a, None).and_then(|mut it| it.reader.read(&mut [0; 10]));
+    let why = listening.join().unwrap().err().unwrap().to_string();
+    assert!(dialled.is_err());
     assert!(why.contains("revoked is missing, so nobody is let in") && why.lines().count() == 1, "{why}");
     std::fs::write(&list, "").unwrap();
     connected(&keys).unwrap().1.unwrap();
