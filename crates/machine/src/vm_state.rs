@@ -55,9 +55,13 @@ impl RestartCount {
         [self.in_a_row.into(), ago.unwrap_or(Self::NEVER)]
     }
 
+    /// A restart that is longer ago counts no more, and what a peer says may be nonsense.
+    const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
     /// The time between the checkpoint and now does not count: the guest has not run in it.
     fn from_numbers([in_a_row, ago]: [u64; 2]) -> Self {
-        let last = Instant::now().checked_sub(Duration::from_millis(ago)).filter(|_| ago != Self::NEVER);
+        let ago = Some(Duration::from_millis(ago)).filter(|ago| *ago <= Self::LONGEST);
+        let last = ago.and_then(|ago| Instant::now().checked_sub(ago));
         Self { in_a_row: u32::try_from(in_a_row).unwrap_or(u32::MAX), last }
     }
 }
@@ -227,7 +231,6 @@ mod tests {
         assert!(in_a_row == 5 && (7_000..8_000).contains(&ago), "{ago}");
         let back = RestartCount::from_numbers([in_a_row, ago]);
         assert!(back.in_a_row == 5 && back.last.unwrap().elapsed() >= Duration::from_secs(7));
-        // A guest cannot have run for longer than its host's clock.
         let nonsense = RestartCount::from_numbers([u64::MAX, u64::MAX - 1]);
         assert_eq!(nonsense, RestartCount { in_a_row: u32::MAX, last: None });
     }

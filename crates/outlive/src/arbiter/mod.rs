@@ -79,7 +79,7 @@ pub enum Claim {
 pub struct Winner {
     /// Names the claimant to people.
     pub owner: String,
-    /// The claimant's [`process_token`], or the [`fingerprint`] of it.
+    /// The claimant's [`process_token`], or a fingerprint of it.
     pub process: String,
 }
 
