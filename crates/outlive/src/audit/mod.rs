@@ -33,6 +33,10 @@ pub(crate) use picked::Picked;
 pub(crate) const MOST: usize = 1024;
 const _: () = assert!(MOST <= outlive_epoch::MAX_AUDIT_SPANS);
 
+/// As long as the comparison of a page on the other host is believed to take at most: a hundred times what a slow one
+/// needs.
+const LONGEST_COMPARISON_NS: u64 = 1_000_000;
+
 /// A page, aligned so that it is read fast.
 #[repr(C, align(64))]
 pub(crate) struct Page(pub(crate) [u8; PAGE_SIZE]);
@@ -154,17 +158,18 @@ impl Audit {
         progress.round_ended = Some(SystemTime::now());
     }
 
-    /// Takes the standby's word.
+    /// Takes the standby's word. One that lies about its time must not keep this host from auditing for ever.
     pub(crate) fn heard(&self, word: &Audited) {
         let (progress, before) = &mut *self.counted();
         // A new link counts anew.
         let earlier = if word.pages >= before.pages { *before } else { Audited::default() };
         let pages = word.pages - earlier.pages;
-        progress.pages += pages;
+        // What a peer counts may be nonsense.
+        progress.pages = progress.pages.saturating_add(pages);
         progress.differences += u64::from(word.differs.is_some());
         *before = *word;
         if let Some(each) = word.spent_ns.saturating_sub(earlier.spent_ns).checked_div(pages) {
-            self.theirs_ns.store(each, Ordering::Relaxed);
+            self.theirs_ns.store(each.min(LONGEST_COMPARISON_NS), Ordering::Relaxed);
         }
     }
 

@@ -2,10 +2,11 @@
 //! both memories.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use outlive_dirty::Gfn;
-use outlive_epoch::AuditSpan;
+use outlive_epoch::{AuditSpan, Audited};
 use outlive_machine::{PAGE_SIZE, Ram, page_sum};
 
 use super::auditor::Auditor;
@@ -235,4 +236,15 @@ fn every_page_is_read_once_in_a_round_and_what_it_costs_is_printed() {
     let each = (super::thread_time() - began) / pages;
     println!("{pages} pages, {each:?} each");
     assert_eq!(u64::from(pages), MIB << 8);
+}
+
+/// What the other host counts goes into this one's figures and its pace, and may be nonsense.
+#[test]
+fn a_standby_that_counts_wrongly_neither_ends_nor_stops_the_audit() {
+    let audit = Audit::default();
+    for (pages, spent_ns) in [(u64::MAX, u64::MAX), (5, 0), (6, u64::MAX), (u64::MAX, 7)] {
+        audit.heard(&Audited { checkpoint: 1, pages, spent_ns, differs: None });
+    }
+    assert_eq!(audit.progress().pages, u64::MAX);
+    assert!(audit.theirs_ns.load(Ordering::Relaxed) <= super::LONGEST_COMPARISON_NS);
 }
