@@ -76,6 +76,8 @@ impl Hosts {
         let [a, b] = Side::BOTH.map(|side| self.world.keys(side).display().to_string());
         fs::remove_dir_all(&a).unwrap();
         fs::remove_dir_all(&b).unwrap();
+        // This release has the CA beside the keys.
+        fs::remove_dir_all(format!("{a}-ca")).unwrap();
         self.command(Side::A, &["keys", "init", &a, "--host", "hosta"]);
         self.command(Side::A, &["keys", "issue", "--host", "hostb", "--keys", &a, "--to", &b]);
     }
