@@ -2,6 +2,7 @@
 
 use super::HANDBACK;
 use super::hosts::Process;
+use super::primary::PrimaryProcess;
 use super::truth::Life;
 use super::world::{Happening, Msg, World};
 use crate::{Broken, Kept, Link, PrimaryEvent, PrimaryStatus};
@@ -124,14 +125,9 @@ impl World {
 
     /// A look at the arbiter by a process that has left its VM to the standby: it looks until it knows who has it.
     pub(super) fn sees_winner(&mut self, life: Life) {
-        let (generation, winner) = self.truth.newest();
-        let Some(p) = self.primary_of(life) else { return };
-        if p.driver.machine().status() != PrimaryStatus::Arbitrating {
+        let waits = |p: &mut PrimaryProcess| p.driver.machine().status() == PrimaryStatus::Arbitrating;
+        if !self.primary_of(life).is_some_and(waits) || self.sees_rival(life) {
             return;
-        }
-        if winner != life && !self.cannot_reach_arbiter(life.0) {
-            let owner = format!("{winner:?}");
-            return self.primary(life, PrimaryEvent::Superseded { generation, owner });
         }
         let delay = self.rng.range(1_000, 40_000);
         self.after(delay, Happening::SeesWinner(life));

@@ -102,15 +102,21 @@ impl World {
 
     /// Asks the arbiter, as the program's thread does now and then.
     pub(super) fn look_for_rivals(&mut self, life: Life) {
-        let Process::Primary(p) = &self.hosts[life.0].process else { return };
-        let generation = p.driver.machine().generation();
-        if !self.cannot_reach_arbiter(life.0)
-            && let Some((generation, owner)) = rival(&self.truth.history(generation), &life)
-        {
-            let delay = self.arbiter_delay();
-            self.after(delay, Happening::Superseded { life, generation, owner });
+        if matches!(self.hosts[life.0].process, Process::Primary(_)) {
+            self.sees_rival(life);
+            self.look_for_rivals_later(life);
         }
-        self.look_for_rivals_later(life);
+    }
+
+    /// A look at the arbiter. Whether somebody else has won, which the process then hears.
+    pub(super) fn sees_rival(&mut self, life: Life) -> bool {
+        let Process::Primary(p) = &self.hosts[life.0].process else { return false };
+        let history = self.truth.history(p.driver.machine().generation());
+        let seen = rival(&history, &life).filter(|_| !self.cannot_reach_arbiter(life.0));
+        let Some((generation, owner)) = seen else { return false };
+        let delay = self.arbiter_delay();
+        self.after(delay, Happening::Superseded { life, generation, owner });
+        true
     }
 
     pub(super) fn superseded(&mut self, life: Life, generation: u64, owner: String) {

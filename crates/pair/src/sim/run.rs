@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::hosts::Process;
+use super::images::Image;
 use super::ports::PortFault;
 use super::truth::Life;
 use super::world::{Base, Happening, Host, Msg, Stats, World};
@@ -218,13 +219,14 @@ impl World {
 
     /// The VM runs nowhere, and nobody alive has it. Then no image may have all that the world has seen.
     fn check_images(&mut self, newest: u64) {
-        // Operators who start copies stop and overwrite what the VM relies on: then it needs their word, and what is judged
-        // is that nothing is lost without one.
-        if self.copies {
+        // An operator has ended the VM for a new one, which may not have come to its start.
+        if self.forks > 0 {
             return;
         }
+        // An operator who put a copy in the place of the VM's own image needs a word for it now.
+        let asks = |image: &Image| self.copies && (image.copied || image.replica);
         let whole = |host: &Host| {
-            let image = host.image.as_ref().filter(|image| image.whole);
+            let image = host.image.as_ref().filter(|image| image.whole && !asks(image));
             image.is_some_and(|image| self.truth.is_past_of(self.truth.tip, image.node))
         };
         match self.hosts.iter().position(whole) {
