@@ -10,6 +10,7 @@
 //! hosts differ in offset and by up to 4 % in rate.
 
 mod broken;
+mod checks;
 mod copies;
 mod explore;
 mod hosts;

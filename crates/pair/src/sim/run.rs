@@ -3,10 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::hosts::Process;
-use super::images::Image;
 use super::ports::PortFault;
 use super::truth::Life;
-use super::world::{Base, Happening, Host, Msg, Stats, World};
+use super::world::{Base, Happening, Msg, Stats, World};
 use crate::planted::Bug;
 use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
 
@@ -175,66 +174,6 @@ impl World {
             && let Some(happening) = self.pop(time)
         {
             self.happen(happening);
-        }
-    }
-
-    /// Some host makes progress and is protected again, unless the VM has ended or was lost to a second
-    /// fault.
-    fn check_liveness(&mut self, tip: usize) {
-        if self.truth.ended {
-            return;
-        }
-        let (newest, owner) = self.truth.newest();
-        if !self.alive(owner) {
-            // The owner died. That may only end the VM if nobody holds a committed checkpoint of it.
-            let holds = |process: &Process| matches!(process, Process::Standby(s) if s.driver.machine().committed().is_some());
-            match self.hosts.iter().position(|host| holds(&host.process)) {
-                Some(host) => self
-                    .truth
-                    .fail(format!("host {host} holds the VM of generation {newest} and does not run it")),
-                None if self.disk_lost => self.stats.vm_lost += 1,
-                None if !self.company => self.truth.fail("one fault has cost the VM".into()),
-                None => self.check_images(newest),
-            }
-            return;
-        }
-        let status = match &self.hosts[owner.0].process {
-            Process::Primary(p) => p.driver.machine().status(),
-            _ => {
-                return self
-                    .truth
-                    .fail(format!("{owner:?} owns generation {newest} and does not run the VM"));
-            }
-        };
-        if self.truth.tip == tip {
-            self.truth
-                .fail(format!("{owner:?} owns generation {newest}, is {status:?} and lets nothing out"));
-        }
-        // Whoever may own the next generation looks for no standby before the arbiter has said so.
-        let waits = status == PrimaryStatus::Alone && self.hosts[owner.0].arbiter_cut_until == u64::MAX;
-        if status != PrimaryStatus::Protected && !waits {
-            self.truth.fail(format!("{owner:?} found no new standby; it is {status:?}"));
-        }
-    }
-
-    /// The VM runs nowhere, and nobody alive has it. Then no image may have all that the world has seen.
-    fn check_images(&mut self, newest: u64) {
-        // An operator has ended the VM for a new one, which may not have come to its start.
-        if self.forks > 0 {
-            return;
-        }
-        // An operator who put a copy in the place of the VM's own image needs a word for it now.
-        let asks = |image: &Image| self.copies && (image.copied || image.replica);
-        let whole = |host: &Host| {
-            let image = host.image.as_ref().filter(|image| image.whole && !asks(image));
-            image.is_some_and(|image| self.truth.is_past_of(self.truth.tip, image.node))
-        };
-        match self.hosts.iter().position(whole) {
-            Some(host) => self.truth.fail(format!(
-                "the VM of generation {newest} runs nowhere although the image of host {host} is whole: {:?}",
-                self.hosts[host].image
-            )),
-            None => self.stats.vm_lost += 1,
         }
     }
 
