@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use common::{Extent, median, quantile, row};
+use common::{Scales, median, quantile, row};
 use support::{Client, Side, Value, World};
 
 /// Clients, and how many requests each has under way.
@@ -36,9 +36,11 @@ struct Scale {
     kills: usize,
 }
 
-const FULL: Scale = Scale { loads: &LOADS, rounds: 5, time: Duration::from_secs(4), kills: 50 };
-const QUICK: Scale = Scale { loads: &LOADS, rounds: 1, time: Duration::from_secs(2), kills: 5 };
-const SMOKE: Scale = Scale { loads: &[(4, 4)], rounds: 1, time: Duration::from_millis(200), kills: 1 };
+const SCALES: Scales<Scale> = Scales {
+    full: Scale { loads: &LOADS, rounds: 5, time: Duration::from_secs(4), kills: 50 },
+    quick: Scale { loads: &LOADS, rounds: 1, time: Duration::from_secs(2), kills: 5 },
+    smoke: Scale { loads: &[(4, 4)], rounds: 1, time: Duration::from_millis(200), kills: 1 },
+};
 
 /// How long this client waited for each of its requests, in microseconds, until the end.
 fn waits(client: &mut Client, under_way: usize, rest: Duration, ends: &AtomicBool) -> Vec<f64> {
@@ -177,15 +179,8 @@ fn kills(scale: &Scale, text: &mut String) -> Option<()> {
 }
 
 fn main() -> ExitCode {
-    common::run(|extent| {
-        let scale = match extent {
-            Extent::Full => FULL,
-            Extent::Quick => QUICK,
-            Extent::Smoke => SMOKE,
-        };
-        let mut text = String::new();
-        requests(&scale, &mut text)?;
-        kills(&scale, &mut text)?;
-        Some(text)
+    common::run(SCALES, |scale, rows| {
+        requests(scale, rows)?;
+        kills(scale, rows)
     })
 }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use outlive::events::Stats;
 
-use common::{Extent, median, row, stats};
+use common::{Scales, median, row, stats};
 use support::{Client, Side, Value, World};
 
 /// Pages, and how many of a hundred writes go to a tenth of them.
@@ -37,9 +37,11 @@ struct Scale {
     time: Duration,
 }
 
-const FULL: Scale = Scale { loads: &LOADS, rounds: 5, time: Duration::from_secs(3) };
-const QUICK: Scale = Scale { loads: &LOADS, rounds: 1, time: Duration::from_secs(2) };
-const SMOKE: Scale = Scale { loads: &[(100, 50)], rounds: 1, time: Duration::from_millis(300) };
+const SCALES: Scales<Scale> = Scales {
+    full: Scale { loads: &LOADS, rounds: 5, time: Duration::from_secs(3) },
+    quick: Scale { loads: &LOADS, rounds: 1, time: Duration::from_secs(2) },
+    smoke: Scale { loads: &[(100, 50)], rounds: 1, time: Duration::from_millis(300) },
+};
 
 /// What was sent in some time.
 struct Sent {
@@ -167,15 +169,8 @@ fn wire(scale: &Scale, rows: &mut String) -> Option<()> {
 }
 
 fn main() -> ExitCode {
-    common::run(|extent| {
-        let scale = match extent {
-            Extent::Full => FULL,
-            Extent::Quick => QUICK,
-            Extent::Smoke => SMOKE,
-        };
-        let mut rows = String::new();
-        work(&scale, &mut rows)?;
-        wire(&scale, &mut rows)?;
-        Some(rows)
+    common::run(SCALES, |scale, rows| {
+        work(scale, rows)?;
+        wire(scale, rows)
     })
 }

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use outlive::events::Event;
 
-use common::{Extent, median, stats};
+use common::{Scales, median, stats};
 use support::{Client, Process, Side, Value, World};
 
 /// A guest that writes to so many pages all the time.
@@ -40,9 +40,11 @@ struct Scale {
     memory: u64,
 }
 
-const FULL: Scale = Scale { rounds: 5, time: Duration::from_secs(5), memory: 2048 };
-const QUICK: Scale = Scale { rounds: 1, time: Duration::from_secs(3), memory: 1024 };
-const SMOKE: Scale = Scale { rounds: 1, time: Duration::from_millis(300), memory: 64 };
+const SCALES: Scales<Scale> = Scales {
+    full: Scale { rounds: 5, time: Duration::from_secs(5), memory: 2048 },
+    quick: Scale { rounds: 1, time: Duration::from_secs(3), memory: 1024 },
+    smoke: Scale { rounds: 1, time: Duration::from_millis(300), memory: 64 },
+};
 
 /// What one way to protect a VM took.
 struct Taken {
@@ -155,7 +157,7 @@ fn row(bench: &str, (value, unit): (f64, &str), (peer, peer_value): (&str, f64))
     common::row(bench, "{\"link\":\"tls1.3\"}", (value, unit), (peer, peer_value))
 }
 
-fn rows(scale: &Scale) -> Option<String> {
+fn rows(scale: &Scale, text: &mut String) -> Option<()> {
     let (mut tls, mut plain, mut floor) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..scale.rounds {
         tls.push(measure(false, scale)?);
@@ -163,27 +165,20 @@ fn rows(scale: &Scale) -> Option<String> {
         floor.push(copy(tls[0].mib as u64)?);
     }
     let both = |of: fn(&Taken) -> f64| (median(tls.iter().map(of)), median(plain.iter().map(of)));
-    let mut text = String::new();
     let (value, peer) = both(|taken| taken.checkpoint);
-    text += &row("link.checkpoint", (value, "us"), ("plain", peer));
+    *text += &row("link.checkpoint", (value, "us"), ("plain", peer));
     let (value, peer) = both(|taken| taken.base);
-    text += &row("link.base", (value, "us/MiB"), ("plain", peer));
-    text += &row("link.copy", (value, "us/MiB"), ("a copy over the same link", median(floor)));
+    *text += &row("link.base", (value, "us/MiB"), ("plain", peer));
+    *text += &row("link.copy", (value, "us/MiB"), ("a copy over the same link", median(floor)));
     let (value, peer) = both(|taken| taken.busy[0]);
-    text += &row("link.sender", (value, "us/MiB"), ("plain", peer));
+    *text += &row("link.sender", (value, "us/MiB"), ("plain", peer));
     println!("  {:.2} GB for a second of a core", MIB as f64 / value / 1e3);
     let (value, peer) = both(|taken| taken.busy[1]);
-    text += &row("link.reader", (value, "us/MiB"), ("plain", peer));
+    *text += &row("link.reader", (value, "us/MiB"), ("plain", peer));
     println!("  {:.2} GB for a second of a core", MIB as f64 / value / 1e3);
-    Some(text)
+    Some(())
 }
 
 fn main() -> ExitCode {
-    common::run(|extent| {
-        rows(&match extent {
-            Extent::Full => FULL,
-            Extent::Quick => QUICK,
-            Extent::Smoke => SMOKE,
-        })
-    })
+    common::run(SCALES, rows)
 }

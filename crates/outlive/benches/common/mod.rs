@@ -9,14 +9,13 @@ use outlive::events::{Event, Stats};
 use crate::support::Process;
 
 /// How much is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Extent {
+pub(crate) struct Scales<S> {
     /// Enough for a figure that somebody will read.
-    Full,
+    pub(crate) full: S,
     /// A look.
-    Quick,
+    pub(crate) quick: S,
     /// So little that it only shows that the bench does not rot: under `cargo test`.
-    Smoke,
+    pub(crate) smoke: S,
 }
 
 /// The newest counters of a primary. They come five times a second.
@@ -52,21 +51,22 @@ pub(crate) fn row(
     )
 }
 
-/// Runs a bench as its command line says, and writes its rows. `None` from `rows`: this machine cannot run it, which it
-/// has said.
-pub(crate) fn run(rows: impl FnOnce(Extent) -> Option<String>) -> ExitCode {
+/// Runs a bench as its command line says, and writes the rows that `measure` adds. `None` from it: this machine cannot
+/// run the bench, which it has said.
+pub(crate) fn run<S>(scales: Scales<S>, measure: impl FnOnce(&S, &mut String) -> Option<()>) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let has = |option: &str| arguments.iter().any(|it| it == option);
     if has("--list") {
         println!("the_bench_runs: test");
         return ExitCode::SUCCESS;
     }
-    let extent = match (has("--bench"), has("--quick")) {
-        (false, _) => Extent::Smoke,
-        (true, true) => Extent::Quick,
-        (true, false) => Extent::Full,
+    let scale = match (has("--bench"), has("--quick")) {
+        (false, _) => scales.smoke,
+        (true, true) => scales.quick,
+        (true, false) => scales.full,
     };
-    let Some(rows) = rows(extent) else {
+    let mut rows = String::new();
+    let Some(()) = measure(&scale, &mut rows) else {
         // Under `cargo test` that is no failure.
         return if has("--bench") { ExitCode::from(2) } else { ExitCode::SUCCESS };
     };
