@@ -6,6 +6,7 @@ mod book;
 mod bookkeeping;
 mod check;
 mod journal;
+mod overwrite;
 mod pair;
 mod part;
 mod power;
