@@ -33,8 +33,7 @@ pub(crate) fn found(address: &str, found: &[SocketAddr]) {
 
 /// The last good answer.
 pub(crate) fn last(address: &str) -> Option<Vec<SocketAddr>> {
-    let last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = last.as_ref()?.get(address)?.clone();
+    let known = LAST.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.get(address)?.clone();
     tracing::debug!(address, "the name's last addresses are used");
     Some(known)
 }

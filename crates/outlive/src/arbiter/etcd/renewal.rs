@@ -44,8 +44,10 @@ impl Password {
 
     /// What is in the file, or what was in it last.
     pub(super) fn newest(&self) -> String {
+        // Without the lock: the file may be on a server that does not answer, and nobody else waits for that.
+        let read = password(&self.file);
         let mut last = lock(&self.last);
-        match password(&self.file) {
+        match read {
             Ok(password) => *last = Last { password, told: false },
             Err(error) if !last.told => {
                 tracing::warn!("{error}; etcd gets the password that was read before");
@@ -89,32 +91,32 @@ impl Renewed {
 
     /// With the files as they were [`LOOK`] ago or later, as far as they can be used.
     pub(super) fn newest(&self) -> Agent {
-        let mut loaded = lock(&self.loaded);
-        if loaded.looked.elapsed() >= LOOK {
+        let known = {
+            let mut loaded = lock(&self.loaded);
+            if loaded.looked.elapsed() < LOOK {
+                return loaded.agent.clone();
+            }
             loaded.looked = Instant::now();
-            self.look(&mut loaded);
-        }
-        loaded.agent.clone()
-    }
-
-    fn look(&self, loaded: &mut Loaded) {
+            loaded.marks.clone()
+        };
+        // Without the lock, as above; whoever else asks meanwhile gets what was read before.
         let marks = marks(&self.spec);
-        if marks == loaded.marks {
-            loaded.told = false;
-            return;
-        }
-        match tls(&self.spec) {
-            Ok(tls) => {
+        let read = (marks != known).then(|| tls(&self.spec));
+        let mut loaded = lock(&self.loaded);
+        match read {
+            None => loaded.told = false,
+            Some(Ok(tls)) => {
                 tracing::info!("the certificates for etcd are new");
                 *loaded = Loaded { agent: (self.make)(tls), marks, looked: loaded.looked, told: false };
             }
             // Also of a pair of which only one file has been replaced yet.
-            Err(error) if !loaded.told => {
+            Some(Err(error)) if !loaded.told => {
                 tracing::warn!("{error}; etcd gets the certificates that were read before");
                 loaded.told = true;
             }
-            Err(_) => {}
+            Some(Err(_)) => {}
         }
+        loaded.agent.clone()
     }
 }
 

@@ -7,6 +7,9 @@ use ureq::unversioned::transport::NextTimeout;
 
 use crate::names;
 
+/// As many addresses as an answer has room for.
+const MOST: usize = 16;
+
 /// The usual lookup, and the last good answer if it fails.
 #[derive(Debug, Default)]
 pub(super) struct Names(DefaultResolver);
@@ -30,7 +33,7 @@ impl Resolver for Names {
             Err(error) => {
                 let known = names::last(&name).ok_or(error)?;
                 let mut addresses = self.empty();
-                known.into_iter().take(16).for_each(|address| addresses.push(address));
+                known.into_iter().take(MOST).for_each(|address| addresses.push(address));
                 Ok(addresses)
             }
         }
