@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
@@ -183,32 +183,26 @@ fn word(socket: &Path, words: &[&str]) -> (Option<i32>, String) {
     (out.status.code(), String::from_utf8(said).unwrap())
 }
 
-fn words(options: &[String; 8]) -> [&str; 8] {
-    options.each_ref().map(String::as_str)
+/// A protected VM whose arbiter is an operator: where each host answers, the primary and the standby.
+fn protected_by_hand(world: &World) -> ([PathBuf; 2], Process, Process) {
+    let sockets = ["a", "b"].map(|name| world.dir().join(name));
+    let options = |side: Side, socket: &Path| {
+        let other = side.other().addr().to_string();
+        let status = socket.to_str().unwrap();
+        ["--standby", &other, "--arbiter", "manual", "--status", status, "--dead-after", DEAD_AFTER]
+            .map(str::to_owned)
+    };
+    let (at_a, at_b) = (options(Side::A, &sockets[0]), options(Side::B, &sockets[1]));
+    let standby = world.standby_with(Side::B, &at_b.each_ref().map(String::as_str));
+    let mut primary = world.run_with(Side::A, &at_a.each_ref().map(String::as_str));
+    primary.wait_protected();
+    (sockets, primary, standby)
 }
 
 #[test]
 fn with_an_operator_as_arbiter_nobody_goes_on_before_the_word() {
     let Some(world) = World::new() else { return };
-    let [a, b] = ["a", "b"].map(|name| world.dir().join(name));
-    let options = |side: Side, socket: &Path| {
-        let other = side.other().addr().to_string();
-        [
-            "--standby",
-            &other,
-            "--arbiter",
-            "manual",
-            "--status",
-            socket.to_str().unwrap(),
-            "--dead-after",
-            DEAD_AFTER,
-        ]
-        .map(str::to_owned)
-    };
-    let (at_a, at_b) = (options(Side::A, &a), options(Side::B, &b));
-    let mut standby = world.standby_with(Side::B, &words(&at_b));
-    let mut primary = world.run_with(Side::A, &words(&at_a));
-    primary.wait_protected();
+    let ([a, b], mut primary, mut standby) = protected_by_hand(&world);
     let witnesses = Witnesses::start(&world, 2);
     witnesses.hear_all();
     for (socket, command) in [(&a, "go-on-alone"), (&b, "take-over"), (&a, "give-up")] {
@@ -257,17 +251,7 @@ fn with_an_operator_as_arbiter_nobody_goes_on_before_the_word() {
 #[test]
 fn two_words_for_one_generation_are_told_loudly() {
     let Some(world) = World::new() else { return };
-    let [a, b] = ["a", "b"].map(|name| world.dir().join(name));
-    let options = |side: Side, socket: &Path| {
-        let other = side.other().addr().to_string();
-        let status = socket.to_str().unwrap();
-        ["--standby", &other, "--arbiter", "manual", "--status", status, "--dead-after", DEAD_AFTER]
-            .map(str::to_owned)
-    };
-    let (at_a, at_b) = (options(Side::A, &a), options(Side::B, &b));
-    let mut standby = world.standby_with(Side::B, &words(&at_b));
-    let mut primary = world.run_with(Side::A, &words(&at_a));
-    primary.wait_protected();
+    let ([a, b], mut primary, mut standby) = protected_by_hand(&world);
     world.cut_link();
     for host in [&mut primary, &mut standby] {
         host.wait_for("asking an operator", |e| matches!(e, Event::ArbiterUnreachable { .. }));
@@ -292,17 +276,7 @@ fn two_words_for_one_generation_are_told_loudly() {
 #[test]
 fn an_operators_word_is_refused_while_the_other_host_answers() {
     let Some(world) = World::new() else { return };
-    let [a, b] = ["a", "b"].map(|name| world.dir().join(name));
-    let options = |side: Side, socket: &Path| {
-        let other = side.other().addr().to_string();
-        let status = socket.to_str().unwrap();
-        ["--standby", &other, "--arbiter", "manual", "--status", status, "--dead-after", DEAD_AFTER]
-            .map(str::to_owned)
-    };
-    let (at_a, at_b) = (options(Side::A, &a), options(Side::B, &b));
-    let mut standby = world.standby_with(Side::B, &words(&at_b));
-    let mut primary = world.run_with(Side::A, &words(&at_a));
-    primary.wait_protected();
+    let ([a, b], mut primary, mut standby) = protected_by_hand(&world);
     world.cut_link();
     for host in [&mut primary, &mut standby] {
         host.wait_for("asking an operator", |e| matches!(e, Event::ArbiterUnreachable { .. }));
