@@ -250,10 +250,12 @@ impl World {
             self.look_within((host, self.hosts[host].life), 10);
         } else if !matches!(self.hosts[host].process, Process::Down) {
             self.freeze(host, until);
-            let Self { now, .. } = *self;
-            let lost = (until - now) * self.hosts[host].rate / 1000;
-            (self.hosts[host].offset, self.hosts[host].stale) =
-                (self.hosts[host].offset.saturating_sub(lost), None);
+            let now = self.now;
+            let host = &mut self.hosts[host];
+            // No clock goes back: it loses only the time in which it did not stand still already.
+            let lost = until.saturating_sub(now.max(host.clock_stands_until)) * host.rate / 1000;
+            host.clock_stands_until = host.clock_stands_until.max(until);
+            (host.offset, host.stale) = (host.offset.saturating_sub(lost), None);
         }
     }
 

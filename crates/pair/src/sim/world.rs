@@ -239,6 +239,8 @@ pub(super) struct Host {
     pub(super) cut_off_until: u64,
     /// Until when another directory is mounted where it looks for the arbiter.
     pub(super) swapped_until: u64,
+    /// Its clock stands still until then.
+    pub(super) clock_stands_until: u64,
     /// Until when its disk is slow.
     pub(super) slow_disk_until: u64,
     pub(super) image: Option<Image>,
@@ -445,6 +447,7 @@ impl World {
                 disk_fails_until: 0,
                 cut_off_until: 0,
                 swapped_until: 0,
+                clock_stands_until: 0,
                 slow_disk_until: 0,
                 image: None,
                 wedged: false,
