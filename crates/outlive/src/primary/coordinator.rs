@@ -28,7 +28,7 @@ use super::broken::Faults;
 use super::capture::{Due, FullLogs};
 use super::disks;
 use super::driver::SharedDriver;
-use super::handover::UnderWay;
+use super::hand_over::UnderWay;
 use super::hold::{Held, LastEpoch};
 use super::inbox::{Inbox, Messages};
 use super::notes::Notes;
@@ -268,7 +268,7 @@ impl Coordinator {
             // The sidecars must say that the images are the newest.
             self.with.sidecars.say(Saying::primary(*generation));
         }
-        if matches!(note, PrimaryNote::Won { .. } | PrimaryNote::HandedOver) {
+        if matches!(note, PrimaryNote::Won { .. } | PrimaryNote::RightHandedOver) {
             self.faults.given_away = None;
             self.not_handed_over();
         }

@@ -14,7 +14,7 @@ use outlive_epoch::{ArbiterSight, Audited, DiskWant, ProtocolVersion};
 use outlive_machine::MachineEvent;
 use outlive_pair::{Broken, ExitReason, Kept, Link, PrimaryNote};
 
-use super::handover::Asked;
+use super::hand_over::Asked;
 use super::pool::Pool;
 use super::self_check::Hashed;
 use crate::disk::SyncReport;

@@ -11,7 +11,7 @@ mod coordinator;
 mod disks;
 mod driver;
 mod elsewhere;
-mod handover;
+mod hand_over;
 mod hold;
 mod inbox;
 mod launch;
@@ -48,7 +48,7 @@ use crate::{notify, sandbox};
 
 pub(crate) use ask::{Answer, ask};
 pub(crate) use elsewhere::Elsewhere;
-pub(crate) use handover::{HandOverError, Waiting, ask as ask_to_hand_over};
+pub(crate) use hand_over::{HandOverError, Waiting, ask as ask_to_hand_over};
 pub(crate) use inbox::Queue;
 pub(crate) use launch::run;
 
@@ -113,9 +113,9 @@ pub(crate) enum MachineError {
     Create(#[from] Remedied<CreateError>),
 }
 
-/// Starts a new VM, whose machine takes over the images that are `held`. Everything that can be wrong with options or machine is found here, before the guest
-/// runs; an error undoes everything made so far. The arbiter is written to last, because a won generation
-/// stays won.
+/// Starts a new VM, whose machine gets the images that are `held`. Everything that can be wrong with options or
+/// machine is found here, before the guest runs; an error undoes everything made so far. The arbiter is written
+/// to last, because a won generation stays won.
 ///
 /// # Errors
 /// See [`StartError`].

@@ -107,7 +107,7 @@ impl Notes {
                 tracing::info!(generation, "asking the arbiter; output is held until it answers");
                 self.events.emit(Event::Arbitrating { generation });
             }
-            Note::HandedOver => {
+            Note::RightHandedOver => {
                 self.standing.goes_on("it has handed its right over");
                 tracing::warn!("the standby has handed its right over: the VM goes on here, UNPROTECTED");
             }

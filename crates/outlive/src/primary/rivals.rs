@@ -3,7 +3,8 @@
 //! left to its standby, it looks often, so that this host knows soon that it is the standby's.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::{Thread, park_timeout};
 use std::time::{Duration, Instant};
 
@@ -20,22 +21,18 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// The same in a hurry.
 const EVERY_SOON: Duration = Duration::from_millis(10);
-/// How long the hurry lasts at most. Long before, this host has asked the arbiter itself.
-const HURRY: Duration = Duration::from_secs(60);
-
-/// Until when it looks often.
-type Hurry = Mutex<Option<Instant>>;
 
 /// The thread that looks.
 pub(super) struct Rivals {
     thread: Thread,
-    hurry: Arc<Hurry>,
+    hurries: Arc<AtomicBool>,
 }
 
 impl Rivals {
-    /// Looks often from now on.
-    pub(super) fn hurry(&self) {
-        *self.hurry.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + HURRY);
+    /// Looks often from now on, or as seldom as before.
+    pub(super) fn hurry(&self, hurries: bool) {
+        // It says nothing of other memory.
+        self.hurries.store(hurries, Ordering::Relaxed);
         self.thread.unpark();
     }
 }
@@ -53,8 +50,8 @@ pub(super) fn watch(
 ) -> io::Result<Rivals> {
     let token = process_token()?;
     let driver = Arc::downgrade(driver);
-    let hurry = Arc::new(Hurry::default());
-    let seen = hurry.clone();
+    let hurries = Arc::new(AtomicBool::new(false));
+    let seen = hurries.clone();
     let started = outlive_machine::spawn("rivals", move || {
         // Opened by this thread, which may wait for it, and once: opening writes to the arbiter.
         let mut arbiter = None;
@@ -66,15 +63,14 @@ pub(super) fn watch(
             driver.superseded(generation, owner, &events);
         }
     })?;
-    Ok(Rivals { thread: started.thread().clone(), hurry })
+    Ok(Rivals { thread: started.thread().clone(), hurries })
 }
 
 /// Rests, and returns whether the driver is still there.
-fn rests(driver: &Weak<SharedDriver>, hurry: &Hurry) -> bool {
+fn rests(driver: &Weak<SharedDriver>, hurries: &AtomicBool) -> bool {
     let began = Instant::now();
     while driver.strong_count() > 0 {
-        let until = *hurry.lock().unwrap_or_else(PoisonError::into_inner);
-        let every = if until.is_some_and(|until| Instant::now() < until) { EVERY_SOON } else { EVERY };
+        let every = if hurries.load(Ordering::Relaxed) { EVERY_SOON } else { EVERY };
         let left = every.saturating_sub(began.elapsed());
         if left.is_zero() {
             return true;

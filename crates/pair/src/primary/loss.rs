@@ -78,7 +78,7 @@ impl Primary {
             }
             State::Arbitrating { .. } if planted!(self.bug, RightThrownAway) => {}
             State::Arbitrating { link: lost, claim } if *lost == link => {
-                out.push(Action::Note(Note::HandedOver));
+                out.push(Action::Note(Note::RightHandedOver));
                 if !claim.was_asked() || planted!(self.bug, ClaimForgotten) {
                     return self.go_on_alone(self.generation, out);
                 }

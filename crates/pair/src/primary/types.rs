@@ -348,7 +348,7 @@ pub enum PrimaryNote {
         generation: u64,
     },
     /// It is heard only now that the lost standby has handed its right over: output is held no longer.
-    HandedOver,
+    RightHandedOver,
     /// The arbiter does not answer; given once per reason.
     ArbiterUnreachable {
         /// Why.

@@ -11,7 +11,6 @@ use outlive_pair::{Kept, PrimaryEvent};
 
 use super::coordinator::Coordinator;
 use super::inbox::{Inbox, Queue};
-use super::rivals::Rivals;
 use crate::events::Event;
 
 /// How long a process that ends next waits until its answer is written.
@@ -132,7 +131,7 @@ impl Coordinator {
         );
         self.with.events.emit(Event::HandOver { kept: None });
         // Its standby is let ahead for seconds, and usually has it within milliseconds.
-        self.with.rivals.iter().for_each(Rivals::hurry);
+        self.with.rivals.iter().for_each(|rivals| rivals.hurry(true));
     }
 
     /// It stays.
@@ -147,6 +146,7 @@ impl Coordinator {
     /// The VM goes on here.
     pub(super) fn not_handed_over(&mut self) {
         let Some(UnderWay { asked, .. }) = self.hand_over.take() else { return };
+        self.with.rivals.iter().for_each(|rivals| rivals.hurry(false));
         let why = HandOverError::NotTaken;
         tracing::warn!("{why}");
         self.with.events.emit(Event::HandOver { kept: Some(why.to_string()) });
