@@ -33,8 +33,7 @@ pub(crate) use picked::Picked;
 pub(crate) const MOST: usize = 1024;
 const _: () = assert!(MOST <= outlive_epoch::MAX_AUDIT_SPANS);
 
-/// As long as the comparison of a page on the other host is believed to take at most: a hundred times what a slow one
-/// needs.
+/// As long as the comparison of a page on the other host is believed to take at most; far longer than on any host.
 const LONGEST_COMPARISON_NS: u64 = 1_000_000;
 
 /// A page, aligned so that it is read fast.

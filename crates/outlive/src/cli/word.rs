@@ -29,8 +29,8 @@ pub struct HandOverOptions {
 
 const HAND_OVER_HELP: &str = "\
 The VM goes on at its standby from its last checkpoint, as after a takeover: no reboot, no lost write, no broken
-connection. It is refused, and nothing changes, while the VM is not protected, its arbiter does not answer or is manual,
-its end was asked for, or the standby's host is cut off from the clients. If the standby does not come for it, the VM
+connection. It is refused, and nothing changes, while the VM is not protected, its arbiter is manual or out of reach of
+either host, its end was asked for, or the standby's host is cut off from the clients. If the standby does not come for it, the VM
 goes on here. This process then waits as the standby (with --listen, or if it began as one), or ends with exit code 3.
 
 Examples:

@@ -200,7 +200,6 @@ pub(super) fn judge(
         by_hand: arbiter.as_ref().is_some_and(|arbiter| arbiter.is_a_person()),
     };
     let given = arbiter.as_ref().map(|arbiter| arbiter.identity().to_owned());
-    // It is asked only if one is given.
     // A served arbiter tells other hosts no token, but what can be compared with one.
     let by_token = |mut win: Win| {
         if let Some(winner) = &mut win.winner
@@ -210,6 +209,7 @@ pub(super) fn judge(
         }
         win.into()
     };
+    // It is asked only if one is given.
     let history = || match arbiter {
         Some(arbiter) => Ok(arbiter.history(&sidecar.provenance.vm)?.into_iter().map(by_token).collect()),
         None => Ok(Vec::new()),

@@ -112,9 +112,6 @@ pub(crate) fn fence(
     standing.fencing(since, None);
     for attempt in 1_u32.. {
         tracing::info!(attempt, "fencing the lost primary");
-        if attempt == 1 {
-            standing.asking("the generation is won; the fence command runs");
-        }
         match run(fence, about, attempt, &stop) {
             Ok(()) => {
                 let took_ms = began.elapsed().as_millis() as u64;

@@ -303,40 +303,46 @@ fn check(options: &StandbyOptions) -> Result<(), PartsError> {
     Ok(disk::for_standby(&options.disks)?)
 }
 
-/// Why a standby leaves that could not take over.
-const LAME: &str = "the process that keeps this one's rights (vm-steward) has ended, so the fence command could not be \
-                    run and no VM be taken over: start this command again";
+/// Why a standby leaves that could not fence its primary.
+const NO_STEWARD: &str = "the process that keeps this one's rights (vm-steward) has ended, so this standby could not run \
+                          the fence command, and so not take the VM over: start this command again";
 
-/// Looks whether this process has lost the rights that a takeover with a fence command needs.
-#[derive(Default)]
-struct Lame {
+/// Watches over the rights that a takeover with a fence command needs.
+struct StewardWatch {
+    /// Whether there is such a command.
+    is_needed: bool,
     looked: Option<Instant>,
-    /// It has, and that was told.
-    shown: bool,
+    /// The steward has ended, and that was told.
+    lost: bool,
 }
 
-impl Lame {
-    /// Returns whether it is to be told now. Looks once a second.
-    fn shows(&mut self, fences: bool) -> bool {
-        if !fences || self.shown || self.looked.is_some_and(|at| at.elapsed() < Duration::from_secs(1)) {
+impl StewardWatch {
+    fn new(is_needed: bool) -> Self {
+        Self { is_needed, looked: None, lost: false }
+    }
+
+    /// Whether its loss is to be told now. Looks once a second.
+    fn finds_loss(&mut self) -> bool {
+        let looked = self.looked.is_some_and(|at| at.elapsed() < Duration::from_secs(1));
+        if !self.is_needed || self.lost || looked {
             return false;
         }
         self.looked = Some(Instant::now());
-        self.shown = sandbox::steward().is_some_and(Steward::is_gone);
-        self.shown
+        self.lost = sandbox::steward().is_some_and(Steward::is_gone);
+        self.lost
     }
 }
 
 impl Waiting {
     fn wait(&self) -> Outcome {
         let mut asked = false;
-        let mut lame = Lame::default();
+        let mut steward = StewardWatch::new(self.decisions.equipment.options.active.fence().is_some());
         let mut notes =
             Notes::new(self.decisions.equipment.events.clone(), self.decisions.equipment.standing.clone());
         loop {
             notify::alive();
-            if lame.shows(self.decisions.equipment.options.active.fence().is_some()) {
-                tracing::error!("{LAME}; this standby leaves, so that nobody relies on it");
+            if steward.finds_loss() {
+                tracing::error!("{NO_STEWARD}; this standby leaves, so that nobody relies on it");
                 self.decisions.handle(StandbyEvent::Stop);
             }
             let timeout = self.decisions.wait().unwrap_or(Duration::from_secs(1));
@@ -356,7 +362,9 @@ impl Waiting {
                     let outcome = self.leave(reason, asked);
                     return match outcome {
                         // A supervisor starts it again, with its rights.
-                        Outcome::Ended(StandbyExit::Stopped) if lame.shown => Outcome::Failed(LAME.into()),
+                        Outcome::Ended(StandbyExit::Stopped) if steward.lost => {
+                            Outcome::Failed(NO_STEWARD.into())
+                        }
                         other => other,
                     };
                 }

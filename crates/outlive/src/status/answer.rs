@@ -195,7 +195,7 @@ fn survivals(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [S
     };
     if let Some(since) = facts.fencing.map(time) {
         let waits = format!(
-            "it is lost already: this host has won the VM, which waits for the fence command since {since}"
+            "it is lost already: this host has won the VM, which has been waiting for the fence command since {since}"
         );
         return [
             says(false, "this may be the only host that has the VM, and it does not run yet", None),
@@ -206,7 +206,7 @@ fn survivals(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [S
         (Role::Primary, true, _) if !arbiter_lost && facts.other_lost_arbiter.is_some() => {
             let since = facts.other_lost_arbiter.map(time).unwrap_or_default();
             let waits =
-                format!("the standby cannot reach the arbiter since {since}, and would wait until it can");
+                format!("the standby has not reached the arbiter since {since}, and would wait until it can");
             [says(false, &waits, since_commit), says(true, "the VM goes on here, unprotected", Some(0))]
         }
         (Role::Primary, true, _) => [
@@ -468,7 +468,7 @@ mod tests {
         let [this, other] = [&status.loss_of_this_host, &status.loss_of_other_host];
         assert!(!this.survived && other.survived, "{status}");
         assert!(
-            this.what.contains("the standby cannot reach the arbiter since 1970-01-01T00:00:00Z"),
+            this.what.contains("the standby has not reached the arbiter since 1970-01-01T00:00:00Z"),
             "{status}"
         );
         assert_eq!(status.standby_lost_arbiter_since.as_deref(), Some("1970-01-01T00:00:00Z"));
@@ -492,7 +492,7 @@ mod tests {
             let [this, other] = [&status.loss_of_this_host, &status.loss_of_other_host];
             assert!(!this.survived && !other.survived, "{status}");
             assert!(
-                other.what.contains("waits for the fence command since 1970-01-01T00:00:00Z"),
+                other.what.contains("waiting for the fence command since 1970-01-01T00:00:00Z"),
                 "{status}"
             );
             let why = status.why.as_deref().unwrap();

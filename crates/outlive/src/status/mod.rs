@@ -22,4 +22,4 @@ pub use crate::link::LinkKind;
 pub(crate) use place::{NoPlace, folders, usual};
 pub(crate) use server::{Server, ServerError};
 pub(crate) use standing::{NO_PRIMARY, Progress, Standing};
-pub(crate) use word::{give_up, go_on_alone, hand_over_command as hand_over, take_over};
+pub(crate) use word::{give_up, go_on_alone, hand_over, take_over};

@@ -50,7 +50,7 @@ pub(super) struct Facts {
     pub(super) now: Option<String>,
     /// The other side is lost, and the arbiter has not said yet who goes on.
     pub(super) asking: bool,
-    /// The generation is won, and the VM waits for the fence command since then.
+    /// The generation is won, and the VM has been waiting for the fence command since then.
     pub(super) fencing: Option<SystemTime>,
     /// Since when the standby cannot reach the arbiter, as it says.
     pub(super) other_lost_arbiter: Option<SystemTime>,
@@ -283,11 +283,11 @@ impl Standing {
         self.change(|facts| (facts.now, facts.asking) = (Some(now.to_owned()), true));
     }
 
-    /// The generation is won, and the VM waits for the fence command since then. `failed`: what the last run said.
+    /// The generation is won, and the VM has been waiting for the fence command since then. `failed`: what the last run said.
     pub(crate) fn fencing(&self, since: SystemTime, failed: Option<&str>) {
         let at = humantime::format_rfc3339_seconds(since);
         let why = failed.map_or_else(String::new, |why| format!(": {why}"));
-        let now = format!("the VM waits for the fence command since {at}{why}");
+        let now = format!("the VM has been waiting for the fence command since {at}{why}");
         self.change(|facts| (facts.now, facts.asking, facts.fencing) = (Some(now), true, Some(since)));
     }
 

@@ -101,7 +101,7 @@ enum Refused {
     )]
     NoArbiter(String),
     #[error(
-        "the standby cannot reach the arbiter since {0}, so it could not take the VM over: `outlive status` there says \
+        "the standby has not reached the arbiter since {0}, so it could not take the VM over: `outlive status` there says \
          why; say it again when it can"
     )]
     StandbyWithoutArbiter(String),
@@ -145,7 +145,7 @@ pub(super) fn obey(order: Order, standing: &Standing, write: impl FnOnce(Vec<u8>
 }
 
 /// Has the VM go on at its standby.
-fn hand_over(facts: &Facts) -> Result<Done, Refused> {
+fn leave_to_standby(facts: &Facts) -> Result<Done, Refused> {
     let coordinator =
         facts.coordinator.as_ref().filter(|_| facts.role == Role::Primary).ok_or(Refused::NotHere)?;
     let sight = facts.watch.as_ref().and_then(Weak::upgrade).map(|watch| watch.sight());
@@ -165,12 +165,14 @@ fn hand_over(facts: &Facts) -> Result<Done, Refused> {
 
 fn carry_out(order: Order, standing: &Standing) -> Result<Done, Refused> {
     let facts = standing.facts();
-    let Some((said, its)) = order.parts() else { return hand_over(&facts) };
+    let Some((word, generation)) = order.parts() else { return leave_to_standby(&facts) };
     // An operator who is not sure whether it was heard says it again.
-    if desk().decided(its).is_some()
-        && let Taken::Before(vm) = desk().decide(its, said)?
+    if desk().decided(generation).is_some()
+        && let Taken::Before(vm) = desk().decide(generation, word)?
     {
-        return Ok(format!("generation {its} of VM {vm} is {said} already: nothing was changed").into());
+        return Ok(
+            format!("generation {generation} of VM {vm} is {word} already: nothing was changed").into()
+        );
     }
     // Before a claim is open, the other host lives as far as this one knows.
     if !facts.asking {
@@ -182,7 +184,6 @@ fn carry_out(order: Order, standing: &Standing) -> Result<Done, Refused> {
         (Order::GoOnAlone { .. }, Role::Standby) => return Err(Refused::IsStandby),
         _ => {}
     }
-    let (generation, word) = (its, said);
     if word == Word::Here {
         unless_seen(&facts, generation)?;
     }
@@ -259,7 +260,7 @@ pub(crate) fn take_over(options: &WordOptions) -> u8 {
 }
 
 /// `outlive hand-over`: returns the exit code.
-pub(crate) fn hand_over_command(options: &HandOverOptions) -> u8 {
+pub(crate) fn hand_over(options: &HandOverOptions) -> u8 {
     command(options.socket.as_deref(), Order::HandOver)
 }
 

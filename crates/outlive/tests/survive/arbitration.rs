@@ -93,10 +93,10 @@ fn a_primary_says_that_its_standby_has_lost_the_arbiter() {
     active.wait_says("THE STANDBY HAS LOST THE ARBITER", 1);
     let told = status(active.socket());
     assert!(!told.loss_of_this_host.survived && told.loss_of_other_host.survived, "{told}");
-    assert!(told.to_string().contains("the standby cannot reach the arbiter since "), "{told}");
+    assert!(told.to_string().contains("the standby has not reached the arbiter since "), "{told}");
     assert!(told.standby_lost_arbiter_since.is_some() && told.arbiter.unwrap().lost.is_none());
     let (code, said) = hand_over(&active);
-    assert!(code == Some(2) && said.contains("the standby cannot reach the arbiter since "), "{said}");
+    assert!(code == Some(2) && said.contains("the standby has not reached the arbiter since "), "{said}");
     witnesses.hear_all();
 
     open();

@@ -44,10 +44,13 @@ fn the_vm_waits_for_a_fence_command_that_fails_or_hangs() {
     let told = status(standby.socket());
     let what = &told.loss_of_other_host.what;
     assert!(
-        !told.loss_of_other_host.survived && what.contains("waits for the fence command since "),
+        !told.loss_of_other_host.survived && what.contains("waiting for the fence command since "),
         "{told}"
     );
-    assert!(told.why.as_ref().unwrap().contains("the VM waits for the fence command since "), "{told}");
+    assert!(
+        told.why.as_ref().unwrap().contains("the VM has been waiting for the fence command since "),
+        "{told}"
+    );
     signs_of_life(&manager);
     // The third run would be killed, too.
     standby.wait_for("killing the command", failed(3, "did not end"));

@@ -1,4 +1,4 @@
-//! What a host of a VM that is hostile, or out of its mind, says of what another has won.
+//! What a hostile or mistaken host says of generations that another one has won.
 
 use std::time::SystemTime;
 

@@ -324,15 +324,15 @@ enum Forbidden {
 /// it, but not win.
 fn may_ask(ask: &Ask, host: Option<&Certificate>) -> Result<(), Forbidden> {
     let Some(vm) = ask.vm() else { return Ok(()) };
-    let steward = host.is_some_and(|host| host.grant.arbiter);
+    let is_arbiter = host.is_some_and(|host| host.grant.arbiter);
     let of_hosts = matches!(ask, Ask::Claim { .. } | Ask::NoteEnd { .. });
     match host {
-        Some(host) if !host.grant.concerns(vm) && (of_hosts || !steward) => Err(Forbidden::Vm {
+        Some(host) if !host.grant.concerns(vm) && (of_hosts || !is_arbiter) => Err(Forbidden::Vm {
             host: host.name.clone(),
             vm: *vm,
             options: host.grant.options_with(None, vm),
         }),
-        _ if matches!(ask, Ask::Forget { .. }) && !steward => Err(Forbidden::Forget(*vm)),
+        _ if matches!(ask, Ask::Forget { .. }) && !is_arbiter => Err(Forbidden::Forget(*vm)),
         _ => Ok(()),
     }
 }
