@@ -5,8 +5,9 @@ use crate::planted::Bug;
 use super::steps::Act;
 use super::world::{Process, World};
 
-/// Steps of time after which nothing changes any more.
-const ROUNDS: usize = 8;
+/// Steps of time after which nothing changes any more. A host that has left the VM to its standby lets that ahead for
+/// ten of them.
+const ROUNDS: usize = 18;
 
 /// Steps between two steps of time: far more than there can be.
 const SETTLED: usize = 200;

@@ -52,9 +52,9 @@ impl Model for Bounds {
         (next != *last).then_some(next)
     }
 
-    /// Every generation takes a fault or a start.
+    /// Every generation takes a fault, an order or a start.
     fn within_boundary(&self, state: &World) -> bool {
-        state.won.len() <= usize::from(1 + self.left.faults + self.left.starts)
+        state.won.len() <= usize::from(1 + self.left.faults + self.left.orders + self.left.starts)
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
@@ -131,6 +131,7 @@ fn the_model_finds_every_planted_mistake() {
         (Bug::ClaimBeforeSettled, [2, 1, 0, 1, 0, 0]),
         (Bug::LeaseForgotten, [2, 1, 0, 1, 1, 0]),
         (Bug::LeaveBeforePromise, [2, 0, 1, 1, 0, 0]),
+        (Bug::GivenToAStandbyThatLeaves, [2, 0, 2, 1, 0, 0]),
         (Bug::ClaimNeverRepeated, [2, 2, 0, 0, 0, 0]),
         (Bug::ImpatientStandby, [2, 0, 0, 0, 0, 0]),
         (Bug::ReleaseBeforeAck, [2, 1, 0, 1, 1, 0]),

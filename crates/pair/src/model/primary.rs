@@ -94,11 +94,12 @@ impl World {
                 self.drain(host, bug);
                 self.stop_process(host, true);
             }
+            // The arbiter is asked then, as after a fault.
+            Action::HandOver => self.disturbed = true,
             Action::BeginEpoch { .. }
             | Action::DropCapture
             | Action::AskGuest
             | Action::Endure { .. }
-            | Action::HandOver
             | Action::Keep { .. }
             | Action::Note(_) => {}
         }

@@ -45,6 +45,8 @@ pub(super) enum Act {
     // Orders of an operator.
     StopStandby(usize),
     StopVm(usize),
+    /// `outlive hand-over`.
+    HandOver(usize),
     // Faults.
     /// The process is killed, and its kernel closes its connections.
     Kill(usize),
@@ -125,7 +127,9 @@ impl World {
                 acts.extend(self.may_drain(at, bug).then_some(Act::Drain(at)));
                 let due = primary.machine.next_deadline().is_some_and(|due| due <= super::world::NOW);
                 acts.extend((host.slow > 0 && due).then_some(Act::Look(at)));
-                acts.extend((self.left.orders > 0 && runs).then_some(Act::StopVm(at)));
+                if self.left.orders > 0 && runs {
+                    acts.extend([Act::StopVm(at), Act::HandOver(at)]);
+                }
             }
             Process::Standby(standby) => {
                 acts.extend((!standby.work.is_empty()).then_some(Act::Work(at)));
@@ -239,6 +243,10 @@ impl World {
             Act::StopVm(host) => {
                 self.left.orders -= 1;
                 self.tell_primary(host, PrimaryEvent::Stop { ask_guest: false }, bug);
+            }
+            Act::HandOver(host) => {
+                self.left.orders -= 1;
+                self.tell_primary(host, PrimaryEvent::HandOver, bug);
             }
             _ => {
                 self.left.faults -= 1;
