@@ -52,14 +52,16 @@ impl<'a> Fields<'a> {
         self.malformed("the payload ends early, bytes missing", missing as u64)
     }
 
-    /// A text of at most `limit` bytes behind its length. `limit` bounds the allocation.
+    /// A text of at most `limit` bytes behind its length. `limit` bounds the allocation. Texts are for people and for
+    /// commands: control characters, which would change the terminal of a reader or end a variable of a command's
+    /// environment, are replaced. None becomes longer by that.
     pub(crate) fn text(&mut self, limit: usize) -> Result<String, WireError> {
         let length = usize::from(self.fixed::<zerocopy::little_endian::U16>()?.get());
         if length > limit {
             return Err(self.malformed("a text is longer than its limit", length as u64));
         }
         match std::str::from_utf8(self.bytes(length)?) {
-            Ok(text) => Ok(text.to_owned()),
+            Ok(text) => Ok(text.replace(char::is_control, "?")),
             Err(error) => Err(self.malformed("a text is not UTF-8, at byte", error.valid_up_to() as u64)),
         }
     }
@@ -96,5 +98,20 @@ impl<'a> Fields<'a> {
             0 => Ok(()),
             extra => Err(self.malformed("bytes are left over", extra as u64)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_from_the_wire_has_no_control_characters_and_its_length() {
+        let sent = "db\0\x1b[2J\n\u{9b}7ä";
+        let mut payload = (sent.len() as u16).to_le_bytes().to_vec();
+        payload.extend_from_slice(sent.as_bytes());
+        let text = |limit| Fields::new(SectionKind::Hello, &payload).text(limit);
+        assert_eq!(text(sent.len()).unwrap(), "db??[2J??7ä");
+        assert!(text(sent.len() - 1).is_err());
     }
 }
