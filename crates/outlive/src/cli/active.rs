@@ -9,8 +9,8 @@ use clap::{Args, ValueEnum};
 
 use super::epochs::EpochOptions;
 use super::values::{
-    ConsoleSpec, DiskTimeout, parse_dead_after, parse_events_max, parse_fence_timeout, parse_host_port,
-    parse_max_pause, parse_stop_within, parse_uplink_timeout,
+    ConsoleSpec, DiskTimeout, parse_dead_after, parse_events_max, parse_fence, parse_fence_timeout,
+    parse_host_port, parse_max_pause, parse_stop_within, parse_uplink_timeout,
 };
 use crate::audit::AuditShare;
 use crate::events::EventsTo;
@@ -72,8 +72,9 @@ pub struct ActiveOptions {
 
     /// Shell command that cuts the lost primary off, for example from a shared disk, before a VM that this host has
     /// won runs here. It is repeated until it succeeds; the VM waits. It is told OUTLIVE_VM, OUTLIVE_VM_ID,
-    /// OUTLIVE_GENERATION, OUTLIVE_PEER (HOST:PORT) and OUTLIVE_ATTEMPT
-    #[arg(long, value_name = "COMMAND")]
+    /// OUTLIVE_GENERATION, OUTLIVE_PEER (HOST:PORT) and OUTLIVE_ATTEMPT. What can be checked is checked at the start:
+    /// the shell's syntax, and that the program is there
+    #[arg(long, value_name = "COMMAND", value_parser = parse_fence)]
     pub fence: Option<String>,
 
     /// How long the fence command may take before it is killed and repeated, 100ms to 1h

@@ -8,6 +8,8 @@ use std::time::Duration;
 use outlive_epoch::Wiring;
 use outlive_machine::SectorSize;
 
+use crate::standby::{FenceCheckError, check_fence};
+
 /// A network card: `tap=NAME[,bridge=BR][,mac=MAC][,queues=N][,mtu=N][,vlan=N]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetSpec {
@@ -252,6 +254,10 @@ pub(super) fn parse_events_max(text: &str) -> Result<u64, String> {
         return Err(format!("'{text}' is too small: give 64K or more"));
     }
     Ok(bytes)
+}
+
+pub(super) fn parse_fence(text: &str) -> Result<String, FenceCheckError> {
+    check_fence(text).map(|()| text.to_owned())
 }
 
 pub(super) fn parse_fence_timeout(text: &str) -> Result<Duration, String> {

@@ -11,11 +11,12 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use nix::unistd::{AccessFlags, Pid, access};
 use serde::{Deserialize, Serialize};
 
 use crate::events::{Event, EventWriter};
@@ -72,6 +73,62 @@ enum FenceError {
     /// It did not get done.
     #[error("the fence command did not end within {} s and was killed{}", .0.as_secs_f32(), .1)]
     Killed(Duration, LastLine),
+}
+
+/// Why a command can never succeed. That is known long before it is needed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FenceCheckError {
+    /// There is none.
+    #[error("it is empty: name a command, or leave --fence out")]
+    Empty,
+    /// The environment of a process has no such text.
+    #[error("it has a NUL byte")]
+    Nul,
+    /// There is no shell.
+    #[error("the shell that would run it cannot be started: /bin/sh: {0}")]
+    Shell(#[source] io::Error),
+    /// It is no command.
+    #[error("the shell does not understand it: {0}")]
+    Syntax(String),
+    /// There is no such program.
+    #[error(
+        "there is no program {0} here that may be run: a VM that this host wins would wait for it for ever"
+    )]
+    Missing(String),
+}
+
+/// Checks what can be known of a command before it is needed: that the shell understands it, and that the program it
+/// begins with is there.
+///
+/// # Errors
+/// See [`FenceCheckError`].
+pub(crate) fn check(command: &str) -> Result<(), FenceCheckError> {
+    if command.trim().is_empty() {
+        return Err(FenceCheckError::Empty);
+    }
+    if command.contains('\0') {
+        return Err(FenceCheckError::Nul);
+    }
+    let shell = |words: &[&str]| {
+        Command::new("/bin/sh").args(words).stdin(Stdio::null()).output().map_err(FenceCheckError::Shell)
+    };
+    let read = shell(&["-nc", command])?;
+    if !read.status.success() {
+        let said = String::from_utf8_lossy(&read.stderr);
+        return Err(FenceCheckError::Syntax(said.trim().replace(char::is_control, " ")));
+    }
+    // What the shell would make of any other first word is known when it runs.
+    let first = command.split_whitespace().next().unwrap_or_default().trim_end_matches(';');
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._+-".contains(c);
+    let is_there = match first.contains('/') {
+        true => Path::new(first).is_file() && access(first, AccessFlags::X_OK).is_ok(),
+        // The shell has commands and words of its own.
+        false => shell(&["-c", "command -v -- \"$1\"", "sh", first])?.status.success(),
+    };
+    if first.chars().all(is_plain) && !is_there {
+        return Err(FenceCheckError::Missing(first.to_owned()));
+    }
+    Ok(())
 }
 
 /// What the command said last, if it said anything.
@@ -280,6 +337,37 @@ mod tests {
         let why = fails("sleep 600 & sleep 600; true", Duration::from_millis(100));
         assert!(why.contains("did not end within 0.1 s"), "{why}");
         assert!(began.elapsed() < long);
+    }
+
+    #[test]
+    fn a_command_that_could_never_succeed_is_refused_at_once() {
+        let why = |command: &str| check(command).unwrap_err().to_string();
+        for missing in ["/no/such/command --off", "no-such-command; true", "/etc/passwd"] {
+            let first = missing.split([' ', ';']).next().unwrap();
+            assert!(
+                why(missing).starts_with(&format!("there is no program {first} here")),
+                "{}",
+                why(missing)
+            );
+        }
+        assert!(
+            why("if true; then").starts_with("the shell does not understand it: "),
+            "{}",
+            why("if true; then")
+        );
+        assert!(why(" \t").starts_with("it is empty"));
+        assert!(why("true\0").starts_with("it has a NUL"));
+        for good in [
+            "true",
+            "exit 3",
+            "cd / && true",
+            "if true; then false; fi",
+            "X=1 no-matter",
+            "\"$HOME\"/x",
+            "(true)",
+        ] {
+            check(good).unwrap_or_else(|error| panic!("{good}: {error}"));
+        }
     }
 
     #[test]

@@ -57,7 +57,7 @@ use crate::status::Standing;
 use crate::vm::{self, CardError, Launch, Stops, UplinkError};
 use crate::{disk, notify, sandbox};
 use decisions::{Decisions, Equipment};
-pub(crate) use fence::{About, Fence, Stop, fence, run_fence_command};
+pub(crate) use fence::{About, Fence, FenceCheckError, Stop, check as check_fence, fence, run_fence_command};
 pub(crate) use listen::{Door, DoorError};
 use notes::Notes;
 use ports::{MainMessage, Session};
