@@ -14,6 +14,7 @@
 //! manual/       an operator
 //! record.rs     what is written down of a claim, whatever the kind
 //! worker.rs     claims on a separate thread, because a dead server can block a claim for long
+//! site.rs       on which host an arbiter is
 //! watch.rs      probes the arbiter while all is well
 //! command.rs    `outlive arbiter`
 //! ```
@@ -30,6 +31,7 @@ mod manual;
 mod record;
 mod registry;
 mod served;
+mod site;
 mod watch;
 mod worker;
 
@@ -46,6 +48,7 @@ pub use outlive_epoch::VmId;
 pub(crate) use registry::{Needs, is_manual, needs};
 pub use registry::{init, parse};
 pub use served::{ServeError, ServedFault, ServedSpecError, with_keys};
+pub(crate) use site::Site;
 pub(crate) use watch::{Here, Sight, Watch};
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 

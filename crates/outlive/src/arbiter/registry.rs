@@ -28,20 +28,47 @@ struct Kind {
     open: Open,
     init: Init,
     needs: fn(&str) -> Needs,
+    servers: fn(&str) -> Vec<String>,
 }
 
 const KINDS: [Kind; 4] = [
-    Kind { scheme: "file", form: file::FORM, open: file::open, init: file::init, needs: file::needs },
-    Kind { scheme: "etcd", form: etcd::FORM, open: etcd::open, init: etcd::init, needs: etcd::needs },
+    Kind {
+        scheme: "file",
+        form: file::FORM,
+        open: file::open,
+        init: file::init,
+        needs: file::needs,
+        servers: nobody,
+    },
+    Kind {
+        scheme: "etcd",
+        form: etcd::FORM,
+        open: etcd::open,
+        init: etcd::init,
+        needs: etcd::needs,
+        servers: etcd::servers,
+    },
     Kind {
         scheme: "outlive",
         form: served::FORM,
         open: served::open,
         init: served::init,
         needs: served::needs,
+        servers: served::servers,
     },
-    Kind { scheme: "manual", form: manual::FORM, open: manual::open, init: manual::init, needs: nothing },
+    Kind {
+        scheme: "manual",
+        form: manual::FORM,
+        open: manual::open,
+        init: manual::init,
+        needs: nothing,
+        servers: nobody,
+    },
 ];
+
+fn nobody(_place: &str) -> Vec<String> {
+    Vec::new()
+}
 
 fn nothing(_place: &str) -> Needs {
     Needs::default()
@@ -50,6 +77,11 @@ fn nothing(_place: &str) -> Needs {
 /// What a process needs of its host for the arbiter of an `--arbiter` option; nothing for what names none.
 pub(crate) fn needs(text: &str) -> Needs {
     find(text).map(|(kind, place)| (kind.needs)(place)).unwrap_or_default()
+}
+
+/// The servers that an `--arbiter` option names, as `HOST:PORT`; none for an arbiter without servers.
+pub(super) fn servers(text: &str) -> Vec<String> {
+    find(text).map(|(kind, place)| (kind.servers)(place)).unwrap_or_default()
 }
 
 /// Whether an `--arbiter` option names a person.

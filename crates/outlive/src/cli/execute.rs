@@ -9,12 +9,14 @@ use outlive_pair::{ExitReason, StandbyExit};
 
 use super::part::{self, PartError};
 use super::sense::SenseError;
-use super::standby::{ItsOwnStandby, is_here};
+use super::standby::ItsOwnStandby;
 use super::{ActiveOptions, Command, RunOptions, StandbyOptions};
+use crate::arbiter::Site;
 use crate::disk::{Held, Part};
 use crate::events::{Event, Role};
 use crate::link::SecurityError;
 use crate::logs::LogError;
+use crate::network::here;
 use crate::primary::StartError;
 use crate::sandbox::{Plan, PrivilegeError, SandboxError};
 use crate::standby::{Door, DoorError, Outcome, Post, PostError};
@@ -137,7 +139,7 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
     }
-    for standby in options.active.standbys.iter().filter(|it| is_here(it)) {
+    for standby in options.active.standbys.iter().filter(|it| here::is_here(it)) {
         tracing::warn!(
             "--standby {standby} is an address of this host itself, and a standby here would die with the VM: give the \
              other host's address"
@@ -208,6 +210,7 @@ struct Place {
 impl Place {
     fn claim(options: &RunOptions, standing: Arc<Standing>) -> Result<Self, BeginError> {
         standing.others(&options.active.standbys, &options.active.security());
+        standing.arbiter_at(site(options.arbiter.as_deref(), &options.active));
         let server = Server::open(options.active.status.as_deref(), &standing)?;
         // Without a name the images' own is known only later.
         let named = options.name.as_deref().filter(|_| server.is_none() && options.or_standby);
@@ -216,6 +219,19 @@ impl Place {
         let stops = hear_stops(&options.active)?;
         Ok(Self { standing, server, door, stops })
     }
+}
+
+/// On which host the arbiter is. Warns if it is one that may be lost with the VM.
+fn site(arbiter: Option<&str>, options: &ActiveOptions) -> Site {
+    let site = arbiter.map(Site::of).unwrap_or_default();
+    let other = options.standbys.iter().find(|standby| site.is_at(standby));
+    if let Some(host) = site.is_here().then_some("this host").or(other.map(String::as_str)) {
+        tracing::warn!(
+            "the arbiter is on {host}: if that host is lost, the arbiter is lost with it, and the VM waits until it is \
+             back; have a third machine serve it (docs/arbitration.md)"
+        );
+    }
+    site
 }
 
 /// From now on an order to stop no longer kills the process: whoever has a turn asks for it, or gets it.
@@ -300,6 +316,7 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
     standing.link(options.active.security().kind());
     standing.others(&options.active.standbys, &options.active.security());
+    standing.arbiter_at(site(Some(&options.arbiter), &options.active));
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
     let door = Door::reserve(&options.listen)?;

@@ -1,6 +1,5 @@
 //! `outlive standby`.
 
-use std::net::{IpAddr, UdpSocket};
 use std::str::FromStr;
 
 use clap::Args;
@@ -8,6 +7,7 @@ use clap::Args;
 use super::active::ActiveOptions;
 use super::values::{NetSpec, StandbyDisk, parse_listen, parse_name, parse_standby_card};
 use crate::arbiter;
+use crate::network::here::{address, is_of_this_host, split};
 use crate::process;
 
 /// `outlive standby`.
@@ -99,33 +99,6 @@ impl StandbyOptions {
     }
 }
 
-/// Whether a standby's address is one of this host, as far as that can be known without asking a name server. A loopback
-/// address may be a tunnel's.
-pub(super) fn is_here(standby: &str) -> bool {
-    let Some((host, _)) = split(standby) else { return false };
-    match address(host) {
-        Some(address) => !address.is_loopback() && is_of_this_host(address),
-        None => host.eq_ignore_ascii_case(&process::host_name()),
-    }
-}
-
-/// Host, without brackets, and port.
-fn split(text: &str) -> Option<(&str, u16)> {
-    let (host, port) = text.rsplit_once(':')?;
-    let host = host.strip_prefix('[').and_then(|it| it.strip_suffix(']')).unwrap_or(host);
-    Some((host, port.parse().ok()?))
-}
-
-fn address(host: &str) -> Option<IpAddr> {
-    let host = if host == "localhost" { "127.0.0.1" } else { host };
-    host.parse().ok()
-}
-
-/// Only an address of its own is one that a host can bind.
-fn is_of_this_host(address: IpAddr) -> bool {
-    UdpSocket::bind((address, 0)).is_ok()
-}
-
 const STANDBY_EXAMPLES: &str = "\
 Examples:
   outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0
@@ -138,19 +111,3 @@ Examples:
       a disk that both hosts see: host a loses its reservation before the VM runs here
 
 The link needs keys of both hosts: outlive keys init on one, outlive keys issue for the other (docs/trust.md).";
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_host_knows_its_own_name_and_leaves_tunnels_alone() {
-        let own = process::host_name();
-        assert!(is_here(&format!("{own}:7000")) && is_here(&format!("{}:1", own.to_uppercase())));
-        for other in
-            ["127.0.0.1:7000", "localhost:7000", "[::1]:7000", "192.0.2.1:7000", "no.such.host:7000", "x"]
-        {
-            assert!(!is_here(other), "{other}");
-        }
-    }
-}

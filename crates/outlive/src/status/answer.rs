@@ -189,10 +189,6 @@ fn time(at: SystemTime) -> String {
 
 /// What the loss of this host, and of the other one, would mean. Whoever goes on asks the arbiter first.
 fn survivals(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [Survival; 2] {
-    let says = |survived, what: &str, lost_ms| Survival { survived, what: what.to_owned(), lost_ms };
-    let if_asked = |what: &str, else_what: &str, lost_ms| {
-        says(!arbiter_lost, if arbiter_lost { else_what } else { what }, lost_ms)
-    };
     if let Some(since) = facts.fencing.map(time) {
         let waits = format!(
             "it is lost already: this host has won the VM, which has been waiting for the fence command since {since}"
@@ -202,26 +198,69 @@ fn survivals(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [S
             says(false, &waits, since_commit),
         ];
     }
-    match (facts.role, facts.protected, facts.asking) {
-        (Role::Primary, true, _) if !arbiter_lost && facts.other_lost_arbiter.is_some() => {
+    match facts.protected {
+        true => while_protected(facts, arbiter_lost, since_commit),
+        false => while_unprotected(facts, arbiter_lost, since_commit),
+    }
+}
+
+fn says(survived: bool, what: &str, lost_ms: Option<u64>) -> Survival {
+    Survival { survived, what: what.to_owned(), lost_ms }
+}
+
+fn while_protected(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [Survival; 2] {
+    // The arbiter may be on one of the two hosts.
+    let if_asked = |with_arbiter: bool, what: &str, waits: &str, lost_ms| match (arbiter_lost, with_arbiter) {
+        (true, _) => says(false, waits, lost_ms),
+        (false, true) => says(false, &format!("the arbiter would be lost with it: {waits}"), lost_ms),
+        (false, false) => says(true, what, lost_ms),
+    };
+    let has_arbiter = facts.site.is_here();
+    let other_has_arbiter = facts.peer.as_ref().is_some_and(|peer| facts.site.is_at(peer));
+    match facts.role {
+        Role::Primary if !arbiter_lost && facts.other_lost_arbiter.is_some() => {
             let since = facts.other_lost_arbiter.map(time).unwrap_or_default();
             let waits =
                 format!("the standby has not reached the arbiter since {since}, and would wait until it can");
             [says(false, &waits, since_commit), says(true, "the VM goes on here, unprotected", Some(0))]
         }
-        (Role::Primary, true, _) => [
+        Role::Primary => [
             if_asked(
+                has_arbiter,
                 "the standby takes over from the last checkpoint",
                 "the standby would wait until the arbiter is back",
                 since_commit,
             ),
             if_asked(
+                other_has_arbiter,
                 "the VM goes on here, unprotected",
                 "the VM's output would be held here until the arbiter is back",
                 Some(0),
             ),
         ],
-        (Role::Primary, false, true) => [
+        Role::Standby => [
+            if_asked(
+                has_arbiter,
+                "the VM goes on at its primary, unprotected",
+                "the VM's output would be held at its primary until the arbiter is back",
+                Some(0),
+            ),
+            if_asked(
+                other_has_arbiter,
+                "this host takes over from the last checkpoint",
+                "this host would wait until the arbiter is back",
+                since_commit,
+            ),
+        ],
+    }
+}
+
+fn while_unprotected(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [Survival; 2] {
+    let if_asked = |what: &str, waits: &str, lost_ms| {
+        says(!arbiter_lost, if arbiter_lost { waits } else { what }, lost_ms)
+    };
+    match (facts.role, facts.asking) {
+        (Role::Primary, true) => [
             says(false, "not known before the arbiter has answered", None),
             if_asked(
                 "it is lost already: the VM goes on here once the arbiter has answered",
@@ -229,23 +268,11 @@ fn survivals(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [S
                 Some(0),
             ),
         ],
-        (Role::Primary, false, false) => [
+        (Role::Primary, false) => [
             says(false, "all that is in the VM's memory would be lost", None),
             says(true, "the VM runs here and needs no other host", Some(0)),
         ],
-        (Role::Standby, true, _) => [
-            if_asked(
-                "the VM goes on at its primary, unprotected",
-                "the VM's output would be held at its primary until the arbiter is back",
-                Some(0),
-            ),
-            if_asked(
-                "this host takes over from the last checkpoint",
-                "this host would wait until the arbiter is back",
-                since_commit,
-            ),
-        ],
-        (Role::Standby, false, true) => [
+        (Role::Standby, true) => [
             says(false, "this may be the only host that has the VM", None),
             if_asked(
                 "it is lost already: this host takes over if the arbiter lets it",
@@ -253,7 +280,7 @@ fn survivals(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [S
                 since_commit,
             ),
         ],
-        (Role::Standby, false, false) => [
+        (Role::Standby, false) => [
             says(true, "no VM depends on this host", Some(0)),
             says(false, "this host has no whole copy of a VM", None),
         ],
@@ -371,6 +398,8 @@ fn span(ms: u64) -> String {
 mod tests {
     use super::super::Standing;
     use super::*;
+    use crate::arbiter::Site;
+    use crate::process;
 
     const CLEAR: Sight = Sight {
         seen: Some(SystemTime::UNIX_EPOCH),
@@ -427,6 +456,20 @@ mod tests {
              the standby takes over from the last checkpoint (about 3ms of its work is lost, none of it \
              answered); loss of the other: survived, the VM goes on here, unprotected"
         );
+        standing.arbiter_at(Site::of("outlive:hostb:7010"));
+        let status = at(&standing, Some(&CLEAR));
+        assert!(status.loss_of_this_host.survived && !status.loss_of_other_host.survived, "{status}");
+        let what = &status.loss_of_other_host.what;
+        assert!(
+            what.starts_with("the arbiter would be lost with it: the VM's output would be held"),
+            "{what}"
+        );
+        standing.arbiter_at(Site::of(&format!("outlive:{}:7010", process::host_name())));
+        let status = at(&standing, Some(&CLEAR));
+        assert!(!status.loss_of_this_host.survived && status.loss_of_other_host.survived, "{status}");
+        let what = &status.loss_of_this_host.what;
+        assert!(what.starts_with("the arbiter would be lost with it: the standby would wait"), "{what}");
+        standing.arbiter_at(Site::default());
         let lost = Sight { lost: Some("stale handle".into()), ..CLEAR };
         let status = at(&standing, Some(&lost));
         assert!(

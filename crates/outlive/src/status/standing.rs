@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use super::answer::Status;
-use crate::arbiter::Watch;
+use crate::arbiter::{Site, Watch};
 use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
 use crate::link::{LinkKind, Security};
@@ -58,6 +58,8 @@ pub(super) struct Facts {
     pub(super) peer: Option<String>,
     pub(super) link: Option<LinkKind>,
     pub(super) watch: Option<Weak<Watch>>,
+    /// On which host the arbiter is.
+    pub(super) site: Site,
     /// Who can hand the VM over.
     pub(super) coordinator: Option<Queue>,
     counter: Option<Counter>,
@@ -117,6 +119,7 @@ impl Standing {
             peer: None,
             link: None,
             watch: None,
+            site: Site::default(),
             coordinator: None,
             counter: None,
             events: None,
@@ -142,6 +145,11 @@ impl Standing {
     /// Looks at the arbiter through this watch from now on, but does not keep it alive.
     pub(crate) fn watch(&self, watch: &Arc<Watch>) {
         self.change(|facts| facts.watch = Some(Arc::downgrade(watch)));
+    }
+
+    /// On which host the arbiter is.
+    pub(crate) fn arbiter_at(&self, site: Site) {
+        self.change(|facts| facts.site = site);
     }
 
     /// Tells what an operator decides as events from now on.

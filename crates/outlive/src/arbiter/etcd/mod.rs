@@ -67,6 +67,13 @@ pub(super) fn needs(place: &str) -> Needs {
     Needs { read, ..Needs::default() }
 }
 
+/// Where its members are.
+pub(super) fn servers(place: &str) -> Vec<String> {
+    let members = Spec::parse(place).map(|spec| spec.members).unwrap_or_default();
+    let address = |url: String| url.split_once("://").map(|(_, address)| address.to_owned());
+    members.into_iter().filter_map(address).collect()
+}
+
 /// Where a file is, and where it is in truth, if its name is that of a link. A directory that has much else is not given
 /// for the sake of one file.
 fn places_of(file: &Path) -> Vec<PathBuf> {

@@ -32,7 +32,7 @@ use std::time::Duration;
 use self::backoff::BackOff;
 use self::place::Way;
 pub use self::place::with_keys;
-pub(super) use self::place::{FORM, needs};
+pub(super) use self::place::{FORM, needs, servers};
 use self::protocol::{Answer, Ask, Question, Token, VERSION, Vm};
 pub use self::server::ServeError;
 pub(super) use self::server::serve;

@@ -48,6 +48,11 @@ pub(in crate::arbiter) fn needs(place: &str) -> Needs {
     Needs { read: keys.into_iter().collect(), ..Needs::default() }
 }
 
+/// Where it is.
+pub(in crate::arbiter) fn servers(place: &str) -> Vec<String> {
+    Way::parse(place).into_iter().map(|way| way.address).collect()
+}
+
 /// The way to a served arbiter.
 #[derive(Clone)]
 pub(super) struct Way {
