@@ -7,8 +7,8 @@ pub use error::IncomingError;
 use crate::codec::{PageEntry, with_data};
 use crate::image::{Layout, PAGE_SIZE, PageData, RecordBuf, StateBuf, StateSection, UncheckedRecords};
 use crate::wire::{
-    Audit, AuditSpan, ChangeError, CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section,
-    SectionKind, StateChanges,
+    Audit, AuditRange, AuditSpan, ChangeError, CheckpointBegin, CheckpointEnd, CheckpointFlags, ChunkRange,
+    DiskAudit, Message, Pages, Section, SectionKind, StateChanges,
 };
 
 /// Bytes of each kind that a buffer keeps when it is reset. An ordinary checkpoint then needs no allocation,
@@ -74,6 +74,8 @@ pub struct Incoming {
     writes: RecordBuf,
     /// Sums of pages to compare.
     audit: Vec<AuditSpan>,
+    /// Sums of chunks of disks to compare.
+    disk_audit: Vec<AuditRange>,
     /// Bytes of each disk; 0 for one that is not replicated.
     disks: Vec<u64>,
     /// One bit per page of the layout: whether the page is already in this checkpoint. Cleared by walking
@@ -109,6 +111,7 @@ impl Incoming {
             before: StateBuf::default(),
             writes: RecordBuf::default(),
             audit: Vec::new(),
+            disk_audit: Vec::new(),
             disks: Vec::new(),
             seen: zeroed(seen_len)?,
             layout,
@@ -141,6 +144,7 @@ impl Incoming {
         self.before.clear();
         self.writes.clear();
         self.audit.clear();
+        self.disk_audit.clear();
         self.phase = Phase::Idle;
     }
 
@@ -155,8 +159,8 @@ impl Incoming {
     }
 
     /// Takes one section of the checkpoint; `message` is its parsed payload. Returns whether the checkpoint
-    /// is whole. `CheckpointBegin`, `Pages`, `State`, `StateChanges`, `DiskWrites`, `Audit` and `CheckpointEnd`
-    /// belong here; anything else is refused.
+    /// is whole. `CheckpointBegin`, `Pages`, `State`, `StateChanges`, `DiskWrites`, `Audit`, `DiskAudit` and
+    /// `CheckpointEnd` belong here; anything else is refused.
     ///
     /// # Errors
     /// See [`IncomingError`]. The checkpoint is then lost; the committed one before it is not touched.
@@ -201,6 +205,7 @@ impl Incoming {
                 | Message::StateChanges(_)
                 | Message::DiskWrites { .. }
                 | Message::Audit(_)
+                | Message::DiskAudit(_)
                 | Message::CheckpointEnd(_),
             ) => None,
             (Phase::Idle, _) => Some("outside a checkpoint"),
@@ -218,6 +223,7 @@ impl Incoming {
             Message::StateChanges(changes) => self.state_changes(changes)?,
             Message::DiskWrites { checkpoint, writes } => self.disk_writes(*checkpoint, *writes)?,
             Message::Audit(audit) => self.audit(audit)?,
+            Message::DiskAudit(audit) => self.disk_audit(audit)?,
             Message::CheckpointEnd(end) => {
                 self.end(end)?;
                 return Ok(true);
@@ -371,6 +377,28 @@ impl Incoming {
         Ok(())
     }
 
+    fn disk_audit(&mut self, audit: &DiskAudit<'_>) -> Result<(), IncomingError> {
+        let number = self.begin.number;
+        if audit.checkpoint != number {
+            return Err(IncomingError::Number { expected: number, found: audit.checkpoint });
+        }
+        if !self.disk_audit.is_empty() {
+            return Err(IncomingError::Order {
+                kind: SectionKind::DiskAudit,
+                place: "twice in a checkpoint",
+            });
+        }
+        for range in audit.ranges() {
+            let ChunkRange { disk, first, .. } = range.chunks;
+            let bytes = self.disks.get(usize::from(disk)).copied().unwrap_or(0);
+            if !range.chunks.fits(bytes) {
+                return Err(IncomingError::OutsideDisk { disk, chunk: first });
+            }
+            self.disk_audit.push(range);
+        }
+        Ok(())
+    }
+
     fn end(&mut self, end: &CheckpointEnd) -> Result<(), IncomingError> {
         let CheckpointBegin { number, pages, state_bytes, disk_bytes, .. } = self.begin;
         if end.number != number {
@@ -435,6 +463,12 @@ impl<'a> Checkpoint<'a> {
     /// Sums of pages as they are at this checkpoint, to be compared with the copy. All pages are RAM of the layout.
     pub fn audit(&self) -> &'a [AuditSpan] {
         &self.incoming.audit
+    }
+
+    /// Sums of chunks of disks as they are at this checkpoint, to be compared with the images. Each lies within its
+    /// disk.
+    pub fn disk_audit(&self) -> &'a [AuditRange] {
+        &self.incoming.disk_audit
     }
 
     /// The disk writes in the order in which the guest's requests completed. Each lies within its disk.

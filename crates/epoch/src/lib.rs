@@ -32,7 +32,7 @@
 //!         P->>S: CheckpointBegin {generation, number, totals, flags}
 //!         P->>S: Pages, State, StateChanges, DiskWrites ...
 //!         P->>S: Output {frames that the guest has sent in this epoch}
-//!         P->>S: Audit {sums of some pages}
+//!         P->>S: Audit {sums of some pages}, DiskAudit {sums of some chunks of disks}
 //!         P->>S: CheckpointEnd {number, stamp, totals, chain}
 //!         S->>P: Ack {generation, number, stamp}
 //!     end
@@ -40,7 +40,8 @@
 //!         P->>S: Heartbeat {stamp}
 //!         P->>S: Input {frames that the guest was given}, Released {through which epoch output has left}
 //!         S->>P: Heartbeat {newest stamp heard}
-//!         S->>P: Audited {pages compared, what differs}, ArbiterSight {whether it sees the arbiter}
+//!         S->>P: Audited {pages compared, what differs}, DiskAudited {chunks compared, what differs}
+//!         S->>P: ArbiterSight {whether it sees the arbiter}
 //!     end
 //!     opt orderly end
 //!         P->>S: End {reason}
@@ -97,7 +98,8 @@
 //!
 //! From version 7 of the stream on. `Audit`, in front of a checkpoint's end, has sums of some pages as they are at
 //! that checkpoint. The standby compares them with its copy when it has applied that checkpoint, and before the
-//! next. `Audited` says how far it is and what differs; a standby whose copy differs leaves.
+//! next. `Audited` says how far it is and what differs; a standby whose copy differs leaves. `DiskAudit` and
+//! `DiskAudited` are the same for chunks of the disks that each host has an image of.
 //!
 //! # Stamps
 //!
@@ -128,9 +130,9 @@ pub use image::{
 };
 pub use incoming::{Checkpoint, Expect, Incoming, IncomingError, IncomingLimits};
 pub use wire::{
-    Accept, Ack, ArbiterSight, Audit, AuditSpan, Audited, CheckpointBegin, CheckpointEnd, CheckpointFlags,
-    DISK_SUM_LEN, DiskSums, DiskWant, EncodeError, Encoder, EndReason, HEADER_LEN, Hello, LeaveReason,
-    Limits, Message, PREFACE_LEN, Pages, Peer, Preface, ProtocolVersion, ReadError, Refuse, RefuseCode,
-    Section, SectionHeader, SectionKind, SectionReader, TailBuf, TailFrame, TailFrames, VersionRange,
-    WireError,
+    Accept, Ack, ArbiterSight, Audit, AuditRange, AuditSpan, Audited, CheckpointBegin, CheckpointEnd,
+    CheckpointFlags, ChunkRange, DISK_SUM_LEN, DiskAudit, DiskAudited, DiskSums, DiskWant, EncodeError,
+    Encoder, EndReason, HEADER_LEN, Hello, LeaveReason, Limits, Message, PREFACE_LEN, Pages, Peer, Preface,
+    ProtocolVersion, ReadError, Refuse, RefuseCode, Section, SectionHeader, SectionKind, SectionReader,
+    TailBuf, TailFrame, TailFrames, VersionRange, WireError,
 };

@@ -54,6 +54,10 @@ pub const MAX_ZERO_CHUNKS: u32 = 16 * 1024;
 
 /// Most spans of an `Audit` section. A checkpoint has at most one such section.
 pub const MAX_AUDIT_SPANS: usize = 1024;
+/// Most ranges of a `DiskAudit` section. A checkpoint has at most one such section.
+pub const MAX_AUDIT_RANGES: usize = 64;
+/// Most chunks of one such range.
+pub const MAX_AUDIT_CHUNKS: u32 = 64;
 
 /// Most bytes of any payload: a `Pages` section with the most raw pages.
 pub const MAX_PAYLOAD: usize = 16 + MAX_PAGES_PER_SECTION * (8 + PAGE_SIZE);

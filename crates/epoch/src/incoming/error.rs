@@ -97,6 +97,14 @@ pub enum IncomingError {
         /// The frame.
         gfn: u64,
     },
+    /// Sums of chunks that no replicated disk has.
+    #[error("chunk {chunk} of disk {disk}, to be compared, is outside the VM's replicated disks")]
+    OutsideDisk {
+        /// The disk.
+        disk: u16,
+        /// The first chunk.
+        chunk: u64,
+    },
     /// A page that came twice.
     #[error("GFN {gfn:#x} is twice in checkpoint {number}")]
     DuplicatePage {

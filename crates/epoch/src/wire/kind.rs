@@ -75,11 +75,16 @@ pub enum SectionKind {
     Audited = 23,
     /// Whether the standby sees the arbiter; from version 7 of the stream on.
     ArbiterSight = 24,
+    /// Sums of chunks of disks as they are at the open checkpoint, for the standby to compare; from version 7 of the
+    /// stream on.
+    DiskAudit = 25,
+    /// What the standby has compared of its disks so far, and whether it differs; from version 7 of the stream on.
+    DiskAudited = 26,
 }
 
 impl SectionKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 26] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -104,6 +109,8 @@ impl SectionKind {
         Self::Audit,
         Self::Audited,
         Self::ArbiterSight,
+        Self::DiskAudit,
+        Self::DiskAudited,
     ];
 
     /// The kind with this number.
@@ -149,7 +156,9 @@ impl SectionKind {
             Self::StateChanges => u16::from(stream >= ProtocolVersion::V4),
             Self::Reach => u16::from(stream >= ProtocolVersion::V5),
             Self::Input | Self::Output | Self::Released => u16::from(stream >= ProtocolVersion::V6),
-            Self::Audit | Self::Audited | Self::ArbiterSight => u16::from(stream >= ProtocolVersion::V7),
+            Self::Audit | Self::Audited | Self::ArbiterSight | Self::DiskAudit | Self::DiskAudited => {
+                u16::from(stream >= ProtocolVersion::V7)
+            }
             // Version 2 added the totals of disk writes. (In a stream of version 4 the beginning's number of
             // pages is a limit.)
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
@@ -168,7 +177,8 @@ impl SectionKind {
             | Self::DiskWant
             | Self::Reach
             | Self::Audited
-            | Self::ArbiterSight => peer == Peer::Standby,
+            | Self::ArbiterSight
+            | Self::DiskAudited => peer == Peer::Standby,
             Self::Hello
             | Self::BasePages
             | Self::CheckpointBegin
@@ -183,6 +193,7 @@ impl SectionKind {
             | Self::Output
             | Self::Released
             | Self::Audit
+            | Self::DiskAudit
             | Self::End => peer == Peer::Primary,
         }
     }

@@ -3,10 +3,12 @@
 use super::disk_sums::DISK_SUM_LEN;
 use super::kind::SectionKind;
 use super::{
-    ack, audit, checkpoint, disk_sums, disk_want, end, heartbeat, reach, released, sight, state,
+    ack, audit, checkpoint, disk_audit, disk_sums, disk_want, end, heartbeat, reach, released, sight, state,
     state_changes,
 };
-use crate::image::limits::{MAX_AUDIT_SPANS, MAX_FRAMES_BYTES, MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
+use crate::image::limits::{
+    MAX_AUDIT_RANGES, MAX_AUDIT_SPANS, MAX_FRAMES_BYTES, MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE,
+};
 
 impl SectionKind {
     /// Most bytes of the payload.
@@ -28,6 +30,8 @@ impl SectionKind {
             Self::Audit => audit::HEAD_LEN + MAX_AUDIT_SPANS * audit::SPAN_LEN,
             Self::Audited => audit::REPORT_LEN,
             Self::ArbiterSight => sight::LEN,
+            Self::DiskAudit => disk_audit::HEAD_LEN + MAX_AUDIT_RANGES * disk_audit::RANGE_LEN,
+            Self::DiskAudited => disk_audit::REPORT_LEN,
             Self::End | Self::Leave => end::LEN,
             Self::DiskSums => disk_sums::HEAD_LEN + MAX_SUMS * DISK_SUM_LEN,
             Self::DiskWant => disk_want::HEAD_LEN + MAX_SUMS * 2,

@@ -4,6 +4,7 @@ use super::accept::Accept;
 use super::ack::Ack;
 use super::audit::{Audit, Audited};
 use super::checkpoint::{CheckpointBegin, CheckpointEnd};
+use super::disk_audit::{DiskAudit, DiskAudited};
 use super::disk_sums::DiskSums;
 use super::disk_want::DiskWant;
 use super::end::{EndReason, LeaveReason};
@@ -89,6 +90,10 @@ pub enum Message<'a> {
     Audited(Audited),
     /// See [`ArbiterSight`].
     ArbiterSight(ArbiterSight),
+    /// See [`DiskAudit`].
+    DiskAudit(DiskAudit<'a>),
+    /// See [`DiskAudited`].
+    DiskAudited(DiskAudited),
     /// The VM has ended in order.
     End(EndReason),
     /// The standby leaves and will not take over.
@@ -142,6 +147,8 @@ impl<'a> Message<'a> {
             SectionKind::Audit => Self::Audit(Audit::parse(payload)?),
             SectionKind::Audited => Self::Audited(Audited::parse(payload)?),
             SectionKind::ArbiterSight => Self::ArbiterSight(ArbiterSight::parse(payload)?),
+            SectionKind::DiskAudit => Self::DiskAudit(DiskAudit::parse(payload)?),
+            SectionKind::DiskAudited => Self::DiskAudited(DiskAudited::parse(payload)?),
             SectionKind::End => Self::End(end::parse(kind, payload, EndReason::from_wire)?),
             SectionKind::Leave => Self::Leave(end::parse(kind, payload, LeaveReason::from_wire)?),
         })
@@ -172,6 +179,8 @@ impl<'a> Message<'a> {
             Self::Audit(_) => SectionKind::Audit,
             Self::Audited(_) => SectionKind::Audited,
             Self::ArbiterSight(_) => SectionKind::ArbiterSight,
+            Self::DiskAudit(_) => SectionKind::DiskAudit,
+            Self::DiskAudited(_) => SectionKind::DiskAudited,
             Self::End(_) => SectionKind::End,
             Self::Leave(_) => SectionKind::Leave,
         }

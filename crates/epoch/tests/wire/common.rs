@@ -1,11 +1,11 @@
 //! Streams for the tests, made through the public interface as a sender makes them.
 
 use outlive_epoch::{
-    Ancestor, AuditSpan, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp,
-    DiskRecord, DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits,
-    Lineage, Message, PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion, ReadError, RecordBuf,
-    SectionReader, StateBuf, StateKind, StateSection, TailBuf, TailFrame, UncheckedRecords, VersionRange,
-    VmId,
+    Ancestor, AuditRange, AuditSpan, CheckpointBegin, CheckpointFlags, ChunkRange, DeviceFlags, DeviceInfo,
+    DeviceKind, DiskOp, DiskRecord, DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits,
+    Layout, Limits, Lineage, Message, PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion,
+    ReadError, RecordBuf, SectionReader, StateBuf, StateKind, StateSection, TailBuf, TailFrame,
+    UncheckedRecords, VersionRange, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -94,6 +94,8 @@ pub(crate) struct Content {
     pub(crate) writes: Vec<u8>,
     /// Sums of pages.
     pub(crate) audit: Vec<AuditSpan>,
+    /// Sums of chunks of disks.
+    pub(crate) disk_audit: Vec<AuditRange>,
 }
 
 /// One record of each kind, on both replicated disks.
@@ -137,6 +139,7 @@ impl Content {
             ],
             writes: writes().records().bytes().to_vec(),
             audit: Vec::new(),
+            disk_audit: Vec::new(),
         }
     }
 
@@ -215,6 +218,9 @@ impl Content {
         if !self.audit.is_empty() {
             encoder.audit(out, &self.audit).unwrap();
         }
+        if !self.disk_audit.is_empty() {
+            encoder.disk_audit(out, &self.disk_audit).unwrap();
+        }
         encoder.checkpoint_end(out, 123_456).unwrap();
     }
 
@@ -236,6 +242,7 @@ impl Content {
             state: state.collect(),
             writes: checkpoint.disk_writes().records().bytes().to_vec(),
             audit: checkpoint.audit().to_vec(),
+            disk_audit: checkpoint.disk_audit().to_vec(),
         })
     }
 }
@@ -316,6 +323,8 @@ pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
             AuditSpan { first: 64, mask: 1 << 63 | 5, sum: 0x0123_4567_89ab_cdef },
             AuditSpan { first: 0x10_0000, mask: u64::MAX, sum: u64::MAX },
         ];
+        let range = |disk, first, count, sum| AuditRange { chunks: ChunkRange { disk, first, count }, sum };
+        contents[1].disk_audit = vec![range(1, 15, 1, 0xfedc_ba98_7654_3210), range(2, 0, 2, 0)];
     }
     let introduction = version.introduction();
     let mut out = Preface { version: introduction }.encode().to_vec();

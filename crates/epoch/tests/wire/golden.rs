@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 
 use outlive_epoch::{
-    Accept, Ack, ArbiterSight, Audited, DiskWant, Encoder, LeaveReason, Message, Peer, Preface,
-    ProtocolVersion, RefuseCode, SectionKind, SectionReader,
+    Accept, Ack, ArbiterSight, Audited, ChunkRange, DiskAudited, DiskWant, Encoder, LeaveReason, Message,
+    Peer, Preface, ProtocolVersion, RefuseCode, SectionKind, SectionReader,
 };
 
 /// What to do when a test of this file fails.
@@ -107,6 +107,11 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     let sights = [ArbiterSight::Unknown, ArbiterSight::Lost { for_s: 70_000 }, ArbiterSight::Seen];
     let sights = (version >= ProtocolVersion::V7).then_some(sights);
     sights.iter().flatten().for_each(|sight| encoder.arbiter_sight(&mut out, *sight).unwrap());
+    let audited = DiskAudited { checkpoint: 42, chunks: 1 << 34, spent_ns: 6_000_000, differs: None };
+    let chunks = ChunkRange { disk: 1, first: 14, count: 2 };
+    let differs = DiskAudited { checkpoint: 43, differs: Some(chunks), ..audited };
+    let disk_audits = (version >= ProtocolVersion::V7).then_some([audited, differs]);
+    disk_audits.iter().flatten().for_each(|audited| encoder.disk_audited(&mut out, audited).unwrap());
     encoder.leave(&mut out, LeaveReason::Stopped);
     encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
     check(name, &out);
@@ -126,6 +131,9 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     }
     for sight in sights.iter().flatten() {
         assert_eq!(next(), format!("ArbiterSight({sight:?})"));
+    }
+    for audited in disk_audits.iter().flatten() {
+        assert_eq!(next(), format!("{:?}", Message::DiskAudited(*audited)));
     }
     assert_eq!(next(), "Leave(Stopped)");
     assert_eq!(next(), r#"Refuse(Refuse { code: Ok(Busy), text: "another primary is attached" })"#);

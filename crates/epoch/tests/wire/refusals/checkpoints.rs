@@ -1,8 +1,8 @@
 //! Checkpoints that must not be staged.
 
 use outlive_epoch::{
-    AuditSpan, CheckpointBegin, DiskOp, Encoder, Expect, HEADER_LEN, IncomingError, PageEntry,
-    ProtocolVersion, RecordBuf, RecordError, SectionKind, StateKind, StateSection,
+    AuditRange, AuditSpan, CheckpointBegin, ChunkRange, DiskOp, Encoder, Expect, HEADER_LEN, IncomingError,
+    PageEntry, ProtocolVersion, RecordBuf, RecordError, SectionKind, StateKind, StateSection,
 };
 
 use super::{BASE, PLAIN, begin, header, raw, stage, staged};
@@ -96,6 +96,25 @@ fn sums_of_pages_outside_the_layout_of_another_checkpoint_or_twice_are_refused()
     assert_eq!(with(&[&[span(960, 1 << 40)]]), Err(IncomingError::OutsideLayout { gfn: 1000 }));
     let twice = IncomingError::Order { kind: SectionKind::Audit, place: "twice in a checkpoint" };
     assert_eq!(with(&[&[span(0, 1)], &[span(64, 1)]]), Err(twice));
+}
+
+#[test]
+fn sums_of_chunks_outside_the_disks_of_another_checkpoint_or_twice_are_refused() {
+    let range = |disk, first, count| AuditRange { chunks: ChunkRange { disk, first, count }, sum: 0 };
+    let with = |audits: &[&[AuditRange]]| {
+        let (mut out, mut encoder) = (Vec::new(), Encoder::speaking(ProtocolVersion::V7));
+        encoder.checkpoint_begin(&mut out, &begin(1, 0, 0, BASE)).unwrap();
+        audits.iter().for_each(|ranges| encoder.disk_audit(&mut out, ranges).unwrap());
+        stage(&mut incoming(), &out)
+    };
+    // Disk 0 is not replicated, disk 1 has 16 chunks, disk 2 has one and a part.
+    assert_eq!(with(&[&[range(1, 0, 16), range(2, 1, 1)]]), Ok(false));
+    for (disk, first, count) in [(0, 0, 1), (1, 0, 17), (1, 16, 1), (2, 2, 1), (3, 0, 1)] {
+        let outside = IncomingError::OutsideDisk { disk, chunk: first };
+        assert_eq!(with(&[&[range(disk, first, count)]]), Err(outside));
+    }
+    let twice = IncomingError::Order { kind: SectionKind::DiskAudit, place: "twice in a checkpoint" };
+    assert_eq!(with(&[&[range(1, 0, 1)], &[range(1, 1, 1)]]), Err(twice));
 }
 
 #[test]

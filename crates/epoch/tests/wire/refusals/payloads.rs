@@ -1,8 +1,9 @@
 //! Payloads whose fields make no sense.
 
 use outlive_epoch::{
-    ArbiterSight, Audited, DeviceKind, EncodeError, Encoder, HEADER_LEN, MAX_AUDIT_SPANS, MAX_FRAMES_BYTES,
-    MAX_PACKET_BYTES, Message, ProtocolVersion, SectionKind, StateKind, StateSection, TailBuf, TailFrame,
+    ArbiterSight, Audited, DeviceKind, DiskAudited, EncodeError, Encoder, HEADER_LEN, MAX_AUDIT_CHUNKS,
+    MAX_AUDIT_RANGES, MAX_AUDIT_SPANS, MAX_FRAMES_BYTES, MAX_PACKET_BYTES, Message, ProtocolVersion,
+    SectionKind, StateKind, StateSection, TailBuf, TailFrame,
 };
 
 use super::{BASE, begin};
@@ -187,16 +188,59 @@ fn sights_of_the_arbiter_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn sums_of_chunks_that_make_no_sense_are_refused() {
+    /// Disk, reserved, count, first, sum.
+    type Range = (u16, u16, u32, u64, u64);
+    let bytes = |(disk, zero, count, first, sum): &Range| {
+        let (head, tail) = ([*disk, *zero].map(u16::to_le_bytes), [*first, *sum].map(u64::to_le_bytes));
+        [head.as_flattened(), &count.to_le_bytes(), tail.as_flattened()].concat()
+    };
+    let parse = |ranges: &[Range], more: &[u8]| {
+        let head = 7u64.to_le_bytes();
+        let payload: Vec<u8> =
+            head.into_iter().chain(ranges.iter().flat_map(bytes)).chain(more.iter().copied()).collect();
+        Message::parse_payload(SectionKind::DiskAudit, 1, &payload)
+            .map(drop)
+            .map_err(|error| error.to_string())
+    };
+    let beyond = i64::MAX as u64 / 65_536 + 1;
+    assert_eq!(parse(&[(0, 0, 1, 0, 9), (u16::MAX, 0, MAX_AUDIT_CHUNKS, beyond - 1, 0)], &[]), Ok(()));
+    assert_eq!(parse(&[], &[]), Ok(()));
+    for (ranges, more, why) in [
+        (&[(0, 0, 0, 0, 0)][..], &[][..], "a range of no chunks, or of too many (0x0)"),
+        (&[(0, 0, MAX_AUDIT_CHUNKS + 1, 0, 0)], &[], "a range of no chunks, or of too many (0x41)"),
+        (&[(0, 5, 1, 0, 0)], &[], "a reserved field that is not zero (0x5)"),
+        (&[(0, 0, 1, beyond, 0)], &[], "a range beyond every disk, first chunk (0x800000000000)"),
+        (&[(0, 0, 2, 3, 9)], &[], "several chunks that are not all zero, first chunk (0x3)"),
+        (&[(0, 0, 1, 0, 0)], &[1, 2], "bytes are left over (0x2)"),
+        (&[(0, 0, 1, 0, 0); MAX_AUDIT_RANGES + 1], &[], "more ranges than a section may have (0x41)"),
+    ] {
+        assert_eq!(parse(ranges, more), Err(format!("section DiskAudit: {why}")));
+    }
+    let word = |zero: u16, count: u32| {
+        let words = [5u64, 6, 7].map(u64::to_le_bytes);
+        let payload = [words.as_flattened(), &bytes(&(3, zero, count, 8, 0))[..16]].concat();
+        Message::parse_payload(SectionKind::DiskAudited, 1, &payload).map(|it| format!("{it:?}")).ok()
+    };
+    assert!(word(0, 0).unwrap().contains("differs: None"));
+    assert!(word(0, 2).unwrap().contains("differs: Some(ChunkRange { disk: 3, first: 8, count: 2 })"));
+    assert_eq!((word(1, 0), word(0, MAX_AUDIT_CHUNKS + 1)), (None, None));
+}
+
+#[test]
 fn an_older_stream_has_no_audits() {
     let (mut out, mut encoder) = (Vec::new(), Encoder::speaking(ProtocolVersion::V6));
     let errors = [
         encoder.audit(&mut out, &[]),
         encoder.audited(&mut out, &Audited::default()),
         encoder.arbiter_sight(&mut out, ArbiterSight::Seen),
+        encoder.disk_audit(&mut out, &[]),
+        encoder.disk_audited(&mut out, &DiskAudited::default()),
     ];
     assert!(errors.iter().all(|it| matches!(it, Err(EncodeError::Order(_)))) && out.is_empty());
-    let outside = Encoder::speaking(ProtocolVersion::V7).audit(&mut out, &[]);
-    assert!(matches!(outside, Err(EncodeError::Order(_))) && out.is_empty());
+    let mut encoder = Encoder::speaking(ProtocolVersion::V7);
+    let outside = [encoder.audit(&mut out, &[]), encoder.disk_audit(&mut out, &[])];
+    assert!(outside.iter().all(|it| matches!(it, Err(EncodeError::Order(_)))) && out.is_empty());
 }
 
 /// An older standby must never see what it does not know.
