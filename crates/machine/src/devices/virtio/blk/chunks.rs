@@ -38,6 +38,12 @@ impl ChunkSet {
         chunk < self.chunks && self.words[(chunk / 64) as usize] & 1 << (chunk % 64) != 0
     }
 
+    /// The chunks that `len` bytes from `offset` touch.
+    pub(super) fn chunks_of(offset: u64, len: u64) -> impl Iterator<Item = u64> {
+        let end = if len == 0 { 0 } else { offset.saturating_add(len).div_ceil(CHUNK) };
+        offset / CHUNK..end
+    }
+
     /// Adds the chunks that `len` bytes from `offset` touch; bytes past the end of the disk are left out.
     pub fn insert_bytes(&mut self, offset: u64, len: u64) {
         if len == 0 {

@@ -233,6 +233,16 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared().core().model.add_changing(chunks);
     }
 
+    /// Whether the contents of this part of the disk are those of the write log: no write to it is in flight, the
+    /// log is in mode `Log`, and no write to it has failed since the log's marks were last taken. Whoever has read
+    /// the part *before* it asks has then read nothing that the log does not have, or will have when the running
+    /// epoch ends.
+    pub fn is_steady(&self, offset: u64, len: u64) -> bool {
+        // The requests first: what fails is marked before it leaves the table.
+        !self.shared().core().model.is_changing(offset, len)
+            && self.model().log.has_all(self.model().index, offset, len)
+    }
+
     /// Whether the host's disk has failed requests of which the guest has not heard.
     pub fn has_failed(&self) -> bool {
         self.shared().core().model.has_failed()

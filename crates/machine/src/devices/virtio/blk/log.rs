@@ -191,6 +191,16 @@ impl WriteLog {
         }
     }
 
+    /// Whether every change to this part of the disk since the marks were last taken was appended: the mode is
+    /// `Log`, and nothing there is marked, as what a failed write leaves is.
+    pub(super) fn has_all(&self, disk: u16, offset: u64, len: u64) -> bool {
+        let inner = self.inner();
+        let mut marked = ChunkSet::chunks_of(offset, len);
+        let known = inner.disks.iter().find(|known| known.index == disk);
+        inner.mode == LogMode::Log
+            && known.is_some_and(|known| !marked.any(|chunk| known.chunks.contains(chunk)))
+    }
+
     /// The counters.
     pub fn stats(&self) -> LogStats {
         self.inner().stats

@@ -137,6 +137,15 @@ impl Requests {
         }
     }
 
+    /// Whether a request in the table changes this part of the disk, whatever its stage.
+    pub(super) fn is_changing(&self, offset: u64, len: u64) -> bool {
+        let mut changes = self.table.iter().filter(|(_, entry)| entry.job.kind.changes());
+        changes.any(|(_, entry)| {
+            let span = &entry.job.span;
+            span.offset < offset.saturating_add(len) && offset < span.end()
+        })
+    }
+
     /// The driver wants nothing any more: requests that the disk has not begun are dropped; those that it has
     /// begun are carried out to their end and logged.
     pub(super) fn abandon(&mut self, disk: &Disk) {

@@ -247,3 +247,48 @@ fn a_buffer_is_not_shipped_twice() {
     assert!(buffer.push(DiskRecord { disk: 0, offset: 0, op: DiskOp::Flush }));
     log.swap(&mut buffer);
 }
+
+/// What the audit asks before it compares a part of the disk.
+#[test]
+fn a_part_is_steady_once_its_writes_are_in_the_log_and_never_after_a_failed_one() {
+    let (images, memory) = (Images::in_memory(), memory());
+    let rig = Rig::manual(&memory, &DiskOptions::new(images.sparse("disk", 4 << 16)));
+    let driver = rig.boot();
+    rig.device.go_live(false);
+    let chunk = 1u64 << 16;
+    let steady = || [0, 1, 2, 3].map(|at| rig.device.is_steady(at * chunk, chunk));
+    assert_eq!(steady(), [false; 4], "nothing is logged");
+    rig.log.set_mode(LogMode::Track);
+    assert_eq!(steady(), [false; 4]);
+    // No room for any of the records.
+    rig.log.swap(&mut RecordBuf::with_capacity(DISK_RECORD_LEN - 1));
+    rig.log.set_mode(LogMode::Log);
+    assert_eq!(steady(), [true; 4]);
+
+    // Across two chunks; a discard of a third; a read.
+    driver.write(0, 0, 126, &[1; 2048]);
+    driver.ranges(0, 1, T_DISCARD, &[(300, 8, 0)]);
+    driver.read(0, 2, 400, 512);
+    rig.turn();
+    assert_eq!(steady(), [false, false, false, true]);
+    assert!(rig.device.is_steady(0, 126 * 512) && !rig.device.is_steady(0, 126 * 512 + 1));
+    // The disk is done, but the log has no room.
+    rig.engine().complete_all();
+    rig.turn();
+    assert_eq!(driver.used(0), 1, "the read");
+    assert_eq!(steady(), [false, false, false, true]);
+    take(&rig.log);
+    rig.run();
+    assert_eq!(steady(), [true; 4]);
+
+    // The host's disk fails, and the guest hears of it.
+    driver.write(0, 3, 256, &[2; 512]);
+    rig.turn();
+    rig.engine().complete(0, Some(Err(libc::EIO)));
+    rig.turn();
+    assert_eq!(steady(), [true, true, false, true]);
+    // A synchronisation takes the marks, and brings the chunk to the other host.
+    let mut marks = rig.log.empty_chunks(0).unwrap();
+    assert!(rig.log.swap_chunks(0, &mut marks));
+    assert_eq!(steady(), [true; 4]);
+}
