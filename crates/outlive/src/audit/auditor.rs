@@ -1,4 +1,4 @@
-//! The thread that reads the primary's pages for the audit.
+//! The thread that reads the primary's pages and disks for the audit.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -10,7 +10,8 @@ use outlive_dirty::Gfn;
 use outlive_epoch::AuditSpan;
 use outlive_machine::{Ram, TouchedPages, page_sum};
 
-use super::{Audit, AuditShare, Pace, Page, Sample};
+use super::disks::DiskAuditor;
+use super::{Audit, AuditDisk, AuditShare, Pace, Page, Sample, thread_time};
 
 /// Time between two looks whether there is anything to compare.
 const IDLE: Duration = Duration::from_millis(200);
@@ -18,9 +19,9 @@ const IDLE: Duration = Duration::from_millis(200);
 const FULL: Duration = Duration::from_millis(2);
 /// How often a page is read again because an epoch ended meanwhile; then it has its turn later.
 const TRIES: u32 = 3;
-/// How long the end of the VM here waits for this thread, which may be in memory that is swapped out to a disk that
-/// does not answer, and how often it looks.
-const LAST: Duration = Duration::from_secs(1);
+/// How long the end of the VM here waits for this thread, which may be in an image on a disk that is slow, and how
+/// often it looks. A process that becomes a standby opens the same images, so they must be free.
+const LAST: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(1);
 
 /// What the auditor reads.
@@ -32,7 +33,7 @@ pub(crate) struct Source {
     pub(crate) epoch: Box<dyn Fn() -> Option<u64> + Send>,
 }
 
-/// The thread. Dropping this ends it, and it lets go of the VM's memory.
+/// The thread. Dropping this ends it, and it lets go of the VM's memory and its images.
 pub(crate) struct AuditThread {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
@@ -43,14 +44,20 @@ impl AuditThread {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(audit: Arc<Audit>, source: Source, share: AuditShare) -> io::Result<Self> {
+    pub(crate) fn start(
+        audit: Arc<Audit>,
+        source: Source,
+        disks: Vec<AuditDisk>,
+        share: AuditShare,
+    ) -> io::Result<Self> {
         let stop = Arc::<AtomicBool>::default();
         let stopped = stop.clone();
         let thread = outlive_machine::spawn("audit", move || {
-            let mut pace = Pace::start(share);
-            let mut auditor = Auditor::new(audit, source, fastrand::u64(..));
+            let disks = DiskAuditor::new(audit.clone(), disks, fastrand::u64(..));
+            let memory = Auditor::new(audit, source, fastrand::u64(..));
+            let mut turns = Turns { memory, disks, pace: Pace::start(share), ahead: Duration::ZERO };
             while !stopped.load(Ordering::Acquire) {
-                thread::park_timeout(auditor.step(&mut pace));
+                thread::park_timeout(turns.step());
             }
         })?;
         Ok(Self { stop, thread })
@@ -68,7 +75,43 @@ impl Drop for AuditThread {
     }
 }
 
-/// The thread's work.
+/// The thread's work: memory and disks take turns, so that each has half of the share if both need it.
+struct Turns {
+    memory: Auditor,
+    disks: DiskAuditor,
+    pace: Pace,
+    /// How much more the disks have had.
+    ahead: Duration,
+}
+
+impl Turns {
+    /// Does a little, and returns how long to rest.
+    fn step(&mut self) -> Duration {
+        let Self { memory, disks, pace, ahead } = self;
+        if !memory.audit.is_wanted() || (memory.source.epoch)().is_none() {
+            pace.rest(Duration::ZERO);
+            // What was compared with a copy that is gone is no part of a round.
+            memory.left = memory.spans;
+            disks.begin_round();
+            return IDLE;
+        }
+        let is_full = memory.audit.room() < AuditSpan::PAGES as usize;
+        let began = thread_time();
+        if disks.is_due() && (ahead.is_zero() || is_full) {
+            let theirs = memory.audit.theirs_of_chunk() * disks.burst(&memory.source.epoch);
+            *ahead += (thread_time() - began).max(theirs);
+            return pace.rest(theirs);
+        }
+        if is_full {
+            return pace.rest(Duration::ZERO).max(FULL);
+        }
+        let theirs = memory.audit.theirs() * memory.sample_next();
+        *ahead = ahead.saturating_sub((thread_time() - began).max(theirs));
+        pace.rest(theirs)
+    }
+}
+
+/// Reads memory.
 pub(super) struct Auditor {
     audit: Arc<Audit>,
     source: Source,
@@ -98,21 +141,6 @@ impl Auditor {
             at: seed % spans.max(1),
             left: spans,
         }
-    }
-
-    /// Does a little, and returns how long to rest.
-    fn step(&mut self, pace: &mut Pace) -> Duration {
-        if !self.audit.is_wanted() || (self.source.epoch)().is_none() {
-            pace.rest(Duration::ZERO);
-            // What was compared with a copy that is gone is no part of a round.
-            self.left = self.spans;
-            return IDLE;
-        }
-        if self.audit.room() < AuditSpan::PAGES as usize {
-            return pace.rest(Duration::ZERO).max(FULL);
-        }
-        let pages = self.sample_next();
-        pace.rest(self.audit.theirs() * pages)
     }
 
     /// Reads the pages whose turn it is. Returns how many there are.

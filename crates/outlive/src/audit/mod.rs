@@ -11,23 +11,44 @@
 //! primary   auditor ──(epoch, page, sum)──► Audit ──► sender: what the checkpoint has itself is hashed there
 //! standby   applier: applied N, compares, N+1 ──Audited──► primary: how far, how long it took, what differs
 //! ```
+//!
+//! Disks have their turn in the same thread (`disks.rs`, `chunks.rs`), and a rule of their own, because a write to a
+//! disk takes a while: see there. The standby's part is `disk/replica/compare.rs`.
 
 mod auditor;
+mod chunks;
+#[cfg(test)]
+mod disk_tests;
+mod disks;
 mod pace;
 mod picked;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use outlive_epoch::Audited;
+use outlive_epoch::{AuditRange, Audited, ChunkRange, DISK_CHUNK, DiskAudited, RecordBuf};
 use outlive_machine::PAGE_SIZE;
 
 pub(crate) use auditor::{AuditThread, Source};
-pub(crate) use pace::{AuditShare, Pace, thread_time};
+pub(crate) use chunks::MOST_CHUNKS;
+use chunks::WaitingChunks;
+pub(crate) use disks::AuditDisk;
+pub(crate) use pace::{AuditShare, Budget, DiskRate, Pace, thread_time};
 pub(crate) use picked::Picked;
+
+/// Bytes of a disk's chunks, in words for an operator.
+pub(crate) struct Place(pub(crate) ChunkRange);
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ChunkRange { disk, .. } = self.0;
+        write!(f, "disk {disk} in the {} KiB from byte {:#x} on", self.0.len() >> 10, self.0.offset())
+    }
+}
 
 /// How many pages one checkpoint is compared by at most: the standby compares before it commits the next.
 pub(crate) const MOST: usize = 1024;
@@ -67,6 +88,12 @@ pub(crate) struct AuditProgress {
     pub(crate) rounds: u64,
     /// When the last of those rounds ended.
     pub(crate) round_ended: Option<SystemTime>,
+    /// Bytes of disks that the standby has compared, in whole chunks.
+    pub(crate) disk_bytes: u64,
+    /// How often all of the disks have had their turn.
+    pub(crate) disk_rounds: u64,
+    /// When the last of those rounds ended.
+    pub(crate) disk_round_ended: Option<SystemTime>,
     /// How often a copy was found to differ.
     pub(crate) differences: u64,
 }
@@ -79,7 +106,19 @@ pub(crate) struct Audit {
     takers: AtomicUsize,
     /// How long the standby needs for a page, in nanoseconds.
     theirs_ns: AtomicU64,
-    progress: Mutex<(AuditProgress, Audited)>,
+    /// Chunks of disks that were read.
+    chunks: Mutex<WaitingChunks>,
+    /// How long the standby needs for a chunk, in nanoseconds.
+    theirs_of_chunk_ns: AtomicU64,
+    progress: Mutex<Counted>,
+}
+
+/// What was compared, and the standby's last words.
+#[derive(Default)]
+struct Counted {
+    progress: AuditProgress,
+    pages: Audited,
+    chunks: DiskAudited,
 }
 
 /// Samples that wait for the checkpoint of their epoch.
@@ -97,6 +136,7 @@ impl Taking {
     /// Takes from now on, and nothing that waits from before.
     pub(crate) fn start(audit: Arc<Audit>) -> Self {
         audit.waiting().samples.clear();
+        audit.chunks().forget();
         audit.takers.fetch_add(1, Ordering::Relaxed);
         Self(audit)
     }
@@ -112,9 +152,15 @@ impl Taking {
         samples.retain(|sample| sample.epoch > epoch);
     }
 
+    /// The same for disks. The checkpoint has these writes.
+    pub(crate) fn take_chunks(&self, epoch: u64, writes: &RecordBuf, ranges: &mut Vec<AuditRange>) {
+        self.0.chunks().take(epoch, writes, ranges);
+    }
+
     /// A base begins: whatever waits is of another copy.
     pub(crate) fn forget(&self) {
         self.0.waiting().samples.clear();
+        self.0.chunks().forget();
     }
 }
 
@@ -150,16 +196,28 @@ impl Audit {
         Duration::from_nanos(self.theirs_ns.load(Ordering::Relaxed))
     }
 
+    /// How long the standby needs for a chunk.
+    fn theirs_of_chunk(&self) -> Duration {
+        Duration::from_nanos(self.theirs_of_chunk_ns.load(Ordering::Relaxed))
+    }
+
+    /// All of the disks have had their turn.
+    fn disk_round_ended(&self) {
+        let progress = &mut self.counted().progress;
+        progress.disk_rounds += 1;
+        progress.disk_round_ended = Some(SystemTime::now());
+    }
+
     /// All pages have had their turn.
     fn round_ended(&self) {
-        let (progress, _) = &mut *self.counted();
+        let progress = &mut self.counted().progress;
         progress.rounds += 1;
         progress.round_ended = Some(SystemTime::now());
     }
 
     /// Takes the standby's word. One that lies about its time must not keep this host from auditing for ever.
     pub(crate) fn heard(&self, word: &Audited) {
-        let (progress, before) = &mut *self.counted();
+        let Counted { progress, pages: before, .. } = &mut *self.counted();
         // A new link counts anew.
         let earlier = if word.pages >= before.pages { *before } else { Audited::default() };
         let pages = word.pages - earlier.pages;
@@ -172,16 +230,33 @@ impl Audit {
         }
     }
 
+    /// Takes the standby's word about disks.
+    pub(crate) fn heard_of_disks(&self, word: &DiskAudited) {
+        let Counted { progress, chunks: before, .. } = &mut *self.counted();
+        let earlier = if word.chunks >= before.chunks { *before } else { DiskAudited::default() };
+        let chunks = word.chunks - earlier.chunks;
+        progress.disk_bytes = progress.disk_bytes.saturating_add(chunks.saturating_mul(DISK_CHUNK as u64));
+        progress.differences += u64::from(word.differs.is_some());
+        *before = *word;
+        if let Some(each) = word.spent_ns.saturating_sub(earlier.spent_ns).checked_div(chunks) {
+            self.theirs_of_chunk_ns.store(each, Ordering::Relaxed);
+        }
+    }
+
     /// How far it is.
     pub(crate) fn progress(&self) -> AuditProgress {
-        self.counted().0
+        self.counted().progress
+    }
+
+    fn chunks(&self) -> MutexGuard<'_, WaitingChunks> {
+        self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn counted(&self) -> MutexGuard<'_, (AuditProgress, Audited)> {
+    fn counted(&self) -> MutexGuard<'_, Counted> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

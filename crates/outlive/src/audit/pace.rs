@@ -2,9 +2,12 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
+use outlive_epoch::DISK_CHUNK;
 
 /// The time that this thread has had a core.
 pub(crate) fn thread_time() -> Duration {
@@ -80,6 +83,67 @@ impl Pace {
     }
 }
 
+/// What the comparisons of a host may take together, whichever thread makes them.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    share: AuditShare,
+    began: Instant,
+    spent_ns: AtomicU64,
+}
+
+impl Budget {
+    /// How much more than its share a comparison may take at a time.
+    const AHEAD: Duration = Duration::from_millis(20);
+
+    /// From now on.
+    pub(crate) fn start(share: AuditShare) -> Arc<Self> {
+        Arc::new(Self { share, began: Instant::now(), spent_ns: AtomicU64::new(0) })
+    }
+
+    /// Whether there is anything to compare here at all.
+    pub(crate) fn is_off(&self) -> bool {
+        self.share.is_off()
+    }
+
+    /// Whether the next comparison would be too much now.
+    pub(crate) fn is_used_up(&self) -> bool {
+        let spent = Duration::from_nanos(self.spent_ns.load(Ordering::Relaxed));
+        self.share.time_for(spent) > self.began.elapsed().saturating_add(Self::AHEAD)
+    }
+
+    /// So much was taken.
+    pub(crate) fn spend(&self, time: Duration) {
+        self.spent_ns.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+    }
+}
+
+/// Keeps the reading of disks to so many bytes per second, whatever the share of a core: the guest needs them too.
+pub(crate) struct DiskRate {
+    /// When what was read is paid for.
+    paid: Instant,
+}
+
+impl DiskRate {
+    /// Bytes per second.
+    pub(crate) const BYTES: u64 = 4 << 20;
+
+    /// From now on.
+    pub(crate) fn start() -> Self {
+        Self { paid: Instant::now() }
+    }
+
+    /// How long the next read must wait.
+    pub(crate) fn wait(&self) -> Duration {
+        self.paid.saturating_duration_since(Instant::now())
+    }
+
+    /// So many chunks are read.
+    pub(crate) fn charge(&mut self, chunks: u32) {
+        const CHUNK: Duration = Duration::from_nanos(1_000_000_000 * DISK_CHUNK as u64 / DiskRate::BYTES);
+        self.paid = self.paid.max(Instant::now()) + CHUNK * chunks;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,5 +171,30 @@ mod tests {
         let mut pace = Pace { since: Instant::now(), spent: began, ..pace };
         let rest = pace.rest(Duration::ZERO);
         assert!(rest >= Duration::from_millis(150), "{rest:?}");
+    }
+
+    #[test]
+    fn a_hosts_comparisons_share_what_it_gives() {
+        let budget = Budget::start("1".parse().unwrap());
+        assert!(!budget.is_used_up() && !budget.is_off());
+        budget.spend(Duration::from_millis(100));
+        budget.spend(Duration::from_millis(100));
+        assert!(budget.is_used_up(), "it takes 20 s");
+        let off = Budget::start(AuditShare::OFF);
+        assert!(off.is_off() && off.is_used_up());
+    }
+
+    #[test]
+    fn disks_are_read_at_the_stated_rate() {
+        let mut rate = DiskRate::start();
+        assert_eq!(rate.wait(), Duration::ZERO);
+        // 16 chunks are a mebibyte.
+        rate.charge(16 * 4 * 10);
+        let wait = rate.wait();
+        assert!((Duration::from_secs(9)..=Duration::from_secs(10)).contains(&wait), "{wait:?}");
+        // Time without a read is not saved up.
+        rate.paid = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
+        rate.charge(64);
+        assert!(rate.wait() > Duration::from_millis(900));
     }
 }

@@ -58,6 +58,11 @@ impl<S: Store> Applier<S> {
         self.pending_work
     }
 
+    /// What waits for [`harden`](Self::harden), in the order of the checkpoints.
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = &RecordBuf> {
+        self.pending.iter().map(|(_, records)| records)
+    }
+
     /// Makes the journal durable, then writes the waiting records into the images.
     pub(crate) fn harden(&mut self) -> io::Result<()> {
         if self.pending.is_empty() {

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use outlive_epoch::DISK_CHUNK;
+use outlive_epoch::{DISK_CHUNK, is_zero};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::image::{ChunkReader, Store, chunks};
@@ -24,6 +24,11 @@ pub(crate) fn contents(store: &impl Store, bytes: u64, go_on: impl Fn() -> bool)
         }
     }
     Ok(Some(all))
+}
+
+/// The hash of one chunk, for the audit; 0 if it is all zeroes.
+pub(crate) fn chunk(chunk: u64, bytes: &[u8]) -> u64 {
+    if is_zero(bytes) { 0 } else { xxh3_64_with_seed(bytes, chunk) }
 }
 
 #[cfg(test)]

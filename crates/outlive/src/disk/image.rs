@@ -121,6 +121,35 @@ pub(crate) fn apply(store: &impl Store, record: &DiskRecord<'_>) -> io::Result<(
     }
 }
 
+/// Carries records out on `bytes`, which are what an image has at `offset` of this disk. Returns whether any of them
+/// is about those bytes. What the image has of the records already changes nothing, as long as they are the newest
+/// of it and come in their order.
+pub(crate) fn overlay<'a>(
+    bytes: &mut [u8],
+    disk: u16,
+    offset: u64,
+    records: impl Iterator<Item = DiskRecord<'a>>,
+) -> bool {
+    let (end, mut any) = (offset + bytes.len() as u64, false);
+    for record in records {
+        let (from, to) = (record.offset.max(offset), record.end().min(end));
+        if record.disk != disk || from >= to {
+            continue;
+        }
+        any = true;
+        let place = &mut bytes[(from - offset) as usize..(to - offset) as usize];
+        match record.op {
+            DiskOp::Data(data) => {
+                let skipped = (from - record.offset) as usize;
+                place.copy_from_slice(&data[skipped..skipped + place.len()]);
+            }
+            DiskOp::Zero(_) => place.fill(0),
+            DiskOp::Flush => {}
+        }
+    }
+    any
+}
+
 /// The chunk that a record fills from its first byte to its last, and its sum then.
 pub(crate) fn whole_chunk(record: &DiskRecord<'_>, disk_bytes: u64) -> Option<(u64, Sum)> {
     let (chunk, size) = (record.offset / DISK_CHUNK as u64, DISK_CHUNK as u64);
@@ -240,6 +269,40 @@ mod tests {
         assert_eq!(written.take(), [(0, 1 << 20)]);
         let broken = |_, _| Err(Errno::EIO);
         assert!(zero(&broken, &write, 0, 4096).is_err() && written.take().is_empty());
+    }
+
+    #[test]
+    fn records_are_carried_out_on_a_part_of_an_image_as_on_all_of_it() {
+        let mut dice = fastrand::Rng::with_seed(7);
+        for _ in 0..300 {
+            let mut records = outlive_epoch::RecordBuf::with_capacity(64 << 10);
+            for _ in 0..dice.usize(0..8) {
+                let (disk, offset) = (dice.u16(0..2), dice.u64(0..900));
+                let data = vec![dice.u8(..); dice.usize(1..200)];
+                let op = match dice.u8(0..5) {
+                    0 => DiskOp::Zero(data.len() as u64),
+                    1 => DiskOp::Flush,
+                    _ => DiskOp::Data(&data),
+                };
+                let offset = if op == DiskOp::Flush { 0 } else { offset };
+                assert!(records.push(DiskRecord { disk, offset, op }));
+            }
+            let image = tempfile::tempfile().unwrap();
+            image.write_all_at(&[0xaa; 1200], 0).unwrap();
+            let (offset, len) = (dice.u64(0..1000), dice.usize(0..200));
+            let mut part = vec![0xaa; len];
+            // A part of them is there already.
+            let begun = dice.usize(0..=records.iter().count());
+            overlay(&mut part, 1, offset, records.iter().take(begun));
+            let any = overlay(&mut part, 1, offset, records.iter());
+            let of_disk = || records.iter().filter(|it| it.disk == 1);
+            of_disk().for_each(|record| apply(&image, &record).unwrap());
+            let mut whole = vec![0; len];
+            image.read(&mut whole, offset).unwrap();
+            assert_eq!(part, whole);
+            let end = offset + len as u64;
+            assert_eq!(any, of_disk().any(|it| it.offset.max(offset) < it.end().min(end)));
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ const MAGIC: [u8; 8] = *b"OUTLVJNL";
 /// - 1: as described above, with the disk records of `outlive_epoch`.
 const VERSION: u32 = 1;
 const SLOT: usize = size_of::<RawHeader>();
-pub(super) const START: u64 = 2 * SLOT as u64;
+pub(in crate::disk) const START: u64 = 2 * SLOT as u64;
 const EPOCH_MARK: [u8; 4] = *b"oEPO";
 const EPOCH_HEAD: usize = size_of::<RawEpoch>();
 /// How many disks a journal may have.

@@ -7,6 +7,7 @@
 //! checkpoint, and so slows the guest down; the reader keeps reading the link meanwhile.
 
 mod claims;
+mod compare;
 mod error;
 mod queue;
 mod worker;
@@ -19,7 +20,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use outlive_epoch::{DiskSums, DiskWant, RecordBuf, UncheckedRecords};
+use outlive_epoch::{AuditRange, ChunkRange, DiskAudited, DiskSums, DiskWant, RecordBuf, UncheckedRecords};
 use outlive_machine::DiskHash;
 
 use super::book::Book;
@@ -27,6 +28,7 @@ use super::image::{Sum, chunks};
 use super::provenance::{Accepted, Provenance};
 use super::sidecar::CopyEnd;
 use super::sidecars::{Image, Sidecars, SidecarsError};
+use crate::audit::Budget;
 pub(crate) use error::{ReplicaEndError, ReplicaError, ReplicaStartError, UnfitError};
 use queue::{Job, Queue};
 use worker::Worker;
@@ -67,6 +69,17 @@ pub(crate) enum DiskEvent {
         checkpoint: u64,
         /// How they differ, if they do; `Failed` follows.
         difference: Option<String>,
+    },
+    /// How far the audit is, and how many chunks were compared since the last word.
+    Audited(DiskAudited, u64),
+    /// The audit has found chunks of an image that are not the VM's. The disks are of no further use.
+    Differs {
+        /// The checkpoint of the comparison.
+        checkpoint: u64,
+        /// Where.
+        chunks: ChunkRange,
+        /// In words.
+        why: Arc<ReplicaError>,
     },
     /// The images are at the last commit, durably.
     Settled {
@@ -218,6 +231,18 @@ impl Replica {
             tracing::debug!(checkpoint = number, "self-check: skipped, because the last one has not begun");
         } else {
             self.queue.push(waiting, Job::Check { number, hashes });
+        }
+    }
+
+    /// Compares parts of the images, as of the newest committed checkpoint, with the VM's. Each must lie within its
+    /// disk. Events have the result. What would be too much is left out.
+    pub(crate) fn audit(&self, number: u64, ranges: &[AuditRange], budget: &Arc<Budget>) {
+        if ranges.is_empty() || budget.is_off() {
+            return;
+        }
+        let waiting = self.queue.lock();
+        if !waiting.has_enough_to_audit() {
+            self.queue.push(waiting, Job::Audit { number, ranges: ranges.to_vec(), budget: budget.clone() });
         }
     }
 

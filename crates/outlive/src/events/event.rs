@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use outlive_epoch::ChunkRange;
+
 use crate::audit::AuditProgress;
 use crate::disk::DangerKind;
 
@@ -27,6 +29,34 @@ pub enum Part {
     Disk,
     /// The network of the guest's clients.
     Network,
+}
+
+/// Where a standby's copy differs from the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "in", rename_all = "snake_case")]
+pub enum Place {
+    /// In memory.
+    Memory {
+        /// Frame number of the first of the 64 pages that were compared together.
+        first_page: u64,
+        /// Which of them were compared; bit 0 is the first. At least one of them differs.
+        mask: u64,
+    },
+    /// On a disk.
+    Disk {
+        /// The disk's position among the VM's disks.
+        disk: u16,
+        /// The first byte that was compared.
+        offset: u64,
+        /// How many bytes were. At least one of them differs.
+        bytes: u64,
+    },
+}
+
+impl From<ChunkRange> for Place {
+    fn from(chunks: ChunkRange) -> Self {
+        Self::Disk { disk: chunks.disk, offset: chunks.offset(), bytes: chunks.len() }
+    }
 }
 
 /// One thing that happened. Times are microseconds unless the name says otherwise.
@@ -168,15 +198,14 @@ pub enum Event {
         /// How the copy differs; `null` when it is the same.
         difference: Option<String>,
     },
-    /// The audit, which compares pages all the time, has found that the standby's copy is not the VM. The copy is
-    /// thrown away and made anew. Both hosts say so.
+    /// The audit, which compares memory and disks all the time, has found that the standby's copy is not the VM. The
+    /// copy is thrown away and made anew. Both hosts say so.
     AuditDiffers {
-        /// The checkpoint at which pages were compared.
+        /// The checkpoint at which they were compared.
         checkpoint: u64,
-        /// Frame number of the first of the 64 pages that were compared together.
-        first_page: u64,
-        /// Which of them were compared; bit 0 is the first. At least one of them differs.
-        mask: u64,
+        /// Where they differ.
+        #[serde(flatten)]
+        place: Place,
     },
     /// How far the synchronisation of a disk is.
     DiskSync {
@@ -419,14 +448,20 @@ pub struct AuditCounts {
     pub pages: u64,
     /// How often all pages of the VM have had their turn.
     pub rounds: u64,
+    /// Bytes of disks that the standby has compared.
+    #[serde(default)]
+    pub disk_bytes: u64,
+    /// How often all of the replicated disks have had their turn.
+    #[serde(default)]
+    pub disk_rounds: u64,
     /// How often a copy was found to differ.
     pub differences: u64,
 }
 
 impl From<AuditProgress> for AuditCounts {
     fn from(progress: AuditProgress) -> Self {
-        let AuditProgress { pages, rounds, differences, .. } = progress;
-        Self { pages, rounds, differences }
+        let AuditProgress { pages, rounds, disk_bytes, disk_rounds, differences, .. } = progress;
+        Self { pages, rounds, disk_bytes, disk_rounds, differences }
     }
 }
 

@@ -4,8 +4,8 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use outlive_epoch::{
-    ArbiterSight, Audited, DiskWant, Message, Peer, ProtocolVersion, ReadError, SectionKind, SectionReader,
-    WireError,
+    ArbiterSight, Audited, DiskAudited, DiskWant, Message, Peer, ProtocolVersion, ReadError, SectionKind,
+    SectionReader, WireError,
 };
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
@@ -25,6 +25,8 @@ pub(crate) enum Heard {
     Audited(Audited),
     /// Whether it sees the arbiter: likewise, because it is for people.
     Sees(ArbiterSight),
+    /// The same of disks.
+    DiskAudited(DiskAudited),
 }
 
 /// Reads the link until it ends and turns every message into what was heard. Runs on its own thread. It calls
@@ -90,6 +92,10 @@ fn next(
         }
         Message::ArbiterSight(sight) => {
             tell(Heard::Sees(sight));
+            PrimaryEvent::Heard { link }
+        }
+        Message::DiskAudited(audited) => {
+            tell(Heard::DiskAudited(audited));
             PrimaryEvent::Heard { link }
         }
         Message::Reach(reaches) => PrimaryEvent::StandbyReaches { link, reaches },

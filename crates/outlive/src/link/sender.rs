@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{
-    CheckpointBegin, DiskSums, EncodeError, Encoder, MAX_PAGES_PER_SECTION, PageCodec, PageEntry, PageWriter,
-    Preface, ProtocolVersion, RecordBuf, StateBuf, squeeze_zero_pages,
+    AuditRange, CheckpointBegin, DiskSums, EncodeError, Encoder, MAX_PAGES_PER_SECTION, PageCodec, PageEntry,
+    PageWriter, Preface, ProtocolVersion, RecordBuf, StateBuf, squeeze_zero_pages,
 };
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 use outlive_pair::Ticket;
@@ -19,7 +19,7 @@ use outlive_pair::Ticket;
 use super::jobs::{CheckpointPart, Job, SenderReport, SentRound, Shipped};
 use super::tail::Writing;
 use super::{Closer, Writer};
-use crate::audit::{Picked, Taking};
+use crate::audit::{MOST_CHUNKS, Picked, Taking};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
 use crate::pulse::Pulse;
@@ -64,6 +64,7 @@ impl Sender {
             tail: None,
             audit: None,
             picked: Picked::new(),
+            ranges: Vec::with_capacity(MOST_CHUNKS),
             to,
             closer: closer.clone(),
             encoder: Encoder::speaking(introduction),
@@ -165,6 +166,8 @@ struct Work<R> {
     audit: Option<Taking>,
     /// Those of the checkpoint whose parts are being sent.
     picked: Picked,
+    /// Those of its disks.
+    ranges: Vec<AuditRange>,
     to: Writer,
     closer: Closer,
     encoder: Encoder,
@@ -391,6 +394,10 @@ impl<R: Fn(SenderReport)> Work<R> {
                 self.encoder.audit(&mut self.heads, spans)?;
                 self.picked.clear();
             }
+            if !self.ranges.is_empty() {
+                self.encoder.disk_audit(&mut self.heads, &self.ranges)?;
+                self.ranges.clear();
+            }
             let stamp = self.stamp();
             self.encoder.checkpoint_end(&mut self.heads, stamp)?;
         }
@@ -412,6 +419,8 @@ impl<R: Fn(SenderReport)> Work<R> {
         // Nobody takes over what has ended.
         if part.totals.is_some() && flags.end.is_none() {
             audit.take(number, &mut self.picked);
+            // All writes are in the first part.
+            audit.take_chunks(number, part.staging.disk_writes(), &mut self.ranges);
         }
         self.picked.captured(part.staging.gfns(), part.staging.page_bytes());
     }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::SignalsBlocked;
-use outlive_epoch::{Audited, EndReason};
+use outlive_epoch::{Audited, DiskAudited, EndReason};
 use outlive_machine::{LogMode, Machine, MachineEvent, PowerRequest, ResetWay};
 use outlive_pair::policy::Policy;
 use outlive_pair::{ExitReason, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
@@ -39,12 +39,12 @@ use super::self_check::SelfCheck;
 use super::stats::Totals;
 use crate::arbiter::Watch;
 use crate::disk::{Books, Saying, Sidecars};
-use crate::events::{Event, EventWriter, Part};
+use crate::events::{Event, EventWriter, Part, Place};
 use crate::link::SenderReport;
 use crate::report::Reporter;
 use crate::status::Standing;
 use crate::vm::End;
-use crate::{notify, process};
+use crate::{audit, notify, process};
 
 /// How long an ending process lets its last messages go out.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -242,6 +242,7 @@ impl Coordinator {
                     self.notes.standby_sees(sight);
                 }
             }
+            Inbox::DiskAudited(audited) => self.disks_audited(&audited),
             Inbox::DisksHashed(hashed) => self.with.self_check.hashed(hashed),
             Inbox::Detached(link) => self.detached(link),
             Inbox::Note(note) => self.note(note),
@@ -440,7 +441,25 @@ impl Coordinator {
                 "AUDIT: the standby's copy differs from the VM in one of the pages from GFN {first:#x} on \
                  (mask {mask:#x}); it is made anew. Test the memory of both hosts"
             );
-            self.with.events.emit(Event::AuditDiffers { checkpoint, first_page: first, mask });
+            let place = Place::Memory { first_page: first, mask };
+            self.with.events.emit(Event::AuditDiffers { checkpoint, place });
+        }
+    }
+
+    /// The same of its disks. Which of the two images is wrong is not known, so what is known of this one is
+    /// forgotten: the new base must not go without the place because of what it was long ago.
+    fn disks_audited(&mut self, audited: &DiskAudited) {
+        self.with.totals.audit().heard_of_disks(audited);
+        if let Some(chunks) = audited.differs {
+            let checkpoint = audited.checkpoint;
+            tracing::error!(
+                checkpoint,
+                "AUDIT: the standby's copy differs from the VM in {}; it is made anew. Test the storage and the \
+                 memory of both hosts",
+                audit::Place(chunks)
+            );
+            disks::forget(&self.with.machine, &self.with.books, chunks.disk);
+            self.with.events.emit(Event::AuditDiffers { checkpoint, place: chunks.into() });
         }
     }
 

@@ -58,6 +58,15 @@ pub(super) fn let_go(machine: &Machine, books: &Books) {
     }
 }
 
+/// Forgets what is known of the image of one disk.
+pub(super) fn forget(machine: &Machine, books: &Books, index: u16) {
+    let known = machine.disks().iter().find(|disk| disk.index() == index && !disk.is_shared());
+    if let Some(disk) = known.filter(|disk| !disk.is_readonly()) {
+        let image = disk.image();
+        books.opened(image.path(), image.file(), disk.capacity_bytes()).forget_everything();
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// The first rounds: everything that differs.

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{ArbiterSight, Audited, DiskWant, ProtocolVersion};
+use outlive_epoch::{ArbiterSight, Audited, DiskAudited, DiskWant, ProtocolVersion};
 use outlive_machine::MachineEvent;
 use outlive_pair::{Broken, ExitReason, Kept, Link, PrimaryNote};
 
@@ -117,6 +117,8 @@ pub(crate) enum Inbox {
     Audited(Audited),
     /// The standby says whether it sees the arbiter.
     StandbySees(Link, ArbiterSight),
+    /// The standby has compared chunks of disks.
+    DiskAudited(DiskAudited),
     /// The thread that hashes disks for the self-check is done.
     DisksHashed(Hashed),
     /// How far the disks are in the base synchronisation.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_epoch::DeviceKind;
-use outlive_machine::Valve;
+use outlive_machine::{Machine, Valve};
 use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
 use super::capture;
@@ -19,7 +19,7 @@ use super::rivals;
 use super::self_check::SelfCheck;
 use super::stats::{Totals, report};
 use crate::arbiter::{self, Claim, ClaimWorker};
-use crate::audit::{AuditShare, AuditThread, Source};
+use crate::audit::{AuditDisk, AuditShare, AuditThread, Source};
 use crate::cli::ActiveOptions;
 use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
@@ -80,9 +80,22 @@ fn start_audit(setup: &Setup, share: AuditShare, valve: Arc<Valve>) -> Option<Au
     }
     let epoch = Box::new(move || valve.running_epoch());
     let source = Source { ram: setup.machine.ram().clone(), epoch };
-    AuditThread::start(setup.totals.audit().clone(), source, share)
-        .inspect_err(|error| tracing::warn!(%error, "no audit: cannot start a thread"))
+    audit_disks(&setup.machine)
+        .and_then(|disks| AuditThread::start(setup.totals.audit().clone(), source, disks, share))
+        .inspect_err(|error| tracing::warn!(%error, "no audit"))
         .ok()
+}
+
+/// The disks that each host has an image of, and that the guest writes to.
+fn audit_disks(machine: &Machine) -> io::Result<Vec<AuditDisk>> {
+    let replicated = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
+    let of = |disk: &vm::Disk| {
+        let (image, asked) = (disk.image().file().try_clone()?, Arc::downgrade(disk));
+        let is_steady =
+            Box::new(move |offset, len| asked.upgrade().is_some_and(|disk| disk.is_steady(offset, len)));
+        Ok(AuditDisk { index: disk.index(), bytes: disk.capacity_bytes(), image, is_steady })
+    };
+    replicated.map(of).collect()
 }
 
 /// Why a VM that begins to run here is not protected yet.

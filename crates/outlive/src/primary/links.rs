@@ -123,6 +123,7 @@ fn connect(
             Heard::Agreed(version) => receiving.agreed(link, version),
             Heard::Audited(audited) => receiving.tell(Inbox::Audited(audited)),
             Heard::Sees(sight) => receiving.tell(Inbox::StandbySees(link, sight)),
+            Heard::DiskAudited(audited) => receiving.tell(Inbox::DiskAudited(audited)),
             Heard::Want(want) => receiving.tell(Inbox::DiskWant(link, want)),
             Heard::Event(PrimaryEvent::Refused { code: Ok(RefuseCode::Version), .. })
                 if theirs.get() < introduction =>

@@ -22,7 +22,7 @@ use super::decisions::{Decisions, Equipment};
 use super::handover::{Doing, Ending, Handover};
 use super::notes;
 use super::sinks::SinkError;
-use crate::events;
+use crate::events::{self, Place};
 
 /// Why a copy is worthless.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +110,7 @@ impl Applier {
     fn apply(&mut self, staged: &mut Incoming) -> Result<(), ApplyError> {
         self.copy.sinks().into_iter().try_for_each(|sink| sink.commit(staged))?;
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
+        self.copy.disks().audit(checkpoint.number(), checkpoint.disk_audit(), self.audit.budget());
         self.compare_pages(&checkpoint)?;
         match hashes(&checkpoint).transpose()? {
             Some(hashes) => Ok(self.compare(checkpoint.number(), hashes)?),
@@ -122,7 +123,10 @@ impl Applier {
         let result = self.audit.compare(checkpoint.number(), checkpoint.audit());
         let Equipment { events, standing, .. } = &self.decisions.equipment;
         if let Err(Difference { checkpoint, first, mask }) = result {
-            events.emit(events::Event::AuditDiffers { checkpoint, first_page: first, mask });
+            events.emit(events::Event::AuditDiffers {
+                checkpoint,
+                place: Place::Memory { first_page: first, mask },
+            });
         }
         if let Some((audited, more)) = self.audit.due(result.is_err()) {
             standing.audited(more, result.is_err());

@@ -9,12 +9,10 @@ use outlive_dirty::Gfn;
 use outlive_epoch::{AuditSpan, Audited};
 use outlive_machine::{Ram, TouchedPages, page_sum};
 
-use crate::audit::{AuditShare, Page, thread_time};
+use crate::audit::{AuditShare, Budget, Page, thread_time};
 
 /// Time between two words to the primary.
 const TELL: Duration = Duration::from_millis(100);
-/// How much more than its share a comparison may take at a time.
-const AHEAD: Duration = Duration::from_millis(20);
 /// How many differing copies are made anew within this time.
 const MOST: usize = 2;
 const WITHIN: Duration = Duration::from_secs(3600);
@@ -38,9 +36,7 @@ pub(super) struct Comparing {
     ram: Arc<Ram>,
     touched: TouchedPages,
     page: Box<Page>,
-    share: AuditShare,
-    began: Instant,
-    spent: Duration,
+    budget: Arc<Budget>,
     so_far: Audited,
     /// When the primary was told, and of how many pages.
     told: (Instant, u64),
@@ -49,10 +45,13 @@ pub(super) struct Comparing {
 impl Comparing {
     /// Of a copy, with so much of a core.
     pub(super) fn new(ram: Arc<Ram>, share: AuditShare) -> Self {
-        let now = Instant::now();
-        let (touched, page) = (TouchedPages::open(), Page::new());
-        let (spent, so_far) = (Duration::ZERO, Audited::default());
-        Self { ram, touched, page, share, began: now, spent, so_far, told: (now, 0) }
+        let (touched, page, budget) = (TouchedPages::open(), Page::new(), Budget::start(share));
+        Self { ram, touched, page, budget, so_far: Audited::default(), told: (Instant::now(), 0) }
+    }
+
+    /// What all comparisons of the copy, those of its disks too, take together.
+    pub(super) fn budget(&self) -> &Arc<Budget> {
+        &self.budget
     }
 
     /// Compares pages with these sums of the checkpoint that the copy is at. Nobody writes to the copy meanwhile.
@@ -61,15 +60,16 @@ impl Comparing {
     /// # Errors
     /// They differ.
     pub(super) fn compare(&mut self, checkpoint: u64, spans: &[AuditSpan]) -> Result<(), Difference> {
-        if spans.is_empty() || self.share.time_for(self.spent) > self.began.elapsed().saturating_add(AHEAD) {
+        if spans.is_empty() || self.budget.is_used_up() {
             return Ok(());
         }
         let began = thread_time();
         let differs = spans.iter().find(|span| self.sum(span) != span.sum);
-        self.spent += thread_time().saturating_sub(began);
+        let spent = thread_time().saturating_sub(began);
+        self.budget.spend(spent);
         self.so_far.checkpoint = checkpoint;
         self.so_far.pages += spans.iter().map(|span| u64::from(span.mask.count_ones())).sum::<u64>();
-        self.so_far.spent_ns = self.spent.as_nanos() as u64;
+        self.so_far.spent_ns += spent.as_nanos() as u64;
         let Some(&AuditSpan { first, mask, .. }) = differs else { return Ok(()) };
         self.so_far.differs = Some((first, mask));
         Err(Difference { checkpoint, first, mask })
@@ -203,20 +203,20 @@ mod tests {
         let spans: Vec<_> = spans.map(|first| AuditSpan { first, mask: u64::MAX, sum: sum(first) }).collect();
         let mut comparing = Comparing::new(ram, "100".parse().unwrap());
         assert_eq!(comparing.compare(1, &spans), Ok(()));
-        let each = comparing.spent / comparing.so_far.pages as u32;
-        println!("{} pages, {each:?} each", comparing.so_far.pages);
+        let each = comparing.so_far.spent_ns / comparing.so_far.pages;
+        println!("{} pages, {each} ns each", comparing.so_far.pages);
         assert_eq!(comparing.so_far.pages, gfns.len() as u64);
     }
 
     #[test]
     fn a_host_compares_no_more_than_its_share() {
         let (_, mut comparing) = copy();
-        comparing.share = "0.01".parse().unwrap();
-        comparing.spent = Duration::from_secs(1);
+        comparing.budget = Budget::start("0.01".parse().unwrap());
+        comparing.budget.spend(Duration::from_secs(1));
         let wrong = AuditSpan { first: 0, mask: 1, sum: 1 };
         assert_eq!(comparing.compare(1, &[wrong]), Ok(()), "it was not looked at");
         assert_eq!(comparing.so_far.pages, 0);
-        (comparing.share, comparing.spent) = (AuditShare::OFF, Duration::ZERO);
+        comparing.budget = Budget::start(AuditShare::OFF);
         assert_eq!(comparing.compare(1, &[wrong]), Ok(()));
     }
 

@@ -152,6 +152,17 @@ impl Decisions {
             DiskEvent::Checked { checkpoint, difference } => {
                 notes::compared(&self.equipment.events, checkpoint, difference.as_deref());
             }
+            DiskEvent::Audited(audited, more) => {
+                self.equipment.standing.disks_audited(more, audited.differs.is_some());
+                // The connection may be gone.
+                self.with(|driver, _| (driver.ports_mut().disk_audited(link, &audited).ok(), NOTHING));
+            }
+            DiskEvent::Differs { checkpoint, chunks, why } => {
+                let place = chunks.into();
+                self.equipment.events.emit(events::Event::AuditDiffers { checkpoint, place });
+                self.equipment.differences.note();
+                self.handle(Event::Differs { link, why: why.to_string() });
+            }
             DiskEvent::Settled { checkpoint } => self.handle(Event::Settled { link, checkpoint }),
             DiskEvent::Released(result) => {
                 let result = result.map_err(|error| error.to_string());

@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use outlive_epoch::{
-    Accept, Ack, ArbiterSight, Audited, DiskWant, EncodeError, Encoder, LeaveReason, ProtocolVersion,
-    RefuseCode,
+    Accept, Ack, ArbiterSight, Audited, DiskAudited, DiskWant, EncodeError, Encoder, LeaveReason,
+    ProtocolVersion, RefuseCode,
 };
 use outlive_pair::{Link, StandbyExit, StandbyNote, StandbyPorts, TakeOver};
 
@@ -242,6 +242,11 @@ impl Ports {
     /// Queues how far the comparison of pages is.
     pub(super) fn audited(&mut self, link: Link, audited: &Audited) -> Result<(), PortError> {
         self.put(link, |encoder, out| encoder.audited(out, audited))
+    }
+
+    /// Queues how far the comparison of disks is.
+    pub(super) fn disk_audited(&mut self, link: Link, audited: &DiskAudited) -> Result<(), PortError> {
+        self.put(link, |encoder, out| encoder.disk_audited(out, audited))
     }
 
     /// Ends every connection after sending what is queued.

@@ -153,6 +153,7 @@ impl SessionReader {
             | Message::StateChanges(_)
             | Message::DiskWrites { .. }
             | Message::Audit(_)
+            | Message::DiskAudit(_)
             | Message::CheckpointEnd(_) => {
                 if let Message::CheckpointBegin(begin) = &message
                     && self.filling.is_none()

@@ -72,18 +72,36 @@ pub struct Audited {
     pub round_ended: Option<String>,
     /// Milliseconds since then.
     pub round_ended_ms_ago: Option<u64>,
+    /// Bytes of disks compared.
+    #[serde(default)]
+    pub disk_bytes: u64,
+    /// How often all of the replicated disks have had their turn. Only the host where the VM runs knows.
+    #[serde(default)]
+    pub disk_rounds: u64,
+    /// When they had the last time.
+    #[serde(default)]
+    pub disk_round_ended: Option<String>,
+    /// Milliseconds since then.
+    #[serde(default)]
+    pub disk_round_ended_ms_ago: Option<u64>,
     /// How often a copy was found to differ.
     pub differences: u64,
 }
 
 impl Audited {
     fn new(progress: AuditProgress, now: SystemTime) -> Option<Self> {
-        let AuditProgress { pages, rounds, round_ended, differences } = progress;
-        (pages > 0 || differences > 0).then(|| Self {
+        let AuditProgress { pages, rounds, round_ended, differences, .. } = progress;
+        let AuditProgress { disk_bytes, disk_rounds, disk_round_ended, .. } = progress;
+        let ago = |at: SystemTime| millis(now.duration_since(at).unwrap_or_default());
+        (pages > 0 || disk_bytes > 0 || differences > 0).then(|| Self {
             pages,
             rounds,
             round_ended: round_ended.map(time),
-            round_ended_ms_ago: round_ended.map(|at| millis(now.duration_since(at).unwrap_or_default())),
+            round_ended_ms_ago: round_ended.map(ago),
+            disk_bytes,
+            disk_rounds,
+            disk_round_ended: disk_round_ended.map(time),
+            disk_round_ended_ms_ago: disk_round_ended.map(ago),
             differences,
         })
     }
@@ -94,6 +112,12 @@ impl fmt::Display for Audited {
         write!(f, "audit: {} pages compared", self.pages)?;
         if let Some(ms) = self.round_ended_ms_ago {
             write!(f, ", all of them {} ago", span(ms))?;
+        }
+        if self.disk_bytes > 0 {
+            write!(f, "; {} MiB of disks", self.disk_bytes >> 20)?;
+        }
+        if let Some(ms) = self.disk_round_ended_ms_ago {
+            write!(f, ", all of it {} ago", span(ms))?;
         }
         match self.differences {
             0 => f.write_str(", no difference"),

@@ -351,6 +351,13 @@ impl Standing {
         audit.differences += u64::from(differs);
     }
 
+    /// A standby has compared so many chunks of its disks more.
+    pub(crate) fn disks_audited(&self, chunks: u64, differs: bool) {
+        let mut audit = self.compared();
+        audit.disk_bytes += chunks * outlive_epoch::DISK_CHUNK as u64;
+        audit.differences += u64::from(differs);
+    }
+
     fn compared(&self) -> MutexGuard<'_, AuditProgress> {
         self.audit.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -8,6 +8,7 @@
 mod arbiters;
 mod arbitration;
 mod audit;
+mod audit_disks;
 mod broken_disks;
 mod disks;
 mod ends;

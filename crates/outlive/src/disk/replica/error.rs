@@ -4,9 +4,10 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use outlive_epoch::RecordError;
+use outlive_epoch::{ChunkRange, RecordError};
 
 use super::claims::ClaimError;
+use crate::audit::Place;
 use crate::disk::sidecars::SidecarsError;
 
 /// Why a standby's disks cannot begin.
@@ -83,6 +84,14 @@ pub(crate) enum ReplicaError {
     /// The journal, or an image behind it, cannot be written.
     #[error("cannot write the disks or their journal {}: {source}", .journal.display())]
     Apply { journal: PathBuf, source: io::Error },
+    /// The audit has found a chunk that is not the VM's.
+    #[error(
+        "at checkpoint {checkpoint} the copy differs from the VM in {}: the image is {}; test the storage and the \
+         memory of both hosts",
+        Place(*.chunks),
+        .image.display()
+    )]
+    Audit { checkpoint: u64, chunks: ChunkRange, image: PathBuf },
     /// A comparison has found an image that is not the VM's disk.
     #[error(
         "disk {disk}: the image {} is not the VM's disk: hash {here:#018x}, should be {wanted:#018x}",

@@ -6,10 +6,11 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::RecordBuf;
+use outlive_epoch::{AuditRange, RecordBuf};
 use outlive_machine::DiskHash;
 
 use super::error::ReplicaError;
+use crate::audit::Budget;
 use crate::disk::image::Sum;
 use crate::disk::sidecar::CopyEnd;
 
@@ -18,6 +19,8 @@ pub(super) const QUEUE_BYTES: usize = 256 << 20;
 /// How long a committed write may wait for the disks' thread. A takeover waits for everything in this queue,
 /// so this bounds the wait on a slow disk, where [`QUEUE_BYTES`] may take minutes.
 pub(super) const QUEUE_TIME: Duration = Duration::from_secs(2);
+/// How many checkpoints may wait to be audited; the next ones are not.
+const MOST_AUDITS: usize = 16;
 /// How many buffers of records are kept for reuse.
 const SPARE_BUFFERS: usize = 64;
 /// A buffer that has grown larger than this is not kept.
@@ -31,6 +34,7 @@ pub(super) enum Job {
     Blocks(RecordBuf),
     Commit { number: u64, base: bool, records: RecordBuf },
     Check { number: u64, hashes: Vec<DiskHash> },
+    Audit { number: u64, ranges: Vec<AuditRange>, budget: Arc<Budget> },
     Settle { checkpoint: u64 },
     Release,
     Leave { end: Option<CopyEnd>, done: Sender<Answer> },
@@ -46,6 +50,7 @@ impl Job {
             // A takeover waits for all of it, so ranges of zeroes count by what they may cost.
             Self::Commit { records, .. } => records.work().saturating_add(64),
             Self::Check { .. }
+            | Self::Audit { .. }
             | Self::Settle { .. }
             | Self::Release
             | Self::Leave { .. }
@@ -76,6 +81,11 @@ impl Waiting {
         self.bytes > 0 && self.bytes + bytes > QUEUE_BYTES || !self.checking && late()
     }
 
+    /// Whether as many sums of the audit wait as ever may.
+    pub(super) fn has_enough_to_audit(&self) -> bool {
+        self.jobs.iter().filter(|(_, job)| matches!(job, Job::Audit { .. })).count() >= MOST_AUDITS
+    }
+
     /// Whether a comparison waits.
     pub(super) fn has_check(&self) -> bool {
         self.jobs.iter().any(|(_, job)| matches!(job, Job::Check { .. }))
@@ -101,7 +111,14 @@ impl Queue {
     pub(super) fn is_urgent(&self) -> bool {
         let waiting = self.lock();
         let ends = |job: &Job| {
-            !matches!(job, Job::Sums { .. } | Job::Blocks(_) | Job::Commit { .. } | Job::Check { .. })
+            !matches!(
+                job,
+                Job::Sums { .. }
+                    | Job::Blocks(_)
+                    | Job::Commit { .. }
+                    | Job::Check { .. }
+                    | Job::Audit { .. }
+            )
         };
         waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(|(_, job)| ends(job))
     }

@@ -8,13 +8,15 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{DISK_CHUNK, DiskWant, RecordBuf, VmId};
+use outlive_epoch::{AuditRange, DISK_CHUNK, DiskWant, RecordBuf, VmId};
 use outlive_machine::DiskHash;
 
 use super::claims::ClaimedJournal;
+use super::compare::Comparing;
 use super::error::ReplicaError;
 use super::queue::{Answer, Job, Queue};
 use super::{DiskEvent, ReplicaDisk, STUCK};
+use crate::audit::Budget;
 use crate::disk::apply::Applier;
 use crate::disk::hash;
 use crate::disk::image::{self, ChunkReader, Store, Sum, ZERO_SUM};
@@ -52,6 +54,9 @@ pub(super) struct Worker<T> {
     tainted: bool,
     buffer: Vec<u8>,
     pending_since: Option<Instant>,
+    /// When the last commit came, or something was done without a job.
+    quiet_since: Instant,
+    comparing: Comparing,
     /// The guest does not wait for this, but its flush should soon be durable here.
     flush: bool,
     tell: T,
@@ -80,6 +85,8 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             tainted: false,
             buffer: vec![0; DISK_CHUNK],
             pending_since: None,
+            quiet_since: Instant::now(),
+            comparing: Comparing::new(),
             flush: false,
             tell,
         }
@@ -91,6 +98,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             let Some(job) = self.queue.pop(soft, hard) else {
                 let result = self.harden_or_empty();
                 self.note(result);
+                self.quiet_since = Instant::now();
                 continue;
             };
             let failed = self.queue.lock().failed.clone();
@@ -115,6 +123,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             Job::Blocks(records) => self.write_blocks(records)?,
             Job::Commit { number, base, records } => self.commit(number, base, records)?,
             Job::Check { number, hashes } => self.check(number, &hashes)?,
+            Job::Audit { number, ranges, budget } => self.audit(number, &ranges, &budget)?,
             // Do now what a takeover needs from the disks: a won generation cannot be given back.
             Job::Settle { checkpoint } => {
                 self.leave(None)?;
@@ -138,7 +147,8 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         };
         let now = Instant::now();
         if applier.pending_work() == 0 {
-            return (Some(now + IDLE), None);
+            // Not from now on: comparisons come all the time.
+            return (Some(self.quiet_since + IDLE), None);
         }
         let hard = self.pending_since.unwrap_or(now) + HARDEN;
         (Some(if self.flush { now } else { hard }), Some(hard))
@@ -150,7 +160,12 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             self.disks.iter().flatten().for_each(|disk| disk.book.forget_everything());
             self.queue.lock().failed.get_or_insert_with(|| why.clone());
             self.queue.room.notify_all();
-            (self.tell)(DiskEvent::Failed(why));
+            (self.tell)(match *why {
+                ReplicaError::Audit { checkpoint, chunks, .. } => {
+                    DiskEvent::Differs { checkpoint, chunks, why }
+                }
+                _ => DiskEvent::Failed(why),
+            });
         }
     }
 
@@ -284,6 +299,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         let applier = self.applier.as_mut().ok_or(ReplicaError::NoBase)?;
         let flush = applier.commit(number, records).map_err(journal_failed)?;
         self.flush |= flush;
+        self.quiet_since = Instant::now();
         self.pending_since.get_or_insert_with(Instant::now);
         if base {
             self.harden()?;
@@ -358,15 +374,51 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             };
             if here != wanted {
                 let why = ReplicaError::Differs { disk, image: path.clone(), here, wanted };
-                self.applier = None;
-                let obsolete = self.journal.take();
-                self.say_first(Saying { obsolete, ..self.replica(false, 0, None) })?;
+                self.give_up_images()?;
                 (self.tell)(DiskEvent::Checked { checkpoint: number, difference: Some(why.to_string()) });
                 return Err(why);
             }
         }
         (self.tell)(DiskEvent::Checked { checkpoint: number, difference: None });
         Ok(())
+    }
+
+    /// The images belong to no VM any more, and are marked so.
+    fn give_up_images(&mut self) -> Result<(), ReplicaError> {
+        self.applier = None;
+        let obsolete = self.journal.take();
+        self.say_first(Saying { obsolete, ..self.replica(false, 0, None) })
+    }
+
+    /// Compares parts of the images with the VM's disks at the checkpoint that was committed last. A takeover does not
+    /// wait for it.
+    fn audit(
+        &mut self,
+        number: u64,
+        ranges: &[AuditRange],
+        budget: &Arc<Budget>,
+    ) -> Result<(), ReplicaError> {
+        for range in ranges {
+            let disk = self.disks.get(usize::from(range.chunks.disk)).and_then(Option::as_ref);
+            let disk = disk.ok_or(ReplicaError::NotReplicated(range.chunks.disk))?;
+            let Some(applier) = self.applier.as_ref().filter(|_| !self.queue.is_urgent()) else { break };
+            let compared = self.comparing.compare(number, disk, applier, range, budget);
+            if let Some(chunks) = compared.map_err(unread(&disk.path))? {
+                let why = ReplicaError::Audit { checkpoint: number, chunks, image: disk.path.clone() };
+                self.report(true);
+                self.give_up_images()?;
+                return Err(why);
+            }
+        }
+        self.report(false);
+        Ok(())
+    }
+
+    /// Tells how far the audit is, if it is time.
+    fn report(&mut self, now: bool) {
+        if let Some((audited, more)) = self.comparing.due(now) {
+            (self.tell)(DiskEvent::Audited(audited, more));
+        }
     }
 
     fn settle(&mut self) -> Result<(), ReplicaError> {

@@ -13,18 +13,18 @@ use super::provenance;
 use crate::disk::sidecar::{Sidecar, beside};
 use crate::disk::{Book, DiskEvent, Replica, ReplicaDisk, hash_contents};
 
-const SIZE: u64 = 64 << 20;
+pub(super) const SIZE: u64 = 64 << 20;
 
 /// A replica of one disk with its base, and a file that is the VM's disk.
-struct Standby {
+pub(super) struct Standby {
     directory: tempfile::TempDir,
-    replica: Replica,
-    told: Receiver<DiskEvent>,
-    vm: File,
+    pub(super) replica: Replica,
+    pub(super) told: Receiver<DiskEvent>,
+    pub(super) vm: File,
 }
 
 impl Standby {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let open = |name| {
             let path = directory.path().join(name);
@@ -62,7 +62,7 @@ impl Standby {
         standby
     }
 
-    fn commit(&self, number: u64, base: bool, offset: u64, bytes: &[u8]) {
+    pub(super) fn commit(&self, number: u64, base: bool, offset: u64, bytes: &[u8]) {
         self.replica.commit(number, base, super::records(&[(0, offset, DiskOp::Data(bytes))]));
         self.vm.write_all_at(bytes, offset).unwrap();
     }
@@ -71,11 +71,11 @@ impl Standby {
         vec![DiskHash { disk: 0, hash: hash_contents(&self.vm, SIZE, || true).unwrap().unwrap() }]
     }
 
-    fn told(&self) -> DiskEvent {
+    pub(super) fn told(&self) -> DiskEvent {
         self.told.recv_timeout(Duration::from_secs(20)).unwrap()
     }
 
-    fn image(&self) -> PathBuf {
+    pub(super) fn image(&self) -> PathBuf {
         self.directory.path().join("disk")
     }
 }

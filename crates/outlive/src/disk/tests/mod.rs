@@ -2,6 +2,7 @@ use outlive_epoch::{DiskOp, DiskRecord, Lineage, RecordBuf, VmId};
 
 use super::provenance::{KnownArbiter, Provenance};
 
+mod audit;
 mod book;
 mod bookkeeping;
 mod check;

@@ -138,9 +138,7 @@ impl Pair {
                 match told {
                     DiskEvent::Want(want) => self.sync.as_ref().unwrap().want(want),
                     DiskEvent::Failed(why) => return SyncReport::Failed(why.to_string()),
-                    DiskEvent::Checked { .. } | DiskEvent::Settled { .. } | DiskEvent::Released(_) => {
-                        panic!("nobody asked for it")
-                    }
+                    other => panic!("nobody asked for it: {other:?}"),
                 }
             }
             while let Ok(report) = self.reports.try_recv() {
@@ -162,7 +160,7 @@ impl Pair {
             match self.told.recv_timeout(Duration::from_secs(20)).unwrap() {
                 DiskEvent::Settled { checkpoint } => return Ok(checkpoint),
                 DiskEvent::Failed(why) => return Err(why),
-                DiskEvent::Want(_) | DiskEvent::Checked { .. } | DiskEvent::Released(_) => {}
+                _ => {}
             }
         }
     }

@@ -1,0 +1,446 @@
+//! The auditor of disks, with a guest whose writes are carried out piece by piece at any moment, and epochs that end
+//! at any moment, against both images.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use outlive_epoch::{AuditRange, ChunkRange, DISK_CHUNK, DiskOp, DiskRecord, RecordBuf};
+
+use super::disks::{AuditDisk, DiskAuditor};
+use super::{Audit, Taking};
+use crate::disk::{Store, chunk_sum, chunks, overlay};
+
+/// Eight chunks and a part of one.
+const BYTES: usize = 8 * DISK_CHUNK + 5 * 512;
+const DISK: u16 = 3;
+
+/// A mistake that must be noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mistake {
+    None,
+    /// Nobody looks whether a write is in flight.
+    IgnoresWritesInFlight,
+    /// Whether a write is in flight is asked before the read only.
+    LooksBeforeTheRead,
+    /// What a write that failed has left is compared.
+    IgnoresFailures,
+    /// The writes of the epoch are not put on top of what was read.
+    IgnoresTheLog,
+    /// An epoch may end while a chunk is read.
+    IgnoresTheEpoch,
+    /// Sums are compared with the checkpoint after theirs.
+    ComparesOneLate,
+    /// The standby does not look at what is not in its image yet.
+    IgnoresWhatWaits,
+    /// A byte of the standby's image changes.
+    Flipped,
+}
+
+/// A write of the guest.
+struct Write {
+    offset: usize,
+    /// `None`: zeroes.
+    data: Option<Vec<u8>>,
+    len: usize,
+    /// How many bytes of it are on the disk.
+    landed: usize,
+    /// Whether the disk fails when a part of it has landed.
+    fails: bool,
+}
+
+impl Write {
+    fn end(&self) -> usize {
+        self.offset + self.len
+    }
+}
+
+struct World {
+    dice: fastrand::Rng,
+    mistake: Mistake,
+    here: Vec<u8>,
+    there: Vec<u8>,
+    /// Writes that the disk carries out, in any order; none overlaps another.
+    in_flight: Vec<Write>,
+    log: RecordBuf,
+    /// Chunks where a write failed.
+    marked: BTreeSet<u64>,
+    epoch: u64,
+    taking: Taking,
+    on_their_way: VecDeque<(RecordBuf, Vec<AuditRange>)>,
+    /// Writes of checkpoints that are committed at the standby and not in its image.
+    waiting: VecDeque<RecordBuf>,
+    late: Vec<AuditRange>,
+    compared: u64,
+    /// Those of chunks that the guest wrote in the same epoch.
+    written: u64,
+    difference: Option<u64>,
+}
+
+fn log() -> RecordBuf {
+    RecordBuf::with_capacity(4 << 20)
+}
+
+impl World {
+    /// Something happens, between any two reads of the auditor.
+    fn step(&mut self) {
+        for _ in 0..self.dice.usize(0..4) {
+            match self.dice.u32(0..100) {
+                0..20 => self.begin(),
+                20..70 => self.go_on(),
+                70..75 => self.end_epoch(),
+                75..85 => self.arrive(),
+                _ => {}
+            }
+        }
+    }
+
+    fn begin(&mut self) {
+        // The last chunks are written rarely, so that they are quiet for whole epochs.
+        let within = if self.dice.u8(0..8) == 0 { BYTES } else { 4 * DISK_CHUNK };
+        let sector = self.dice.usize(0..within / 512);
+        let len = (512 * self.dice.usize(1..40)).min(BYTES - 512 * sector);
+        let is_zero = self.dice.u8(0..4) == 0;
+        // A discard may be of a part of the disk.
+        let len = if is_zero && self.dice.u8(0..4) == 0 { BYTES - 512 * sector } else { len };
+        let data = (!is_zero).then(|| (0..len).map(|_| self.dice.u8(..)).collect());
+        let write = Write { offset: 512 * sector, data, len, landed: 0, fails: self.dice.u8(0..40) == 0 };
+        // A request that overlaps another waits for it.
+        let overlaps = |it: &Write| it.offset < write.end() && write.offset < it.end();
+        if self.in_flight.len() < 6 && !self.in_flight.iter().any(overlaps) {
+            self.in_flight.push(write);
+        }
+    }
+
+    /// The disk does a part of a write. When it has done all of it, it is logged, and no longer in flight.
+    fn go_on(&mut self) {
+        if self.in_flight.is_empty() {
+            return;
+        }
+        let at = self.dice.usize(0..self.in_flight.len());
+        let write = &mut self.in_flight[at];
+        let piece = self.dice.usize(1..=write.len).min(write.len - write.landed);
+        let (from, to) = (write.landed, write.landed + piece);
+        let place = &mut self.here[write.offset + from..write.offset + to];
+        match &write.data {
+            Some(data) => place.copy_from_slice(&data[from..to]),
+            None => place.fill(0),
+        }
+        write.landed = to;
+        let Write { offset, landed, fails, len, .. } = *write;
+        if fails {
+            let last = (offset + len - 1) / DISK_CHUNK;
+            self.marked.extend((offset / DISK_CHUNK..=last).map(|chunk| chunk as u64));
+            // The log has nothing of it.
+            self.in_flight.swap_remove(at);
+        } else if landed == len {
+            let Write { data, .. } = self.in_flight.swap_remove(at);
+            let mut push = |offset, op| {
+                assert!(self.log.push(DiskRecord { disk: DISK, offset: offset as u64, op }));
+            };
+            match data {
+                Some(data) => push(offset, DiskOp::Data(&data)),
+                None => push(offset, DiskOp::Zero(len as u64)),
+            }
+        }
+    }
+
+    fn end_epoch(&mut self) {
+        let writes = std::mem::replace(&mut self.log, log());
+        let mut ranges = Vec::new();
+        if self.mistake == Mistake::IgnoresTheLog {
+            self.taking.take_chunks(self.epoch, &log(), &mut ranges);
+        } else {
+            self.taking.take_chunks(self.epoch, &writes, &mut ranges);
+        }
+        if self.mistake == Mistake::ComparesOneLate {
+            std::mem::swap(&mut ranges, &mut self.late);
+        }
+        self.on_their_way.push_back((writes, ranges));
+        self.epoch += 1;
+        if self.on_their_way.len() > 3 {
+            self.arrive();
+        }
+    }
+
+    /// The standby commits a checkpoint and compares it; its image may be behind.
+    fn arrive(&mut self) {
+        let Some((writes, ranges)) = self.on_their_way.pop_front() else { return };
+        self.waiting.push_back(writes);
+        while self.waiting.len() > self.dice.usize(0..3) {
+            let oldest = self.waiting.pop_front().unwrap();
+            overlay(&mut self.there, DISK, 0, oldest.iter());
+        }
+        if self.mistake == Mistake::Flipped && self.epoch == 20 {
+            self.there[BYTES - 7] ^= 0x20;
+        }
+        for AuditRange { chunks: range, sum } in ranges {
+            for chunk in range.first..range.first + u64::from(range.count) {
+                let from = chunk as usize * DISK_CHUNK;
+                let mut bytes = self.there[from..BYTES.min(from + DISK_CHUNK)].to_vec();
+                let mut last = false;
+                for records in &self.waiting {
+                    if self.mistake != Mistake::IgnoresWhatWaits {
+                        last = overlay(&mut bytes, DISK, from as u64, records.iter());
+                    }
+                }
+                self.compared += 1;
+                self.written += u64::from(last);
+                if chunk_sum(chunk, &bytes) != sum {
+                    self.difference.get_or_insert(chunk);
+                }
+            }
+        }
+    }
+
+    fn is_steady(&self, offset: u64, len: u64) -> bool {
+        let (from, to) = (offset as usize, (offset + len) as usize);
+        let hits = self.in_flight.iter().any(|it| it.offset < to && from < it.end());
+        let looks = !matches!(self.mistake, Mistake::IgnoresWritesInFlight | Mistake::LooksBeforeTheRead);
+        let mut chunks = offset / DISK_CHUNK as u64..(offset + len).div_ceil(DISK_CHUNK as u64);
+        let failed = chunks.any(|chunk| self.marked.contains(&chunk));
+        !(hits && looks || failed && self.mistake != Mistake::IgnoresFailures)
+    }
+}
+
+/// The primary's image, which changes while it is read.
+struct Image(Arc<Mutex<World>>);
+
+impl Store for Image {
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        let whole = offset..offset + to.len() as u64;
+        {
+            let world = self.0.lock().unwrap();
+            let overlaps = |it: &Write| it.offset < whole.end as usize && (whole.start as usize) < it.end();
+            if world.mistake == Mistake::LooksBeforeTheRead && world.in_flight.iter().any(overlaps) {
+                return Err(io::Error::other("not now"));
+            }
+        }
+        for (piece, part) in to.chunks_mut(DISK_CHUNK / 8).enumerate() {
+            let mut world = self.0.lock().unwrap();
+            let from = offset as usize + piece * (DISK_CHUNK / 8);
+            part.copy_from_slice(&world.here[from..from + part.len()]);
+            world.step();
+        }
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let mut world = self.0.lock().unwrap();
+        world.step();
+        let found = world.here[offset as usize..].iter().position(|byte| *byte != 0);
+        Ok(found.map(|at| offset + at as u64))
+    }
+
+    fn write(&self, _: &[u8], _: u64) -> io::Result<()> {
+        unreachable!("an audit only reads")
+    }
+
+    fn zero(&self, _: u64, _: u64) -> io::Result<()> {
+        unreachable!("an audit only reads")
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        unreachable!("an audit only reads")
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(BYTES as u64)
+    }
+}
+
+struct Played {
+    compared: u64,
+    written: u64,
+    difference: Option<u64>,
+}
+
+fn play(seed: u64, mistake: Mistake) -> Played {
+    let audit = Arc::<Audit>::default();
+    let mut dice = fastrand::Rng::with_seed(seed);
+    let here: Vec<u8> = (0..BYTES).map(|at| if at / DISK_CHUNK % 3 == 1 { 0 } else { dice.u8(..) }).collect();
+    let mut world = World {
+        dice,
+        mistake,
+        here,
+        there: Vec::new(),
+        in_flight: Vec::new(),
+        log: log(),
+        marked: BTreeSet::new(),
+        epoch: 7,
+        taking: Taking::start(audit.clone()),
+        on_their_way: VecDeque::new(),
+        waiting: VecDeque::new(),
+        late: Vec::new(),
+        compared: 0,
+        written: 0,
+        difference: None,
+    };
+    (0..20).for_each(|_| world.begin());
+    (0..10).for_each(|_| world.go_on());
+    // A base is whole but for the writes in flight, of which it may have a part.
+    (world.there, world.log) = (world.here.clone(), log());
+    let world = Arc::new(Mutex::new(world));
+    let (asked, looked_at) = (world.clone(), world.clone());
+    let disk = AuditDisk {
+        index: DISK,
+        bytes: BYTES as u64,
+        image: Image(world.clone()),
+        is_steady: Box::new(move |offset, len| {
+            let mut world = asked.lock().unwrap();
+            let answer = world.is_steady(offset, len);
+            world.step();
+            answer
+        }),
+    };
+    let epoch = move || {
+        let mut world = looked_at.lock().unwrap();
+        world.step();
+        // As if there were only one.
+        Some(if world.mistake == Mistake::IgnoresTheEpoch { 1 } else { world.epoch })
+    };
+    let mut auditor = DiskAuditor::new(audit.clone(), vec![disk], seed);
+    for _ in 0..60 {
+        auditor.burst(&epoch);
+        if mistake == Mistake::IgnoresTheEpoch {
+            // Whatever was read is of the epoch that ends now.
+            audit.chunks().pretend(world.lock().unwrap().epoch);
+        }
+        (0..2).for_each(|_| world.lock().unwrap().step());
+    }
+    let mut world = world.lock().unwrap();
+    world.end_epoch();
+    while !world.on_their_way.is_empty() {
+        world.arrive();
+    }
+    Played { compared: world.compared, written: world.written, difference: world.difference }
+}
+
+#[test]
+fn chunks_are_compared_as_of_one_checkpoint_whatever_is_written_meanwhile() {
+    let (mut compared, mut written) = (0, 0);
+    for seed in 0..150 {
+        let played = play(seed, Mistake::None);
+        assert_eq!(played.difference, None, "seed {seed}");
+        compared += played.compared;
+        written += played.written;
+    }
+    println!("{compared} chunks compared, {written} of them written just then");
+    assert!(compared > 150 * 20 && written > 150, "{compared}, {written}");
+}
+
+#[test]
+fn every_mistake_about_what_is_compared_is_noticed() {
+    for mistake in [
+        Mistake::IgnoresWritesInFlight,
+        Mistake::LooksBeforeTheRead,
+        Mistake::IgnoresFailures,
+        Mistake::IgnoresTheLog,
+        Mistake::IgnoresTheEpoch,
+        Mistake::ComparesOneLate,
+        Mistake::IgnoresWhatWaits,
+    ] {
+        let noticed = (0..40).filter(|seed| play(*seed, mistake).difference.is_some()).count();
+        println!("{mistake:?}: {noticed} of 40");
+        assert!(noticed >= 20, "{mistake:?}: {noticed} of 40");
+    }
+    let found: Vec<u64> = (0..40).filter_map(|seed| play(seed, Mistake::Flipped).difference).collect();
+    assert!(found.len() >= 20, "{} of 40", found.len());
+    assert!(found.iter().all(|chunk| *chunk == 8), "{found:?}");
+}
+
+/// A disk that nobody writes to, with a hole.
+fn quiet(audit: &Arc<Audit>, seed: u64) -> (DiskAuditor, tempfile::NamedTempFile) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let image = file.reopen().unwrap();
+    image.set_len(40 * DISK_CHUNK as u64 + 512).unwrap();
+    image.write(&[7; DISK_CHUNK], 0).unwrap();
+    image.write(&[8; 100], 30 * DISK_CHUNK as u64).unwrap();
+    image.write(&[9; 512], 40 * DISK_CHUNK as u64).unwrap();
+    let disk = AuditDisk {
+        index: DISK,
+        bytes: image.bytes().unwrap(),
+        image,
+        is_steady: Box::new(|offset, _| offset != 30 * DISK_CHUNK as u64),
+    };
+    (DiskAuditor::new(audit.clone(), vec![disk], seed), file)
+}
+
+#[test]
+fn all_chunks_have_their_turn_holes_cost_little_and_what_is_always_written_is_left_out() {
+    for seed in [0, 5, 30, 40] {
+        let audit = Arc::<Audit>::default();
+        let taking = Taking::start(audit.clone());
+        let (mut auditor, _file) = quiet(&audit, seed);
+        let (mut seen, mut ranges, mut epoch) = (BTreeSet::new(), Vec::new(), 5);
+        while audit.progress().disk_rounds < 2 {
+            auditor.burst(&|| Some(epoch));
+            taking.take_chunks(epoch, &log(), &mut ranges);
+            epoch += 1;
+            for AuditRange { chunks: range, sum } in &ranges {
+                assert_eq!(*sum != 0, range.first % 40 == 0, "{range:?}");
+                assert!(range.fits(40 * DISK_CHUNK as u64 + 512));
+                seen.extend(range.first..range.first + u64::from(range.count));
+            }
+        }
+        assert!((0..41).filter(|chunk| *chunk != 30).all(|chunk| seen.contains(&chunk)), "{seen:?}");
+        assert!(!seen.contains(&30));
+        // Two rounds of three chunks of data and two holes, and a few tries.
+        assert!(epoch < 5 + 12, "{epoch}");
+        assert_eq!(chunks(40 * DISK_CHUNK as u64 + 512), 41);
+    }
+}
+
+#[test]
+fn what_came_too_late_for_its_checkpoint_has_another_turn_but_not_for_ever() {
+    let audit = Arc::<Audit>::default();
+    let taking = Taking::start(audit.clone());
+    let (mut auditor, _file) = quiet(&audit, 0);
+    let wanted = ChunkRange { disk: DISK, first: 0, count: 1 };
+    let (mut ranges, mut tries) = (Vec::new(), 0);
+    while audit.chunks().count_again() > 0 || tries == 0 {
+        let (chunks, before) = audit.chunks().next_again().unwrap_or((wanted, 0));
+        assert_eq!(auditor.sample(chunks, before, &|| Some(5)), 1);
+        taking.take_chunks(6, &log(), &mut ranges);
+        assert!(ranges.is_empty(), "the checkpoint has gone");
+        tries += 1;
+    }
+    assert_eq!(tries, 5);
+    // A hole that is written in the epoch is no hole at its end.
+    let hole = ChunkRange { first: 1, count: 16, ..wanted };
+    assert_eq!(auditor.sample(hole, 0, &|| Some(7)), 16);
+    let mut writes = log();
+    let record = DiskRecord { disk: DISK, offset: 9 * DISK_CHUNK as u64 + 5, op: DiskOp::Data(b"x") };
+    assert!(writes.push(record));
+    taking.take_chunks(7, &writes, &mut ranges);
+    assert_eq!((ranges.len(), audit.chunks().next_again()), (0, Some((hole, 1))));
+    // All buffers are there again.
+    auditor.sample(wanted, 0, &|| Some(8));
+    taking.forget();
+    taking.take_chunks(8, &log(), &mut ranges);
+    assert!(ranges.is_empty(), "a base begins");
+    let all = std::iter::from_fn(|| audit.chunks().buffer()).count();
+    assert_eq!(all, super::MOST_CHUNKS);
+}
+
+/// What this prints says which part of its rate a disk has at a share of a core. See docs/audit.md.
+#[test]
+fn every_chunk_is_read_once_in_a_round_and_what_it_costs_is_printed() {
+    const CHUNKS: u64 = 256;
+    let audit = Arc::<Audit>::default();
+    let taking = Taking::start(audit.clone());
+    let image = tempfile::tempfile().unwrap();
+    (0..CHUNKS).for_each(|at| image.write(&[at as u8 | 1; DISK_CHUNK], at * DISK_CHUNK as u64).unwrap());
+    let disk =
+        AuditDisk { index: 0, bytes: CHUNKS * DISK_CHUNK as u64, image, is_steady: Box::new(|_, _| true) };
+    let mut auditor = DiskAuditor::new(audit.clone(), vec![disk], 0);
+    let (mut ranges, mut spent, mut read) = (Vec::new(), std::time::Duration::ZERO, 0);
+    while audit.progress().disk_rounds == 0 {
+        let began = super::thread_time();
+        read += auditor.burst(&|| Some(5));
+        spent += super::thread_time() - began;
+        taking.take_chunks(5, &log(), &mut ranges);
+    }
+    println!("{read} chunks, {:?} each", spent / read);
+    assert_eq!(u64::from(read), CHUNKS);
+}

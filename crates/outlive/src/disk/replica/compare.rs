@@ -1,0 +1,108 @@
+//! The standby's part of the audit of disks: chunks of its images are compared with the VM's as of a checkpoint.
+//!
+//! The disks' thread does its jobs in their order, so a comparison comes when the writes of its checkpoint are in the
+//! journal and those of the next one are not. They may not be in the images yet: a chunk is what the image has, with
+//! the writes on top of it that wait.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{AuditRange, ChunkRange, DISK_CHUNK, DiskAudited};
+
+use super::ReplicaDisk;
+use crate::audit::{Budget, DiskRate, thread_time};
+use crate::disk::apply::Applier;
+use crate::disk::image::{ChunkReader, Store};
+use crate::disk::{chunk_sum, overlay};
+
+/// Time between two words to the primary.
+const TELL: Duration = Duration::from_millis(100);
+/// How far a comparison may be ahead of the rate at which disks are read: checkpoints come in bunches.
+const AHEAD: Duration = Duration::from_millis(500);
+
+/// What was compared so far.
+pub(super) struct Comparing {
+    rate: DiskRate,
+    so_far: DiskAudited,
+    /// When the primary was told, and of how many chunks.
+    told: (Instant, u64),
+    chunk: Vec<u8>,
+}
+
+impl Comparing {
+    pub(super) fn new() -> Self {
+        let (rate, told) = (DiskRate::start(), (Instant::now(), 0));
+        Self { rate, so_far: DiskAudited::default(), told, chunk: vec![0; DISK_CHUNK] }
+    }
+
+    /// Compares chunks of a disk with the sum that they have at the checkpoint that came last. Returns those that
+    /// differ. A primary may want more than this host gives; the rest is left out.
+    ///
+    /// # Errors
+    /// The image cannot be read. The error says of which.
+    pub(super) fn compare(
+        &mut self,
+        checkpoint: u64,
+        disk: &ReplicaDisk,
+        applier: &Applier<impl Store>,
+        range: &AuditRange,
+        budget: &Arc<Budget>,
+    ) -> io::Result<Option<ChunkRange>> {
+        let began = thread_time();
+        let differs = self.differs(checkpoint, disk, applier, range, budget);
+        let spent = thread_time().saturating_sub(began);
+        budget.spend(spent);
+        self.so_far.spent_ns += spent.as_nanos() as u64;
+        if let Ok(Some(chunks)) = differs {
+            self.so_far.differs = Some(chunks);
+        }
+        differs
+    }
+
+    fn differs(
+        &mut self,
+        checkpoint: u64,
+        disk: &ReplicaDisk,
+        applier: &Applier<impl Store>,
+        range: &AuditRange,
+        budget: &Arc<Budget>,
+    ) -> io::Result<Option<ChunkRange>> {
+        let ChunkRange { disk: index, first, count } = range.chunks;
+        let mut reader = ChunkReader::new(&disk.file, disk.bytes);
+        for number in first..first + u64::from(count) {
+            if self.rate.wait() > AHEAD || budget.is_used_up() {
+                break;
+            }
+            let (offset, len) = reader.range(number);
+            let chunk = &mut self.chunk[..len];
+            if reader.is_hole(number)? {
+                chunk.fill(0);
+            } else {
+                self.rate.charge(1);
+                disk.file.read(chunk, offset)?;
+            }
+            for records in applier.waiting() {
+                overlay(chunk, index, offset, records.iter());
+            }
+            self.so_far.checkpoint = checkpoint;
+            self.so_far.chunks += 1;
+            // Several have a sum of zeroes.
+            if chunk_sum(number, chunk) != range.sum {
+                return Ok(Some(ChunkRange { first: number, count: 1, ..range.chunks }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What to tell the primary, and how many chunks it has not heard of, if it is time or cannot wait.
+    pub(super) fn due(&mut self, now: bool) -> Option<(DiskAudited, u64)> {
+        let (at, chunks) = self.told;
+        let more = self.so_far.chunks - chunks;
+        if !now && (more == 0 || at.elapsed() < TELL) {
+            return None;
+        }
+        self.told = (Instant::now(), self.so_far.chunks);
+        Some((self.so_far, more))
+    }
+}

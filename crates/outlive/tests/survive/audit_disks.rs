@@ -1,0 +1,201 @@
+//! The audit of disks: parts of both hosts' images are compared all the time, and a copy that differs is made anew.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use outlive::events::{Event, Place};
+
+use crate::support::{Dice, Pace, Process, Side, Slow, WRITTEN, World, wait_until, writer_kernel};
+
+/// Little more than what the guest writes, so that a round takes about two seconds.
+const SIZE: u64 = WRITTEN + (1 << 20);
+const CHUNK: u64 = 64 << 10;
+
+/// Two hosts with an image each, and a guest that writes to its image all the time.
+struct Writing {
+    world: World,
+    images: [PathBuf; 2],
+    audit: &'static str,
+}
+
+impl Writing {
+    /// With images in these directories, of different data.
+    fn new(world: World, places: [&Path; 2], audit: &'static str) -> Self {
+        fs::write(world.dir().join("writer"), writer_kernel()).unwrap();
+        let images = [places[0].join("a.img"), places[1].join("b.img")];
+        let mut dice = Dice::new();
+        for image in &images {
+            let file = File::create(image).unwrap();
+            file.set_len(SIZE).unwrap();
+            for _ in 0..20 {
+                let bytes = vec![dice.below(256) as u8; 1 + dice.below(200_000) as usize];
+                file.write_all_at(&bytes, dice.below(SIZE - bytes.len() as u64)).unwrap();
+            }
+        }
+        Self { world, images, audit }
+    }
+
+    fn image(&self, side: Side) -> &Path {
+        &self.images[side as usize]
+    }
+
+    fn options(&self, side: Side) -> Vec<String> {
+        let there = side.other().addr().to_string();
+        let mut disk = format!("path={}", self.image(side).display());
+        // At first the other image is unknown.
+        let known = PathBuf::from(format!("{}.outlive", self.image(side).display())).exists();
+        if !known && side == Side::B {
+            disk.push_str(",overwrite");
+        }
+        ["--standby", &there, "--disk", &disk, "--audit", self.audit].map(Into::into).to_vec()
+    }
+
+    fn standby(&self, side: Side) -> Process {
+        let options = self.options(side);
+        self.world.standby_with(side, &options.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn run(&self, side: Side) -> Process {
+        let (options, kernel) = (self.options(side), self.world.dir().join("writer").display().to_string());
+        let options = options.iter().map(String::as_str).chain(["--kernel", &kernel]);
+        self.world.run_with(side, &options.collect::<Vec<_>>())
+    }
+
+    fn read(&self, side: Side, offset: u64, bytes: u64) -> Vec<u8> {
+        let mut read = vec![0; bytes as usize];
+        File::open(self.image(side)).unwrap().read_exact_at(&mut read, offset).unwrap();
+        read
+    }
+
+    /// Changes a byte behind the host's back.
+    fn flip(&self, side: Side, at: u64) {
+        let image = File::options().read(true).write(true).open(self.image(side)).unwrap();
+        let mut byte = [0];
+        image.read_exact_at(&mut byte, at).unwrap();
+        image.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+    }
+
+    fn wait_written(&self, side: Side) {
+        let before = self.read(side, 0, WRITTEN);
+        wait_until("the guest writes to its disk", || self.read(side, 0, WRITTEN) != before);
+    }
+}
+
+/// Bytes of disks compared, and rounds, as the primary says.
+fn compared(primary: &mut Process) -> (u64, u64) {
+    let counts = |event: &Event| match event {
+        Event::Stats(stats) => Some((stats.audit.disk_bytes, stats.audit.disk_rounds)),
+        _ => None,
+    };
+    primary.events().filter_map(counts).last().unwrap_or_default()
+}
+
+fn differs(event: &Event) -> bool {
+    matches!(event, Event::AuditDiffers { .. })
+}
+
+fn wait_round(primary: &mut Process) {
+    let (_, rounds) = compared(primary);
+    wait_until("all of the disk has had its turn", || compared(primary).1 > rounds + 1);
+}
+
+#[test]
+fn a_byte_that_differs_on_the_standbys_disk_is_found_and_the_image_is_made_anew() {
+    let Some(world) = World::new() else { return };
+    let place = world.dir().to_path_buf();
+    let writing = Writing::new(world, [&place, &place], "100");
+    let mut standby = writing.standby(Side::B);
+    let mut primary = writing.run(Side::A);
+    primary.wait_protected();
+    wait_round(&mut primary);
+    assert!(!standby.has(differs), "{}", standby.log());
+    // The second time it is the primary's image that has changed, which is right by definition.
+    let at = SIZE - 4097;
+    for (time, side) in [Side::B, Side::A].into_iter().enumerate() {
+        writing.wait_written(Side::B);
+        writing.flip(side, at);
+        let place = Place::Disk { disk: 0, offset: at / CHUNK * CHUNK, bytes: CHUNK };
+        let told = |e: &Event| matches!(e, Event::AuditDiffers { place: it, .. } if *it == place);
+        primary.wait_for("told of the difference", told);
+        primary.wait_for("without its standby", |e| matches!(e, Event::Unprotected { .. }));
+        primary.wait_protected();
+        wait_until("both say so", || standby.events().filter(|e| told(e)).count() == time + 1);
+        assert!(!standby.ended() && !standby.took_over());
+        assert_eq!(writing.read(Side::B, at - 100, 200), writing.read(Side::A, at - 100, 200));
+    }
+
+    primary.kill();
+    standby.wait_takeover();
+    writing.wait_written(Side::B);
+    assert_eq!(
+        writing.read(Side::B, WRITTEN, SIZE - WRITTEN),
+        writing.read(Side::A, WRITTEN, SIZE - WRITTEN)
+    );
+    assert!(!standby.has(|e| matches!(e, Event::GuestRestarted { .. })), "{}", standby.log());
+}
+
+#[test]
+fn a_guest_that_writes_to_its_disk_all_the_time_never_differs_and_after_takeovers_neither() {
+    let Some(world) = World::new() else { return };
+    let place = world.dir().to_path_buf();
+    let writing = Writing::new(world, [&place, &place], "100");
+    let mut standby = writing.standby(Side::B);
+    let mut primary = writing.run(Side::A);
+    for side in [Side::B, Side::A, Side::B] {
+        primary.wait_protected();
+        wait_round(&mut primary);
+        writing.wait_written(side);
+        let (bytes, rounds) = compared(&mut primary);
+        println!("{bytes} bytes compared in {rounds} rounds");
+        // Nearly all of it, although most chunks are written in nearly every epoch.
+        assert!(bytes > SIZE, "{bytes} in {rounds} rounds");
+        assert!(!primary.has(differs) && !standby.has(differs), "{}", standby.log());
+        primary.kill();
+        standby.wait_takeover();
+        primary = standby;
+        standby = writing.standby(side.other());
+    }
+    primary.wait_protected();
+    assert!(!primary.has(differs) && !standby.has(differs), "{}", standby.log());
+}
+
+/// What a write does can be read long before the write is complete. Whoever compares it then finds a difference.
+#[test]
+fn writes_that_take_long_never_differ() {
+    let Some(world) = World::new() else { return };
+    let (behind, mounted) = (world.dir().join("behind"), world.dir().join("slow"));
+    fs::create_dir(&behind).unwrap();
+    let Some(slow) = Slow::mount(mounted.clone(), &behind) else { return };
+    let place = world.dir().to_path_buf();
+    let writing = Writing::new(world, [&mounted, &place], "100");
+    let mut standby = writing.standby(Side::B);
+    let mut primary = writing.run(Side::A);
+    primary.wait_protected();
+    slow.set(Pace { write: Duration::from_millis(30), ..Pace::default() });
+    for _ in 0..4 {
+        wait_round(&mut primary);
+        writing.wait_written(Side::B);
+        assert!(!primary.has(differs) && !standby.has(differs), "{}", standby.log());
+    }
+    slow.set(Pace::default());
+    primary.kill();
+    standby.wait_takeover();
+    assert!(!standby.has(differs), "{}", standby.log());
+}
+
+#[test]
+fn an_audit_that_is_off_compares_no_disks() {
+    let Some(world) = World::new() else { return };
+    let place = world.dir().to_path_buf();
+    let writing = Writing::new(world, [&place, &place], "off");
+    let mut standby = writing.standby(Side::B);
+    let mut primary = writing.run(Side::A);
+    primary.wait_protected();
+    writing.flip(Side::B, SIZE - 4097);
+    // Long enough for a round.
+    std::thread::sleep(Duration::from_secs(4));
+    assert_eq!(compared(&mut primary), (0, 0));
+    assert!(!primary.has(differs) && !standby.has(differs));
+}
