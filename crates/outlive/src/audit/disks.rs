@@ -67,7 +67,7 @@ impl<S: Store> DiskAuditor<S> {
         self.left > 0 && self.rate.wait().is_zero() && self.audit.chunks().room() >= BURST
     }
 
-    /// Reads the chunks whose turn it is. Returns how many there are, without those in holes.
+    /// Reads the chunks whose turn it is. Returns how many samples that makes.
     pub(super) fn burst(&mut self, epoch: &dyn Fn() -> Option<u64>) -> u32 {
         // What has to be tried again because of this burst waits for the next one: a write takes its time.
         let mut old = self.audit.chunks().count_again();
