@@ -39,6 +39,8 @@ fn every_event() -> Vec<Event> {
             read_bytes: 0,
         },
         Event::SelfCheck { checkpoint: 100, difference: None },
+        Event::AuditDiffers { checkpoint: 7, place: Place::Memory { first_page: 64, mask: u64::MAX } },
+        Event::AuditDiffers { checkpoint: 7, place: Place::Disk { disk: 1, offset: 1 << 40, bytes: 65_536 } },
         Event::Protected {
             generation: 1,
             checkpoint: 3,

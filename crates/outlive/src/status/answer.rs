@@ -617,4 +617,22 @@ mod tests {
             "a newer release may add fields"
         );
     }
+
+    #[test]
+    fn the_audit_says_how_much_of_memory_and_of_disks_it_has_compared() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let ago = |seconds| Some(now - Duration::from_secs(seconds));
+        let mut progress = AuditProgress { pages: 7, round_ended: ago(3), ..AuditProgress::default() };
+        let said = |progress| Audited::new(progress, now).unwrap().to_string();
+        let memory = format!("audit: 7 pages compared, all of them {} ago", span(3000));
+        assert_eq!(said(progress), format!("{memory}, no difference"));
+        (progress.disk_bytes, progress.disk_round_ended) = (5 << 20, ago(9));
+        assert_eq!(
+            said(progress),
+            format!("{memory}; 5 MiB of disks, all of it {} ago, no difference", span(9000))
+        );
+        (progress.pages, progress.differences) = (0, 1);
+        assert!(said(progress).ends_with(", COPY DIFFERED 1 TIMES"));
+        assert_eq!(Audited::new(AuditProgress::default(), now), None);
+    }
 }
