@@ -51,8 +51,8 @@ pub enum ProtocolVersion {
     /// 6: frames that no checkpoint has: what the guest was given since the last one, and what it has sent, with
     /// word of what has left.
     V6 = 6,
-    /// 7: sums of some pages in a checkpoint, which the standby compares with its copy; it says how far it is, and
-    /// may leave because its copy differs. The standby says whether it sees the arbiter.
+    /// 7: sums of some pages, and of some chunks of disks, in a checkpoint, which the standby compares with its copy;
+    /// it says how far it is, and may leave because its copy differs. The standby says whether it sees the arbiter.
     V7 = 7,
 }
 
