@@ -52,18 +52,19 @@ impl Standby {
 fn chunks_are_compared_with_the_writes_that_wait_and_without_those_behind() {
     let standby = Standby::new();
     for number in 2..60 {
-        standby.commit(number, false, number * 3000, &[number as u8; 5000]);
+        let next = |more| 4 * number + more;
+        standby.commit(next(0), false, number * 3000, &[number as u8; 5000]);
         // A write across chunks, and zeroes.
-        standby.commit(number + 100, false, CHUNK - 700, &[number as u8; 1400]);
-        standby.replica.commit(number, false, records(&[(0, 4096, DiskOp::Zero(512))]));
+        standby.commit(next(1), false, CHUNK - 700, &[number as u8; 1400]);
+        standby.replica.commit(next(2), false, records(&[(0, 4096, DiskOp::Zero(512))]));
         standby.vm.write_all_at(&[0; 512], 4096).unwrap();
         let hole = AuditRange { chunks: range(0, 700, 16), sum: 0 };
         let ranges = [standby.sum(0), standby.sum(1), standby.sum(2), hole, standby.sum(LAST)];
-        standby.replica.audit(number, &ranges, &all());
-        standby.commit(number, false, 0, &[number as u8; 100]);
+        standby.replica.audit(next(2), &ranges, &all());
+        standby.commit(next(3), false, 0, &[number as u8; 100]);
     }
     // Everything is in the images.
-    standby.replica.settle(60);
+    standby.replica.settle(4 * 59 + 3);
     loop {
         match standby.told() {
             DiskEvent::Audited(audited, _) => assert_eq!(audited.differs, None),
