@@ -133,6 +133,8 @@ pub struct DiskAudited {
     pub chunks: u64,
     /// How long that took a processor of the standby, in nanoseconds.
     pub spent_ns: u64,
+    /// How long the standby's disks took to read them, in nanoseconds.
+    pub read_ns: u64,
     /// The chunks of which at least one differs. `None`: all are the VM's.
     pub differs: Option<ChunkRange>,
 }
@@ -143,6 +145,7 @@ struct Report {
     checkpoint: U64,
     chunks: U64,
     spent_ns: U64,
+    read_ns: U64,
     disk: U16,
     zero: U16,
     /// 0: nothing differs.
@@ -155,7 +158,7 @@ pub(super) const REPORT_LEN: usize = size_of::<Report>();
 impl DiskAudited {
     pub(super) fn parse(payload: &[u8]) -> Result<Self, WireError> {
         let mut fields = Fields::new(SectionKind::DiskAudited, payload);
-        let Report { checkpoint, chunks, spent_ns, disk, zero, count, first } = fields.fixed()?;
+        let Report { checkpoint, chunks, spent_ns, read_ns, disk, zero, count, first } = fields.fixed()?;
         if zero.get() != 0 {
             return Err(fields.malformed("a reserved field that is not zero", zero.get().into()));
         }
@@ -164,8 +167,8 @@ impl DiskAudited {
             _ => Some(ChunkRange::parse(&fields, (*disk, *first, *count))?),
         };
         fields.end()?;
-        let (checkpoint, chunks, spent_ns) = (checkpoint.get(), chunks.get(), spent_ns.get());
-        Ok(Self { checkpoint, chunks, spent_ns, differs })
+        let (checkpoint, chunks) = (checkpoint.get(), chunks.get());
+        Ok(Self { checkpoint, chunks, spent_ns: spent_ns.get(), read_ns: read_ns.get(), differs })
     }
 }
 
@@ -199,12 +202,13 @@ impl Encoder {
         if self.version_of(SectionKind::DiskAudited) == 0 {
             return Err(EncodeError::Order("the result of an audit of disks in a stream that has none"));
         }
-        let DiskAudited { checkpoint, chunks, spent_ns, differs } = *audited;
+        let DiskAudited { checkpoint, chunks, spent_ns, read_ns, differs } = *audited;
         let ChunkRange { disk, first, count } = differs.unwrap_or_default();
         let report = Report {
             checkpoint: checkpoint.into(),
             chunks: chunks.into(),
             spent_ns: spent_ns.into(),
+            read_ns: read_ns.into(),
             disk: disk.into(),
             zero: 0.into(),
             count: count.into(),

@@ -107,7 +107,13 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     let sights = [ArbiterSight::Unknown, ArbiterSight::Lost { for_s: 70_000 }, ArbiterSight::Seen];
     let sights = (version >= ProtocolVersion::V7).then_some(sights);
     sights.iter().flatten().for_each(|sight| encoder.arbiter_sight(&mut out, *sight).unwrap());
-    let audited = DiskAudited { checkpoint: 42, chunks: 1 << 34, spent_ns: 6_000_000, differs: None };
+    let audited = DiskAudited {
+        checkpoint: 42,
+        chunks: 1 << 34,
+        spent_ns: 6_000_000,
+        read_ns: 70_000_000,
+        differs: None,
+    };
     let chunks = ChunkRange { disk: 1, first: 14, count: 2 };
     let differs = DiskAudited { checkpoint: 43, differs: Some(chunks), ..audited };
     let disk_audits = (version >= ProtocolVersion::V7).then_some([audited, differs]);

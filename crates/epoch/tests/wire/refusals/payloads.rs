@@ -218,7 +218,7 @@ fn sums_of_chunks_that_make_no_sense_are_refused() {
         assert_eq!(parse(ranges, more), Err(format!("section DiskAudit: {why}")));
     }
     let word = |zero: u16, count: u32| {
-        let words = [5u64, 6, 7].map(u64::to_le_bytes);
+        let words = [5u64, 6, 7, 8].map(u64::to_le_bytes);
         let payload = [words.as_flattened(), &bytes(&(3, zero, count, 8, 0))[..16]].concat();
         Message::parse_payload(SectionKind::DiskAudited, 1, &payload).map(|it| format!("{it:?}")).ok()
     };
