@@ -112,6 +112,8 @@ impl WaitingChunks {
             }
             self.give_back(sample.bytes);
         }
+        // As they are on the standby's disk.
+        ranges.sort_unstable_by_key(|range| (range.chunks.disk, range.chunks.first));
     }
 
     /// Says that all samples are of this epoch.

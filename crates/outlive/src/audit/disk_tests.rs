@@ -4,8 +4,9 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use outlive_epoch::{AuditRange, ChunkRange, DISK_CHUNK, DiskOp, DiskRecord, RecordBuf};
+use outlive_epoch::{AuditRange, ChunkRange, DISK_CHUNK, DiskAudited, DiskOp, DiskRecord, RecordBuf};
 
 use super::disks::{AuditDisk, DiskAuditor};
 use super::{Audit, Taking};
@@ -427,6 +428,36 @@ fn what_came_too_late_for_its_checkpoint_has_another_turn_but_not_for_ever() {
     assert_eq!(all, super::MOST_CHUNKS);
 }
 
+#[test]
+fn a_standby_that_counts_chunks_wrongly_neither_ends_nor_stops_the_audit() {
+    let audit = Arc::<Audit>::default();
+    let most = u64::MAX;
+    for (chunks, spent_ns, read_ns) in [(most, most, most), (5, 0, 0), (6, most, most), (most, 7, 7)] {
+        audit.heard_of_disks(&DiskAudited { checkpoint: 1, chunks, spent_ns, read_ns, differs: None });
+        assert!(audit.theirs_of_chunk() <= Duration::from_millis(16), "{:?}", audit.theirs_of_chunk());
+        assert!(audit.their_read() <= Duration::from_secs(1), "{:?}", audit.their_read());
+    }
+    assert_eq!(audit.progress().disk_bytes, u64::MAX);
+    // One whose disk is slow has its way.
+    let word = DiskAudited { chunks: 10, read_ns: 20_000_000, spent_ns: 100_000, ..DiskAudited::default() };
+    audit.heard_of_disks(&word);
+    assert_eq!(audit.their_read(), Duration::from_millis(2));
+    assert_eq!(audit.theirs_of_chunk(), Duration::from_micros(10));
+}
+
+#[test]
+fn a_slow_disk_of_the_standby_sets_the_pace() {
+    let audit = Arc::<Audit>::default();
+    let _taking = Taking::start(audit.clone());
+    let (mut auditor, _file) = quiet(&audit, 0);
+    auditor.burst(&|| Some(5));
+    assert!(auditor.rests() <= Duration::from_millis(250), "{:?}", auditor.rests());
+    let word = DiskAudited { chunks: 1, read_ns: 1_000_000_000, ..DiskAudited::default() };
+    audit.heard_of_disks(&word);
+    auditor.burst(&|| Some(5));
+    assert!(auditor.rests() >= Duration::from_secs(30), "{:?}", auditor.rests());
+}
+
 /// What this prints says which part of its rate a disk has at a share of a core. See docs/audit.md.
 #[test]
 fn every_chunk_is_read_once_in_a_round_and_what_it_costs_is_printed() {
@@ -438,7 +469,7 @@ fn every_chunk_is_read_once_in_a_round_and_what_it_costs_is_printed() {
     let disk =
         AuditDisk { index: 0, bytes: CHUNKS * DISK_CHUNK as u64, image, is_steady: Box::new(|_, _| true) };
     let mut auditor = DiskAuditor::new(audit.clone(), vec![disk], 0);
-    let (mut ranges, mut spent, mut read) = (Vec::new(), std::time::Duration::ZERO, 0);
+    let (mut ranges, mut spent, mut read) = (Vec::new(), Duration::ZERO, 0);
     while audit.progress().disk_rounds == 0 {
         let began = super::thread_time();
         read += auditor.burst(&|| Some(5));

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
 
 use outlive_epoch::ChunkRange;
 
@@ -67,6 +68,12 @@ impl<S: Store> DiskAuditor<S> {
         self.left > 0 && self.rate.wait().is_zero() && self.audit.chunks().room() >= BURST
     }
 
+    /// How long the disks rest from now on.
+    #[cfg(test)]
+    pub(super) fn rests(&self) -> std::time::Duration {
+        self.rate.wait()
+    }
+
     /// Reads the chunks whose turn it is. Returns how many samples that makes.
     pub(super) fn burst(&mut self, epoch: &dyn Fn() -> Option<u64>) -> u32 {
         // What has to be tried again because of this burst waits for the next one: a write takes its time.
@@ -75,8 +82,10 @@ impl<S: Store> DiskAuditor<S> {
             let again = (old > 0).then(|| self.audit.chunks().next_again()).flatten();
             old = old.saturating_sub(1);
             let (chunks, tries) = again.unwrap_or_else(|| (self.turn(), 0));
-            self.rate.charge(1);
+            let began = Instant::now();
             let count = self.sample(chunks, tries, epoch);
+            // The slower of both disks sets the pace, or the standby would leave chunks out.
+            self.rate.charge(1, began.elapsed().max(self.audit.their_read()));
             match again {
                 _ if count == 0 => return at as u32,
                 None => self.went_on(count.into()),

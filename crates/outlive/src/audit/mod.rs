@@ -56,6 +56,10 @@ const _: () = assert!(MOST <= outlive_epoch::MAX_AUDIT_SPANS);
 
 /// As long as the comparison of a page on the other host is believed to take at most; far longer than on any host.
 const LONGEST_COMPARISON_NS: u64 = 1_000_000;
+/// The same of a chunk of a disk.
+const LONGEST_COMPARISON_OF_CHUNK_NS: u64 = 16 * LONGEST_COMPARISON_NS;
+/// As long as reading a chunk there is believed to take at most.
+const LONGEST_READ_NS: u64 = 1_000_000_000;
 
 /// A page, aligned so that it is read fast.
 #[repr(C, align(64))]
@@ -110,6 +114,8 @@ pub(crate) struct Audit {
     chunks: Mutex<WaitingChunks>,
     /// How long the standby needs for a chunk, in nanoseconds.
     theirs_of_chunk_ns: AtomicU64,
+    /// How long the standby's disk needs to read one, in nanoseconds.
+    their_read_ns: AtomicU64,
     progress: Mutex<Counted>,
 }
 
@@ -201,6 +207,11 @@ impl Audit {
         Duration::from_nanos(self.theirs_of_chunk_ns.load(Ordering::Relaxed))
     }
 
+    /// How long the standby's disk needs to read one.
+    fn their_read(&self) -> Duration {
+        Duration::from_nanos(self.their_read_ns.load(Ordering::Relaxed))
+    }
+
     /// All of the disks have had their turn.
     fn disk_round_ended(&self) {
         let progress = &mut self.counted().progress;
@@ -230,7 +241,7 @@ impl Audit {
         }
     }
 
-    /// Takes the standby's word about disks.
+    /// Takes the standby's word about disks. As above, it may be nonsense.
     pub(crate) fn heard_of_disks(&self, word: &DiskAudited) {
         let Counted { progress, chunks: before, .. } = &mut *self.counted();
         let earlier = if word.chunks >= before.chunks { *before } else { DiskAudited::default() };
@@ -238,8 +249,12 @@ impl Audit {
         progress.disk_bytes = progress.disk_bytes.saturating_add(chunks.saturating_mul(DISK_CHUNK as u64));
         progress.differences += u64::from(word.differs.is_some());
         *before = *word;
-        if let Some(each) = word.spent_ns.saturating_sub(earlier.spent_ns).checked_div(chunks) {
-            self.theirs_of_chunk_ns.store(each, Ordering::Relaxed);
+        let each = |now: u64, before: u64| now.saturating_sub(before).checked_div(chunks);
+        if let Some(each) = each(word.spent_ns, earlier.spent_ns) {
+            self.theirs_of_chunk_ns.store(each.min(LONGEST_COMPARISON_OF_CHUNK_NS), Ordering::Relaxed);
+        }
+        if let Some(each) = each(word.read_ns, earlier.read_ns) {
+            self.their_read_ns.store(each.min(LONGEST_READ_NS), Ordering::Relaxed);
         }
     }
 

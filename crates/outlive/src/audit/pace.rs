@@ -117,7 +117,8 @@ impl Budget {
     }
 }
 
-/// Keeps the reading of disks to so many bytes per second, whatever the share of a core: the guest needs them too.
+/// Keeps the reading of disks to so many bytes per second, and to a part of the time, whatever the share of a core: the
+/// guest needs them too, and one that is slow or busy takes long for a read.
 pub(crate) struct DiskRate {
     /// When what was read is paid for.
     paid: Instant,
@@ -126,6 +127,9 @@ pub(crate) struct DiskRate {
 impl DiskRate {
     /// Bytes per second.
     pub(crate) const BYTES: u64 = 4 << 20;
+
+    /// How many times as long as a read takes the next one waits, so that a tenth of the time is spent reading.
+    const RESTS: u32 = 9;
 
     /// From now on.
     pub(crate) fn start() -> Self {
@@ -137,10 +141,11 @@ impl DiskRate {
         self.paid.saturating_duration_since(Instant::now())
     }
 
-    /// So many chunks are read.
-    pub(crate) fn charge(&mut self, chunks: u32) {
+    /// So many chunks were read, and that took so long.
+    pub(crate) fn charge(&mut self, chunks: u32, took: Duration) {
         const CHUNK: Duration = Duration::from_nanos(1_000_000_000 * DISK_CHUNK as u64 / DiskRate::BYTES);
-        self.paid = self.paid.max(Instant::now()) + CHUNK * chunks;
+        let rest = (CHUNK * chunks).max(took.saturating_mul(Self::RESTS));
+        self.paid = self.paid.max(Instant::now()) + rest;
     }
 }
 
@@ -189,12 +194,17 @@ mod tests {
         let mut rate = DiskRate::start();
         assert_eq!(rate.wait(), Duration::ZERO);
         // 16 chunks are a mebibyte.
-        rate.charge(16 * 4 * 10);
+        rate.charge(16 * 4 * 10, Duration::from_millis(2));
         let wait = rate.wait();
         assert!((Duration::from_secs(9)..=Duration::from_secs(10)).contains(&wait), "{wait:?}");
         // Time without a read is not saved up.
         rate.paid = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
-        rate.charge(64);
+        rate.charge(64, Duration::ZERO);
         assert!(rate.wait() > Duration::from_millis(900));
+        // A disk that is slow, or that others need.
+        let mut rate = DiskRate::start();
+        rate.charge(1, Duration::from_secs(2));
+        let wait = rate.wait();
+        assert!((Duration::from_secs(17)..=Duration::from_secs(18)).contains(&wait), "{wait:?}");
     }
 }

@@ -36,8 +36,8 @@ impl Comparing {
         Self { rate, so_far: DiskAudited::default(), told, chunk: vec![0; DISK_CHUNK] }
     }
 
-    /// Compares chunks of a disk with the sum that they have at the checkpoint that came last. Returns those that
-    /// differ. A primary may want more than this host gives; the rest is left out.
+    /// Compares chunks of a disk with the sum that they have at the checkpoint that came last, while `may_go_on`.
+    /// Returns those that differ. A primary may want more than this host gives; the rest is left out.
     ///
     /// # Errors
     /// The image cannot be read. The error says of which.
@@ -48,9 +48,11 @@ impl Comparing {
         applier: &Applier<impl Store>,
         range: &AuditRange,
         budget: &Arc<Budget>,
+        may_go_on: impl Fn() -> bool,
     ) -> io::Result<Option<ChunkRange>> {
         let began = thread_time();
-        let differs = self.differs(checkpoint, disk, applier, range, budget);
+        let may_go_on = || may_go_on() && !budget.is_used_up();
+        let differs = self.differs(checkpoint, disk, applier, range, may_go_on);
         let spent = thread_time().saturating_sub(began);
         budget.spend(spent);
         self.so_far.spent_ns += spent.as_nanos() as u64;
@@ -66,12 +68,12 @@ impl Comparing {
         disk: &ReplicaDisk,
         applier: &Applier<impl Store>,
         range: &AuditRange,
-        budget: &Arc<Budget>,
+        may_go_on: impl Fn() -> bool,
     ) -> io::Result<Option<ChunkRange>> {
         let ChunkRange { disk: index, first, count } = range.chunks;
         let mut reader = ChunkReader::new(&disk.file, disk.bytes);
         for number in first..first + u64::from(count) {
-            if self.rate.wait() > AHEAD || budget.is_used_up() {
+            if self.rate.wait() > AHEAD || !may_go_on() {
                 break;
             }
             let (offset, len) = reader.range(number);
@@ -79,8 +81,12 @@ impl Comparing {
             if reader.is_hole(number)? {
                 chunk.fill(0);
             } else {
-                self.rate.charge(1);
-                disk.file.read(chunk, offset)?;
+                let began = Instant::now();
+                let read = disk.file.read(chunk, offset);
+                let took = began.elapsed();
+                self.rate.charge(1, took);
+                self.so_far.read_ns += took.as_nanos() as u64;
+                read?;
             }
             for records in applier.waiting() {
                 overlay(chunk, index, offset, records.iter());

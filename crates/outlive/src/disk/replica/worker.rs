@@ -156,8 +156,14 @@ impl<T: Fn(DiskEvent)> Worker<T> {
 
     fn note(&self, result: Result<(), impl Into<Arc<ReplicaError>>>) {
         if let Err(why) = result.map_err(Into::<Arc<ReplicaError>>::into) {
-            // What the images contain now is anybody's guess.
-            self.disks.iter().flatten().for_each(|disk| disk.book.forget_everything());
+            match *why {
+                // The others are what they were.
+                ReplicaError::Audit { chunks, .. } => {
+                    self.disk(chunks.disk).iter().for_each(|disk| disk.book.forget_everything());
+                }
+                // What the images contain now is anybody's guess.
+                _ => self.disks.iter().flatten().for_each(|disk| disk.book.forget_everything()),
+            }
             self.queue.lock().failed.get_or_insert_with(|| why.clone());
             self.queue.room.notify_all();
             (self.tell)(match *why {
@@ -401,11 +407,15 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         for range in ranges {
             let disk = self.disks.get(usize::from(range.chunks.disk)).and_then(Option::as_ref);
             let disk = disk.ok_or(ReplicaError::NotReplicated(range.chunks.disk))?;
-            let Some(applier) = self.applier.as_ref().filter(|_| !self.queue.is_urgent()) else { break };
-            let compared = self.comparing.compare(number, disk, applier, range, budget);
+            let Some(applier) = self.applier.as_ref() else { break };
+            let may_go_on = || !self.queue.is_urgent();
+            let compared = self.comparing.compare(number, disk, applier, range, budget, may_go_on);
             if let Some(chunks) = compared.map_err(unread(&disk.path))? {
                 let why = ReplicaError::Audit { checkpoint: number, chunks, image: disk.path.clone() };
                 self.report(true);
+                // If the primary's image is lost too, this one is better with all writes than without the last.
+                // Whether that succeeds changes nothing.
+                self.settle().ok();
                 self.give_up_images()?;
                 return Err(why);
             }
