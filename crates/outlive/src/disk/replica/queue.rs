@@ -68,9 +68,9 @@ pub(super) struct Waiting {
     pub(super) failed: Option<Arc<ReplicaError>>,
     /// Since when the thread has worked on a job that must not take long.
     working: Option<Instant>,
-    /// The thread compares the disks with the VM's. That takes as long as reading them, and it ends when
-    /// something urgent waits.
-    checking: bool,
+    /// Since when the thread compares the disks with the VM's, or a part of them. That takes as long as reading them,
+    /// and it ends when something urgent waits.
+    checking: Option<Instant>,
     spare: Vec<RecordBuf>,
 }
 
@@ -78,7 +78,7 @@ impl Waiting {
     /// Whether this many more bytes must wait.
     pub(super) fn is_full(&self, bytes: usize) -> bool {
         let late = || self.jobs.front().is_some_and(|(came, _)| came.elapsed() >= QUEUE_TIME);
-        self.bytes > 0 && self.bytes + bytes > QUEUE_BYTES || !self.checking && late()
+        self.bytes > 0 && self.bytes + bytes > QUEUE_BYTES || self.checking.is_none() && late()
     }
 
     /// Whether as many sums of the audit wait as ever may.
@@ -126,7 +126,7 @@ impl Queue {
     /// For how long the thread has worked on a job that must not take long, or has not come for one.
     pub(super) fn working_for(&self) -> Duration {
         let waiting = self.lock();
-        let next = waiting.jobs.front().map(|(pushed, _)| *pushed).filter(|_| !waiting.checking);
+        let next = waiting.jobs.front().map(|(pushed, _)| *pushed).filter(|_| waiting.checking.is_none());
         waiting.working.or(next).map_or(Duration::ZERO, |since| since.elapsed())
     }
 
@@ -153,7 +153,12 @@ impl Queue {
     /// The next job. `None` if none came until `soft`, or if `hard` is over, whatever waits.
     pub(super) fn pop(&self, soft: Option<Instant>, hard: Option<Instant>) -> Option<Job> {
         let mut waiting = self.lock();
-        (waiting.working, waiting.checking) = (None, false);
+        if let Some(since) = waiting.checking.take() {
+            // That they waited for a comparison says nothing about how fast the disks write.
+            let waited = |came: Instant| since.max(came).elapsed();
+            waiting.jobs.iter_mut().for_each(|(came, _)| *came += waited(*came));
+        }
+        waiting.working = None;
         loop {
             let now = Instant::now();
             if hard.is_some_and(|hard| now >= hard) {
@@ -162,8 +167,10 @@ impl Queue {
             }
             if let Some((_, job)) = waiting.jobs.pop_front() {
                 waiting.bytes -= job.bytes();
-                waiting.checking = matches!(job, Job::Check { .. });
-                waiting.working = (!waiting.checking).then_some(now);
+                // A commit waits for no comparison as long as there is room. The audit reads little, so a disk on
+                // which that takes very long is broken.
+                waiting.checking = matches!(job, Job::Check { .. } | Job::Audit { .. }).then_some(now);
+                waiting.working = (!matches!(job, Job::Check { .. })).then_some(now);
                 self.room.notify_all();
                 return Some(job);
             }
@@ -210,7 +217,7 @@ mod tests {
         assert!(!waiting(QUEUE_TIME / 2, 5).is_full(1));
         assert!(waiting(QUEUE_TIME, 5).is_full(1), "a slow disk");
         // A long comparison is no sign of a slow disk: it ends when enough waits.
-        assert!(!Waiting { checking: true, ..waiting(QUEUE_TIME, 5) }.is_full(1));
+        assert!(!Waiting { checking: Some(Instant::now()), ..waiting(QUEUE_TIME, 5) }.is_full(1));
     }
 
     /// A guest that discards its disk writes a few bytes for each gigabyte.
@@ -235,7 +242,7 @@ mod tests {
         assert!(queue.working_for() >= QUEUE_TIME);
         queue.pop(None, None);
         assert!(queue.working_for() < QUEUE_TIME);
-        *queue.lock() = Waiting { checking: true, ..waiting(QUEUE_TIME, 1 << 20) };
+        *queue.lock() = Waiting { checking: Some(Instant::now()), ..waiting(QUEUE_TIME, 1 << 20) };
         assert_eq!(queue.working_for(), Duration::ZERO, "comparing takes its time");
     }
 
@@ -250,12 +257,47 @@ mod tests {
         queue.pop(None, None);
         assert!(is_working());
         queue.pop(None, None);
-        assert!(!is_working() && queue.lock().checking);
+        assert!(!is_working() && queue.lock().checking.is_some());
         // Work that is due without a job.
         assert!(queue.pop(Some(Instant::now()), None).is_none());
-        assert!(is_working() && !queue.lock().checking);
+        assert!(is_working() && queue.lock().checking.is_none());
         assert!(queue.pop(Some(Instant::now()), Some(Instant::now())).is_none());
         assert!(is_working());
+    }
+
+    /// The audit's part of a broken disk may hang, and the guest must not notice.
+    #[test]
+    fn commits_wait_for_no_comparison_unless_there_is_no_room() {
+        let ago = |time| Instant::now().checked_sub(time).unwrap();
+        let audit =
+            || Job::Audit { number: 1, ranges: Vec::new(), budget: Budget::start("1".parse().unwrap()) };
+        let queue = Queue::default();
+        queue.push(queue.lock(), audit());
+        assert!(matches!(queue.pop(None, None), Some(Job::Audit { .. })));
+        assert!(queue.lock().working.is_some(), "one that takes far too long is a broken disk");
+        // It takes long, and commits come meanwhile.
+        let commit = |came| {
+            let job = Job::Commit { number: 1, base: false, records: RecordBuf::default() };
+            let mut waiting = queue.lock();
+            waiting.bytes += job.bytes();
+            waiting.jobs.push_back((came, job));
+        };
+        queue.lock().checking = Some(ago(QUEUE_TIME * 2));
+        commit(ago(QUEUE_TIME * 3));
+        commit(ago(QUEUE_TIME));
+        assert!(!queue.lock().is_full(1) && queue.lock().is_full(QUEUE_BYTES));
+        // When it is over they have not waited, but for what came before it.
+        queue.pop(None, None);
+        let waited = |queue: &Queue| queue.lock().jobs[0].0.elapsed();
+        assert!(waited(&queue) < QUEUE_TIME / 2 && !queue.lock().is_full(1));
+        // A disk that is slow all the time stays known as one, however often it is compared.
+        *queue.lock() = waiting(QUEUE_TIME, 1 << 20);
+        queue.lock().jobs.push_front((ago(QUEUE_TIME), audit()));
+        queue.pop(None, None);
+        queue.lock().jobs.push_front((Instant::now(), audit()));
+        queue.pop(None, None);
+        queue.lock().checking = None;
+        assert!(waited(&queue) >= QUEUE_TIME && queue.lock().is_full(1));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -57,6 +58,8 @@ struct Dial {
     /// With the number of changes so far.
     pace: Mutex<(Pace, u64)>,
     changed: Condvar,
+    /// How many requests take their time now.
+    waiting: AtomicUsize,
 }
 
 impl Slow {
@@ -90,6 +93,11 @@ impl Slow {
         let mut now = lock(&self.pace.pace);
         *now = (pace, now.1 + 1);
         self.pace.changed.notify_all();
+    }
+
+    /// How many requests take their time now.
+    pub(crate) fn waiting(&self) -> usize {
+        self.pace.waiting.load(Ordering::SeqCst)
     }
 }
 
@@ -153,8 +161,10 @@ impl Server {
         let (pace, changes) = *now;
         let time = time(pace);
         if !time.is_zero() {
+            self.pace.waiting.fetch_add(1, Ordering::SeqCst);
             let waiting = self.pace.changed.wait_timeout_while(now, time, |now| now.1 == changes);
             drop(waiting.unwrap_or_else(PoisonError::into_inner));
+            self.pace.waiting.fetch_sub(1, Ordering::SeqCst);
         }
         pace.error.map_or(Ok(()), |error| Err(error.into()))
     }
