@@ -5,8 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use outlive::events::{Event, Place};
 
+use crate::hand_over::hand_over;
 use crate::support::{Dice, Pace, Process, Side, Slow, WRITTEN, World, wait_until, writer_kernel};
 
 /// Little more than what the guest writes, so that a round takes about two seconds.
@@ -57,9 +59,16 @@ impl Writing {
         self.world.standby_with(side, &options.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
+    /// One that stays a host of the pair after its takeover.
+    fn staying_standby(&self, side: Side) -> Process {
+        let options = self.options(side);
+        self.world.staying_standby_with(side, &options.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
     fn run(&self, side: Side) -> Process {
         let (options, kernel) = (self.options(side), self.world.dir().join("writer").display().to_string());
-        let options = options.iter().map(String::as_str).chain(["--kernel", &kernel]);
+        let listen = side.addr().to_string();
+        let options = options.iter().map(String::as_str).chain(["--kernel", &kernel, "--listen", &listen]);
         self.world.run_with(side, &options.collect::<Vec<_>>())
     }
 
@@ -98,7 +107,12 @@ fn differs(event: &Event) -> bool {
 
 fn wait_round(primary: &mut Process) {
     let (_, rounds) = compared(primary);
-    wait_until("all of the disk has had its turn", || compared(primary).1 > rounds + 1);
+    let found = primary.events().filter(|event| differs(event)).count();
+    wait_until("all of the disk has had its turn", || {
+        let now = primary.events().filter(|event| differs(event)).count();
+        assert_eq!(now, found, "{}", primary.log());
+        compared(primary).1 > rounds + 1
+    });
 }
 
 #[test]
@@ -161,6 +175,28 @@ fn a_guest_that_writes_to_its_disk_all_the_time_never_differs_and_after_takeover
     assert!(!primary.has(differs) && !standby.has(differs), "{}", standby.log());
 }
 
+#[test]
+fn an_audit_of_disks_goes_on_after_a_hand_over() {
+    let Some(world) = World::new() else { return };
+    let place = world.dir().to_path_buf();
+    let writing = Writing::new(world, [&place, &place], "100");
+    let standby = writing.staying_standby(Side::B);
+    let mut hosts = [writing.run(Side::A), standby];
+    hosts[0].wait_protected();
+    for (old, new, generation) in [(0, 1, 2), (1, 0, 3)] {
+        wait_round(&mut hosts[old]);
+        let (code, said) = hand_over(&hosts[old]);
+        assert_eq!(code, Some(0), "{said}");
+        let protected = |e: &Event| matches!(e, Event::Protected { generation: it, .. } if *it == generation);
+        hosts[new].wait_for("protected again", protected);
+    }
+    wait_round(&mut hosts[0]);
+    writing.wait_written(Side::B);
+    for host in &mut hosts {
+        assert!(!host.ended() && !host.has(differs), "{}", host.log());
+    }
+}
+
 /// What a write does can be read long before the write is complete. Whoever compares it then finds a difference.
 #[test]
 fn writes_that_take_long_never_differ() {
@@ -183,6 +219,48 @@ fn writes_that_take_long_never_differ() {
     primary.kill();
     standby.wait_takeover();
     assert!(!standby.has(differs), "{}", standby.log());
+}
+
+/// Nothing but the audit reads a standby's disk. A part of it that the disk cannot read, and tries for long, must not
+/// hold up the guest.
+#[test]
+fn a_standbys_disk_that_does_not_answer_a_read_delays_no_commit() {
+    let Some(world) = World::new() else { return };
+    let (behind, mounted) = (world.dir().join("behind"), world.dir().join("slow"));
+    fs::create_dir(&behind).unwrap();
+    let Some(slow) = Slow::mount(mounted.clone(), &behind) else { return };
+    let place = world.dir().to_path_buf();
+    let writing = Writing::new(world, [&place, &mounted], "100");
+    let mut standby = writing.standby(Side::B);
+    let mut primary = writing.run(Side::A);
+    primary.wait_protected();
+    wait_round(&mut primary);
+    // What the kernel has in memory needs no read. (To open the image later would wait for the read.)
+    let image = File::open(writing.image(Side::B)).unwrap();
+    posix_fadvise(image, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    // A few of these are shorter than the time after which a disk counts as broken.
+    slow.set(Pace { read: Duration::from_secs(12), ..Pace::default() });
+    wait_until("a read takes long", || slow.waiting() > 0);
+    let committed = |primary: &mut Process| {
+        let count = |event: &Event| match event {
+            Event::Stats(stats) => Some(stats.checkpoints),
+            _ => None,
+        };
+        primary.events().filter_map(count).last().unwrap()
+    };
+    // Longer than a commit may wait for a disk that is slow.
+    std::thread::sleep(Duration::from_secs(4));
+    let before = committed(&mut primary);
+    wait_until("checkpoints are committed", || {
+        assert!(slow.waiting() > 0, "only when the read is over");
+        committed(&mut primary) > before + 3
+    });
+    slow.set(Pace::default());
+    assert!(!primary.has(|e| matches!(e, Event::Unprotected { .. })), "{}", standby.log());
+    assert!(!primary.has(differs) && !standby.has(differs), "{}", standby.log());
+    primary.kill();
+    standby.wait_takeover();
+    writing.wait_written(Side::B);
 }
 
 #[test]
