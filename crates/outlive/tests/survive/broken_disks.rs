@@ -38,7 +38,8 @@ impl Writing {
     fn standby(&self, side: Side) -> Process {
         let there = side.other().addr().to_string();
         let options = ["--disk", &self.disk(side), "--standby", &there, "--disk-timeout", "1s"];
-        self.world.standby_with(side, &options)
+        // What `fill` does to an image would be found.
+        self.world.standby_with(side, &[&options[..], &["--audit", "off"]].concat())
     }
 
     fn run(&self, side: Side) -> Process {
