@@ -51,7 +51,10 @@ impl Writing {
         if !known && side == Side::B {
             disk.push_str(",overwrite");
         }
-        ["--standby", &there, "--disk", &disk, "--audit", self.audit].map(Into::into).to_vec()
+        // A busy host must not lose its standby by that. A process that is killed is noticed at once.
+        let dead_after = ["--dead-after", "20s"];
+        let options = [&["--standby", &there, "--disk", &disk, "--audit", self.audit], &dead_after[..]];
+        options.concat().into_iter().map(Into::into).collect()
     }
 
     fn standby(&self, side: Side) -> Process {
