@@ -24,6 +24,7 @@ mod lines;
 mod link;
 pub mod logs;
 mod lossy;
+pub mod metrics;
 mod names;
 pub mod network;
 mod notify;

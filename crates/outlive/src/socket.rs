@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,7 +19,16 @@ use crate::sandbox::{Foreign, foreign, was_made};
 /// How often, and with which pauses, a folder is asked for that another process is working in.
 const LOCK_TRIES: (u32, Duration) = (100, Duration::from_millis(10));
 
-/// A listening socket that only its owner may use. Dropping it removes the file.
+/// Who may connect to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum For {
+    /// The user who made it.
+    Owner,
+    /// Whoever can reach its directory.
+    All,
+}
+
+/// A listening socket that only its owner may use, unless it was made for all. Dropping it removes the file.
 #[derive(Debug)]
 pub(crate) struct Listener {
     pub(crate) socket: UnixListener,
@@ -113,16 +122,28 @@ impl Listener {
     /// # Errors
     /// See [`BindError`].
     pub(crate) fn bind(path: &Path) -> Result<Self, BindError> {
-        match Self::try_bind(path) {
+        Self::bind_for(For::Owner, path)
+    }
+
+    /// The same for every user of this host who can reach the directory. Nothing may be heard there.
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub(crate) fn bind_for_all(path: &Path) -> Result<Self, BindError> {
+        Self::bind_for(For::All, path)
+    }
+
+    fn bind_for(whom: For, path: &Path) -> Result<Self, BindError> {
+        match Self::try_bind(whom, path) {
             // The process that made the directory has just removed it.
             Err(BindError::Refused { error, .. }) if error.kind() == ErrorKind::NotFound => {
-                Self::try_bind(path)
+                Self::try_bind(whom, path)
             }
             bound => bound,
         }
     }
 
-    fn try_bind(path: &Path) -> Result<Self, BindError> {
+    fn try_bind(whom: For, path: &Path) -> Result<Self, BindError> {
         let refused = |error: io::Error| BindError::Refused { path: path.to_owned(), error };
         let address = SockAddr::unix(path).map_err(|_| BindError::TooLong(path.to_owned()))?;
         let (made, _lock) = make_directory(path)?;
@@ -134,8 +155,14 @@ impl Listener {
         make_room(path, &address)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(refused)?;
         // The file takes the socket's mode, so there is no moment at which others may connect.
-        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|error| refused(error.into()))?;
+        let owner = Mode::S_IRUSR | Mode::S_IWUSR;
+        fchmod(&socket, owner).map_err(|error| refused(error.into()))?;
         socket.bind(&address).map_err(refused)?;
+        if whom == For::All {
+            // Not before: the user's mask would take it away.
+            let mode = fs::Permissions::from_mode(0o666);
+            fs::set_permissions(path, mode).map_err(refused)?;
+        }
         let file = identity(path).map_err(refused)?;
         let listener = Self {
             socket: UnixListener::from(OwnedFd::from(socket)),
@@ -148,7 +175,6 @@ impl Listener {
     }
 
     /// Where it is.
-    #[cfg(test)]
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

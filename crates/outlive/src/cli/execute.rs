@@ -23,7 +23,7 @@ use crate::standby::{Door, DoorError, Outcome, Post, PostError};
 use crate::status::{NO_PRIMARY, NoPlace, Server, ServerError, Standing};
 use crate::vm::{self, End, Launch, Remedied, Stops};
 use crate::{
-    arbiter, check, console, demo, disk, exit, keys, logs, notify, primary, process, sandbox, sentinel,
+    arbiter, check, console, demo, disk, exit, keys, logs, metrics, notify, primary, process, sandbox, sentinel,
     status, ui,
 };
 
@@ -40,6 +40,7 @@ impl Command {
             Self::Run(options) => run(options),
             Self::Standby(options) => standby(options),
             Self::Status(options) => status::command(options),
+            Self::Metrics(options) => metrics::command(options),
             Self::Console(options) => console::command(options),
             Self::HandOver(options) => status::hand_over(options),
             Self::TakeOver(options) => status::take_over(options),

@@ -9,6 +9,7 @@ mod epochs;
 mod execute;
 mod image;
 mod keys;
+mod metrics;
 mod part;
 mod run;
 mod sense;
@@ -30,6 +31,7 @@ pub use demo::{DemoArbiter, DemoOptions};
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
+pub use metrics::MetricsOptions;
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
@@ -72,6 +74,8 @@ pub enum Command {
     Standby(StandbyOptions),
     /// Say whether the VMs on this host are protected, and what the loss of a host would mean now
     Status(StatusOptions),
+    /// Print or serve the metrics of the VMs on this host, for Prometheus
+    Metrics(MetricsOptions),
     /// Attach a terminal to the serial port or the console of a VM on this host
     Console(ConsoleOptions),
     /// Move the VM that runs here to its standby, for example to empty this host

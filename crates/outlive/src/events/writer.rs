@@ -14,6 +14,7 @@ use nix::fcntl::OFlag;
 use super::{Event, Record, now_us};
 use crate::lines::LineFile;
 use crate::lossy::{LossyWriter, Sink};
+use crate::metrics::Tally;
 
 /// How many events may wait for the stream's reader. The largest, [`Event::Stats`], come five times a second.
 const WAITING: usize = 256;
@@ -42,6 +43,7 @@ struct Shared {
     stream: Option<LossyWriter<(u64, Event)>>,
     vm: Arc<Vm>,
     observer: OnceLock<Observer>,
+    tally: Tally,
 }
 
 /// Where events go.
@@ -99,7 +101,7 @@ impl EventWriter {
         let vm = Arc::<Vm>::default();
         let stream = Stream { file: LineFile::new(file), rotation, vm: vm.clone(), failed: false };
         let stream = LossyWriter::start("events", WAITING, stream)?;
-        Ok(Self { shared: Arc::new(Shared { stream: Some(stream), vm, observer: OnceLock::new() }) })
+        Ok(Self { shared: Arc::new(Shared { stream: Some(stream), vm, ..Shared::default() }) })
     }
 
     /// From now on lines say that they are about this VM.
@@ -120,12 +122,18 @@ impl EventWriter {
 
     /// Writes one event that happened at `t_us` (see [`now_us`]).
     pub fn emit_at(&self, t_us: u64, event: Event) {
+        self.shared.tally.count(&event);
         if let Some(observer) = self.shared.observer.get() {
             observer(&event);
         }
         if let Some(stream) = &self.shared.stream {
             stream.push((t_us, event));
         }
+    }
+
+    /// How often what has happened, whether or not the stream has a reader.
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.shared.tally
     }
 
     /// Waits for the last events to be written, but not for long. Returns whether they are.

@@ -110,6 +110,7 @@ impl SharedDriver {
     /// Does what a call left for its caller, on this thread.
     pub(super) fn follow(&self, after: After) {
         if after.drain {
+            self.totals.releases();
             let began = Instant::now();
             self.valve.drain();
             self.totals.released(began.elapsed());

@@ -157,6 +157,11 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     );
     standing.hands_over(&queue);
     let output = machine.net().map(|net| net.output().clone());
+    if let Some(output) = &output {
+        totals.counts_output(output);
+    }
+    let measured = totals.clone();
+    standing.measured_by(move || measured.running());
     let (errand, errands) = links::errands();
     let valve = machine.valve().clone();
     let ending = options.epochs.ending();

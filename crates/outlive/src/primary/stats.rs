@@ -2,17 +2,17 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
 use outlive_epoch::CodecCounts;
-use outlive_machine::{CaptureReport, Output};
+use outlive_machine::{CaptureReport, Output, OutputStats};
 
 use super::behind::Behind;
 use crate::audit::Audit;
 use crate::events::{Event, EventWriter, Measured, PageCounts, Stats, histogram};
 use crate::link::Shipped;
+use crate::metrics::{COUNTS, Frames, Histogram, PAUSES, Running, SIZES, TIMES};
 use crate::phases::{Phase, Phases, Recorded, histogram_ns};
 use crate::report::{COUNTERS, Reporter, Schedule, ThreadReport};
 use crate::status::Progress;
@@ -33,6 +33,51 @@ pub(crate) struct Totals {
     phases: Phases,
     dirty_pages: Recorded,
     audit: Arc<Audit>,
+    meters: Meters,
+    /// The VM's frames, if it has a network card.
+    output: OnceLock<Arc<Output>>,
+}
+
+/// Everything since this process became the active side, for metrics.
+struct Meters {
+    phases: Vec<Histogram>,
+    commit: Histogram,
+    dirty_pages: Histogram,
+    checkpoint_bytes: Histogram,
+    backlog: Histogram,
+    backlog_bytes: Histogram,
+    held_frames: Histogram,
+    held_bytes: Histogram,
+}
+
+impl Meters {
+    fn new() -> Self {
+        let bounds = |phase| match phase {
+            Phase::Pause | Phase::VcpuPause => PAUSES,
+            _ => TIMES,
+        };
+        Self {
+            phases: Phase::ALL.map(|phase| Histogram::new(bounds(phase))).into(),
+            commit: Histogram::new(TIMES),
+            dirty_pages: Histogram::new(COUNTS),
+            checkpoint_bytes: Histogram::new(SIZES),
+            backlog: Histogram::new(COUNTS),
+            backlog_bytes: Histogram::new(SIZES),
+            held_frames: Histogram::new(COUNTS),
+            held_bytes: Histogram::new(SIZES),
+        }
+    }
+}
+
+/// A checkpoint that is sent and not committed.
+struct Sent {
+    number: u64,
+    /// When its last byte was written.
+    at: Instant,
+    /// How long it took from the end of the pause until then.
+    before: Duration,
+    /// How many bytes had been sent by then.
+    bytes: u64,
 }
 
 /// For how long the guest was held back.
@@ -62,13 +107,14 @@ pub(crate) struct BaseCost {
 struct InFlight {
     /// The newest committed one.
     committed: u64,
-    /// Those that are sent and not committed, with the time at which the last byte was written, and how many
-    /// bytes had been sent by then.
-    sent: VecDeque<(u64, Instant, u64)>,
+    /// Those that are sent and not committed.
+    sent: VecDeque<Sent>,
     /// When the newest commit was heard of.
     committed_at: Option<Instant>,
     /// How many bytes had been sent when the newest committed checkpoint was.
     committed_bytes: u64,
+    /// How many bytes had been sent when the last checkpoint was.
+    shipped_bytes: u64,
 }
 
 impl Totals {
@@ -87,10 +133,13 @@ impl Totals {
                 sent: VecDeque::with_capacity(MAX_IN_FLIGHT),
                 committed_at: None,
                 committed_bytes: 0,
+                shipped_bytes: 0,
             }),
             phases: Phases::new(),
             dirty_pages: Recorded::new(histogram()),
             audit: Arc::default(),
+            meters: Meters::new(),
+            output: OnceLock::new(),
         })
     }
 
@@ -110,9 +159,30 @@ impl Totals {
         self.committed.fetch_add(through.saturating_sub(in_flight.committed), Ordering::Relaxed);
         in_flight.committed = in_flight.committed.max(through);
         in_flight.committed_at = Some(Instant::now());
-        while let Some((_, sent, bytes)) = in_flight.sent.pop_front_if(|(number, ..)| *number <= through) {
-            self.phases.record(Phase::Acknowledge, sent.elapsed());
-            in_flight.committed_bytes = bytes;
+        while let Some(sent) = in_flight.sent.pop_front_if(|sent| sent.number <= through) {
+            let took = sent.at.elapsed();
+            self.record(Phase::Acknowledge, took);
+            self.meters.commit.record_time(sent.before + took);
+            in_flight.committed_bytes = sent.bytes;
+        }
+    }
+
+    fn record(&self, phase: Phase, took: Duration) {
+        self.phases.record(phase, took);
+        self.meters.phases[phase as usize].record_time(took);
+    }
+
+    /// Held output is counted at each commit from now on.
+    pub(crate) fn counts_output(&self, output: &Arc<Output>) {
+        self.output.get_or_init(|| output.clone());
+    }
+
+    /// Output is about to be let out.
+    pub(crate) fn releases(&self) {
+        if let Some(output) = self.output.get() {
+            let OutputStats { held_frames, held_bytes, .. } = output.stats();
+            self.meters.held_frames.record(held_frames);
+            self.meters.held_bytes.record(held_bytes);
         }
     }
 
@@ -133,23 +203,29 @@ impl Totals {
 
     /// A checkpoint was sent to its end.
     pub(crate) fn shipped(&self, shipped: &Shipped) {
-        self.phases.record(Phase::Queue, shipped.queue);
-        self.phases.record(Phase::Encode, shipped.encode);
-        self.phases.record(Phase::Send, shipped.send);
+        self.record(Phase::Queue, shipped.queue);
+        self.record(Phase::Encode, shipped.encode);
+        self.record(Phase::Send, shipped.send);
+        let before = shipped.queue + shipped.encode + shipped.send;
+        let bytes = self.bytes.load(Ordering::Relaxed);
         let mut in_flight = self.in_flight();
+        self.meters.checkpoint_bytes.record(bytes.saturating_sub(in_flight.shipped_bytes));
+        in_flight.shipped_bytes = bytes;
         if shipped.number <= in_flight.committed {
             // The acknowledgement came before the write of the last byte returned.
-            self.phases.record(Phase::Acknowledge, Duration::ZERO);
-            in_flight.committed_bytes = self.bytes.load(Ordering::Relaxed);
+            self.record(Phase::Acknowledge, Duration::ZERO);
+            self.meters.commit.record_time(before);
+            in_flight.committed_bytes = bytes;
         } else if in_flight.sent.len() < MAX_IN_FLIGHT {
-            let bytes = self.bytes.load(Ordering::Relaxed);
-            in_flight.sent.push_back((shipped.number, Instant::now(), bytes));
+            in_flight.sent.push_back(Sent { number: shipped.number, at: Instant::now(), before, bytes });
         }
+        self.meters.backlog.record(in_flight.sent.len() as u64);
+        self.meters.backlog_bytes.record(in_flight.waiting());
     }
 
     /// Output was let out; records how long that took.
     pub(crate) fn released(&self, took: Duration) {
-        self.phases.record(Phase::Release, took);
+        self.record(Phase::Release, took);
     }
 
     /// Base synchronisation begins.
@@ -216,12 +292,13 @@ impl Totals {
             (Phase::Decide, decide),
             (Phase::Copy, copy),
         ];
-        times.into_iter().for_each(|(phase, took)| self.phases.record(phase, took));
+        times.into_iter().for_each(|(phase, took)| self.record(phase, took));
         if let Some(returned) = report.returned {
-            self.phases.record(Phase::Resume, returned.resume);
-            self.phases.record(Phase::VcpuPause, returned.vcpu_pause);
+            self.record(Phase::Resume, returned.resume);
+            self.record(Phase::VcpuPause, returned.vcpu_pause);
         }
         self.dirty_pages.record(report.pages as u64);
+        self.meters.dirty_pages.record(report.pages as u64);
     }
 
     fn stats(&self, rate_hz: f64, output: Option<&Output>) -> Stats {
@@ -240,19 +317,61 @@ impl Totals {
     /// How far the standby is behind.
     pub(crate) fn progress(&self) -> Progress {
         let in_flight = self.in_flight();
-        let waiting =
-            in_flight.sent.back().map(|(.., bytes)| bytes.saturating_sub(in_flight.committed_bytes));
         Progress {
             checkpoint: in_flight.committed,
             since_commit: in_flight.committed_at.map(|at| at.elapsed()),
             in_flight: in_flight.sent.len() as u64,
-            bytes_in_flight: waiting.or(Some(0)),
+            bytes_in_flight: Some(in_flight.waiting()),
             audit: self.audit.progress(),
         }
     }
 
     fn in_flight(&self) -> MutexGuard<'_, InFlight> {
         self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything for metrics.
+    pub(crate) fn running(&self) -> Running {
+        let Meters { phases, commit, dirty_pages, checkpoint_bytes, .. } = &self.meters;
+        let Meters { backlog, backlog_bytes, held_frames, held_bytes, .. } = &self.meters;
+        let of = |phase: Phase| phases[phase as usize].read();
+        let parts = Phase::ALL.into_iter().filter(|phase| !matches!(phase, Phase::Pause | Phase::VcpuPause));
+        Running {
+            checkpoints: self.committed.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+            guest_held_ns: u64::try_from(self.held_time().total.as_nanos()).unwrap_or(u64::MAX),
+            pages: *self.pages(),
+            frames: self.output.get().map(|output| frames(output.stats())),
+            pause: of(Phase::Pause),
+            vcpu_pause: of(Phase::VcpuPause),
+            commit: commit.read(),
+            dirty_pages: dirty_pages.read(),
+            checkpoint_bytes: checkpoint_bytes.read(),
+            backlog: backlog.read(),
+            backlog_bytes: backlog_bytes.read(),
+            held_frames: held_frames.read(),
+            held_bytes: held_bytes.read(),
+            phases: parts.map(|phase| (phase.name().to_owned(), of(phase))).collect(),
+        }
+    }
+}
+
+impl InFlight {
+    /// Bytes that are sent and not committed.
+    fn waiting(&self) -> u64 {
+        self.sent.back().map_or(0, |sent| sent.bytes.saturating_sub(self.committed_bytes))
+    }
+}
+
+fn frames(stats: OutputStats) -> Frames {
+    Frames {
+        held: stats.held_frames,
+        held_bytes: stats.held_bytes,
+        released: stats.released_frames,
+        passed: stats.passed_frames,
+        discarded: stats.discarded_frames,
+        refused: stats.refused_frames,
+        full: stats.full,
     }
 }
 
@@ -313,8 +432,8 @@ impl CounterReport {
 struct MeasuredReport {
     totals: Arc<Totals>,
     threads: ThreadReport,
-    spare_ns: Histogram<u64>,
-    spare_pages: Histogram<u64>,
+    spare_ns: hdrhistogram::Histogram<u64>,
+    spare_pages: hdrhistogram::Histogram<u64>,
 }
 
 impl MeasuredReport {
@@ -366,6 +485,12 @@ mod tests {
         let Progress { checkpoint, in_flight, bytes_in_flight, since_commit, .. } = totals.progress();
         assert_eq!((checkpoint, in_flight, bytes_in_flight), (11, 1, Some(500)));
         assert!(since_commit.is_some());
+        let running = totals.running();
+        assert_eq!((running.checkpoints, running.bytes), (4, 500));
+        assert_eq!((running.commit.count(), running.checkpoint_bytes.sum), (4, 500));
+        assert!(running.commit.sum >= 4 * 15_000, "all that came before the acknowledgement counts");
+        assert_eq!((running.backlog.count(), running.backlog.sum), (5, 1 + 2 + 3 + 0 + 1));
+        assert_eq!(running.backlog_bytes.sum, 500);
         totals.base_begins();
         assert_eq!(totals.progress().in_flight, 0);
         totals.committed(13);

@@ -38,6 +38,8 @@ pub(super) enum Role {
     Writer,
     /// Watches times and signals, counts.
     Watcher,
+    /// Tells numbers at a socket, and hears nothing.
+    Teller,
     /// Keeps a pipe until the process ends.
     Keeper,
     /// The child that ends a dead host's links.
@@ -46,7 +48,7 @@ pub(super) enum Role {
 
 impl Role {
     /// All of them.
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::Control,
         Self::Vcpu,
         Self::Device,
@@ -57,6 +59,7 @@ impl Role {
         Self::Files,
         Self::Writer,
         Self::Watcher,
+        Self::Teller,
         Self::Keeper,
         Self::Sentinel,
     ];
@@ -71,6 +74,7 @@ impl Role {
             "disks" | "disk-sync" | "sidecars" | "self-check" => Self::Files,
             "log" | "events" => Self::Writer,
             "watchdog" | "signals" | "hangup" | "stdin" | "stats" | "progress" => Self::Watcher,
+            "metrics" => Self::Teller,
             "keeper-1" | "keeper-2" => Self::Keeper,
             _ if name.starts_with("vcpu") => Self::Vcpu,
             _ if name.starts_with("outlive-") => Self::Device,
@@ -104,6 +108,7 @@ impl Role {
             Self::Files => &[ANY, THREADS, DEVICES, LINKS, FILES, &[IOCTL_ANY]],
             Self::Writer => &[ANY, FILES],
             Self::Watcher => &[ANY, LINKS, FILES, WATCH],
+            Self::Teller => &[ANY, FILES, &[free(libc::SYS_accept4)]],
             Self::Keeper => &[ANY, KEEP],
             Self::Sentinel => &[ANY, LINKS, WATCH],
         };

@@ -4,6 +4,7 @@
 //!   JSON and as a line.
 //! - `place`: where the socket is. `server`: the thread that answers there.
 //! - `command`: the other end, `outlive status`.
+//! - `told`: the same facts as metrics have them ([`crate::metrics`]).
 //! - `word`: an operator's word in the other direction, for a VM whose arbiter is a person.
 //!
 //! Nobody who decides, or runs the guest, waits for any of this.
@@ -13,6 +14,7 @@ mod command;
 mod place;
 mod server;
 mod standing;
+mod told;
 mod word;
 
 pub use answer::{ArbiterSight, Status, Survival};

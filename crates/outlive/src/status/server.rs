@@ -16,6 +16,7 @@ use nix::sys::eventfd::EventFd;
 use super::Standing;
 use super::place::{self, BadPlace, NoPlace};
 use super::word;
+use crate::metrics;
 use crate::serving::ServingThread;
 use crate::socket::Listener;
 
@@ -44,9 +45,12 @@ enum UsualError {
     NoThread(#[source] io::Error),
 }
 
-/// The running thread. Dropping it ends the thread and removes the socket.
+/// The running threads. Dropping it ends them and removes their sockets.
 #[derive(Debug)]
 pub(crate) struct Server {
+    /// For metrics; a process is asked for its status without them. Its socket goes first: a directory that was made for
+    /// both goes with the last.
+    _metrics: Option<ServingThread>,
     _thread: ServingThread,
 }
 
@@ -76,8 +80,11 @@ impl Server {
     }
 
     pub(super) fn start(listener: Listener, standing: Arc<Standing>) -> io::Result<Self> {
+        let metrics = metrics::tell(listener.path(), standing.clone())
+            .inspect_err(|why| tracing::warn!("`outlive metrics` cannot see this process: {why}"))
+            .ok();
         let thread = ServingThread::start("status", move |quit| serve(&listener, &standing, quit))?;
-        Ok(Self { _thread: thread })
+        Ok(Self { _metrics: metrics, _thread: thread })
     }
 }
 

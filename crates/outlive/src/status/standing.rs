@@ -1,14 +1,17 @@
 //! What is known of this process' part in the protection of a VM.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use super::answer::Status;
+use super::told::{About, report};
 use crate::arbiter::{Site, Watch};
 use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
 use crate::link::{LinkKind, Security};
+use crate::metrics::{Report, Running};
 use crate::notify;
 use crate::primary::Queue;
 use crate::vm::Runs;
@@ -33,6 +36,8 @@ pub(crate) const NO_PRIMARY: &str = "no primary has come yet";
 
 /// Counts checkpoints for whoever asks.
 type Counter = Arc<dyn Fn() -> Progress + Send + Sync>;
+/// Reads everything that is measured where the VM runs.
+type Meter = Arc<dyn Fn() -> Running + Send + Sync>;
 
 /// The facts; see the module.
 #[derive(Clone)]
@@ -63,6 +68,7 @@ pub(super) struct Facts {
     /// Who can hand the VM over.
     pub(super) coordinator: Option<Queue>,
     counter: Option<Counter>,
+    meter: Option<Meter>,
     /// Where an operator's decisions are told.
     pub(super) events: Option<EventWriter>,
     /// Where the other host may be found, and with which keys.
@@ -99,6 +105,10 @@ pub(crate) struct Standing {
     staged_us: AtomicU64,
     /// What a standby has compared. A primary has a counter.
     audit: Mutex<AuditProgress>,
+    /// When the process began.
+    began: SystemTime,
+    /// How often a protection has ended.
+    losses: AtomicU64,
 }
 
 impl Standing {
@@ -122,6 +132,7 @@ impl Standing {
             site: Site::default(),
             coordinator: None,
             counter: None,
+            meter: None,
             events: None,
             others: None,
         };
@@ -130,6 +141,8 @@ impl Standing {
             staged: AtomicU64::new(0),
             staged_us: AtomicU64::new(0),
             audit: Mutex::default(),
+            began: SystemTime::now(),
+            losses: AtomicU64::new(0),
         })
     }
 
@@ -196,6 +209,11 @@ impl Standing {
         });
     }
 
+    /// What is measured of the VM that runs here is read by this.
+    pub(crate) fn measured_by(&self, meter: impl Fn() -> Running + Send + Sync + 'static) {
+        self.change(|facts| facts.meter = Some(Arc::new(meter)));
+    }
+
     /// Operators who want the VM at its standby ask this coordinator from now on.
     pub(crate) fn hands_over(&self, coordinator: &Queue) {
         self.change(|facts| facts.coordinator = Some(coordinator.clone()));
@@ -213,7 +231,7 @@ impl Standing {
         self.change(|facts| {
             facts.role = Role::Standby;
             facts.peer = None;
-            (facts.counter, facts.coordinator) = (None, None);
+            (facts.counter, facts.meter, facts.coordinator) = (None, None, None);
         });
     }
 
@@ -268,6 +286,7 @@ impl Standing {
         self.change(|facts| {
             if std::mem::replace(&mut facts.protected, false) {
                 facts.since = SystemTime::now();
+                self.losses.fetch_add(1, Ordering::Relaxed);
             }
             why.clone_into(&mut facts.why);
             (facts.now, facts.asking, facts.fencing) = (None, false, None);
@@ -368,6 +387,29 @@ impl Standing {
         let sight = facts.watch.as_ref().and_then(Weak::upgrade).map(|watch| watch.sight());
         let progress = facts.counter.as_ref().map_or_else(|| self.of_standby(), |counter| counter());
         Status::new(&facts, sight.as_ref(), progress, SystemTime::now())
+    }
+
+    /// What metrics are made of. `certificate_until`: until when this host's certificate counts.
+    pub(crate) fn report(&self, certificate_until: Option<SystemTime>) -> Report {
+        let facts = self.facts();
+        let sight = facts.watch.as_ref().and_then(Weak::upgrade).map(|watch| watch.sight());
+        let progress = facts.counter.as_ref().map_or_else(|| self.of_standby(), |counter| counter());
+        let about = About {
+            began: self.began,
+            losses: self.losses.load(Ordering::Relaxed),
+            running: facts.meter.as_ref().map(|meter| meter()),
+            certificate_until,
+        };
+        report(&facts, sight.as_ref(), progress, about, SystemTime::now())
+    }
+
+    /// The keys of this process' links, if it has any.
+    pub(crate) fn keys(&self) -> Option<PathBuf> {
+        let facts = self.facts();
+        match (facts.link, facts.others) {
+            (Some(LinkKind::Tls13), Some((_, Security::Keys(directory)))) => Some(directory),
+            _ => None,
+        }
     }
 
     /// The facts at this moment.
