@@ -15,25 +15,44 @@ pub(crate) struct Package {
     /// It is present if all of these are.
     programs: &'static [&'static str],
     used_for: &'static str,
+    /// Installing it would start a server that nobody has asked for, so it is only unpacked.
+    serves: bool,
 }
 
-const NEEDED: [Package; 3] = [
+const NEEDED: [Package; 4] = [
     Package {
         name: "redis-tools",
         programs: &["redis-cli", "redis-benchmark"],
         used_for: "real Redis clients for the guest's server",
+        serves: false,
     },
     ETCD,
-    Package { name: "shellcheck", programs: &["shellcheck"], used_for: "a look at the shell scripts" },
+    Package {
+        name: "shellcheck",
+        programs: &["shellcheck"],
+        used_for: "a look at the shell scripts",
+        serves: false,
+    },
+    Package {
+        name: "prometheus",
+        programs: &["prometheus", "promtool"],
+        used_for: "metrics and alerts as users see them",
+        serves: true,
+    },
 ];
 
-pub(crate) const ETCD: Package =
-    Package { name: "etcd-server", programs: &["etcd"], used_for: "real etcd clusters as arbiters" };
+pub(crate) const ETCD: Package = Package {
+    name: "etcd-server",
+    programs: &["etcd"],
+    used_for: "real etcd clusters as arbiters",
+    serves: false,
+};
 
 pub(crate) const QEMU: Package = Package {
     name: "qemu-system-x86",
     programs: &["qemu-system-x86_64"],
     used_for: "nested hosts, in software emulation",
+    serves: false,
 };
 
 pub(crate) const VIRTIOFSD: Package = Package {
@@ -41,16 +60,17 @@ pub(crate) const VIRTIOFSD: Package = Package {
     // It is in no directory of the PATH; its users search for it.
     programs: &["virtiofsd"],
     used_for: "a directory that nested hosts share",
+    serves: false,
 };
 
 pub(crate) const IPROUTE: Package =
-    Package { name: "iproute2", programs: &["ip"], used_for: "the network of nested hosts" };
+    Package { name: "iproute2", programs: &["ip"], used_for: "the network of nested hosts", serves: false };
 
 pub(crate) const E2FSPROGS: Package =
-    Package { name: "e2fsprogs", programs: &["mke2fs"], used_for: "file systems on disk images" };
+    Package { name: "e2fsprogs", programs: &["mke2fs"], used_for: "file systems on disk images", serves: false };
 
 pub(crate) const COMPILER: Package =
-    Package { name: "g++", programs: &["c++"], used_for: "libFuzzer, which is written in C++" };
+    Package { name: "g++", programs: &["c++"], used_for: "libFuzzer, which is written in C++", serves: false };
 
 /// Where packages are unpacked when they cannot be installed.
 struct Unpacked {
@@ -105,9 +125,19 @@ pub(crate) fn provide(
     for package in &missing {
         eprintln!("==> fetching the Debian package {} ({})", package.name, package.used_for);
     }
-    let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
-    let result = if is_root() { install(&names) } else { unpack(&names, &unpacked) };
-    if let Err(error) = result {
+    let (only_unpacked, installed): (Vec<&Package>, _) =
+        missing.into_iter().partition(|package| package.serves || !is_root());
+    get(&only_unpacked, |names| unpack(names, &unpacked));
+    get(&installed, install);
+    unpacked.environment()
+}
+
+fn get(packages: &[&Package], how: impl Fn(&[&str]) -> Result<(), StepError>) {
+    let names: Vec<&str> = packages.iter().map(|package| package.name).collect();
+    if names.is_empty() {
+        return;
+    }
+    if let Err(error) = how(&names) {
         eprintln!("xtask: {error}");
         eprintln!(
             "xtask: tests that need {} are skipped; to get it: apt-get install {}",
@@ -115,7 +145,6 @@ pub(crate) fn provide(
             names.join(" ")
         );
     }
-    unpacked.environment()
 }
 
 /// The directory of packages that could not be installed and were unpacked.
@@ -158,12 +187,17 @@ fn install(names: &[&str]) -> Result<(), StepError> {
     })
 }
 
-/// Without root: downloads the packages with their dependencies and unpacks them below the target directory.
+/// Without root, and for servers: downloads the packages with their dependencies and unpacks them below the target
+/// directory.
 fn unpack(names: &[&str], unpacked: &Unpacked) -> Result<(), StepError> {
     make_directory(&unpacked.root)?;
     let mut simulate = vec!["--simulate", "install", "--no-install-recommends"];
     simulate.extend(names);
-    let plan = output(&mut apt_get(&simulate))
+    let plan = || output(&mut apt_get(&simulate));
+    let updated = || step(&mut apt_get(&["update", "--quiet"])).is_ok();
+    // A fresh system has no package lists.
+    let plan = plan()
+        .or_else(|| (is_root() && updated()).then(plan).flatten())
         .ok_or_else(|| StepError::Failed(format!("apt-get {}", simulate.join(" "))))?;
     let wanted = to_install(&plan);
     let mut download = apt_get(&["download"]);

@@ -9,6 +9,7 @@ use std::process::Command;
 
 const UNIT: &str = "outlive@.service";
 const ARBITER: &str = "outlive-arbiter.service";
+const METRICS: &str = "outlive-metrics.service";
 const PROGRAM: &str = "/usr/local/bin/outlive";
 const LEAVER: &str = "/usr/local/lib/outlive/leave-to-standby";
 
@@ -22,6 +23,10 @@ fn unit() -> String {
 
 fn arbiter() -> String {
     fs::read_to_string(folder().join(ARBITER)).unwrap()
+}
+
+fn metrics() -> String {
+    fs::read_to_string(folder().join(METRICS)).unwrap()
 }
 
 /// What systemd has to say about a unit; nothing if it is right. `None` where systemd is not installed.
@@ -46,7 +51,7 @@ fn verify(name: &str, unit: &str) -> Option<String> {
 
 #[test]
 fn systemd_understands_every_line_of_the_unit() {
-    for (name, unit) in [(UNIT, unit()), (ARBITER, arbiter())] {
+    for (name, unit) in [(UNIT, unit()), (ARBITER, arbiter()), (METRICS, metrics())] {
         let Some(said) = verify(name, &unit) else { return };
         assert_eq!(said, "", "{name}");
         let wrong = unit.replace("RestartSec=", "RestartSek=");
@@ -101,13 +106,35 @@ fn the_command_of_the_arbiters_unit_serves() {
         .replace("/var/lib/outlive-arbiter", directory.to_str().unwrap())
         .replace(PROGRAM, env!("CARGO_BIN_EXE_outlive"))
         .replace(":7010", ":0");
+    let (said, code) = serve(&line, ("OUTLIVE_ARBITER_OPTIONS", &format!("--keys {}", keys.display())));
+    assert!(said.contains("READY=1"), "{said}");
+    assert_eq!(code, Some(0));
+}
+
+/// The metrics' unit serves, says that it does, and ends in order. Its user can do nothing.
+#[test]
+fn the_command_of_the_metrics_unit_serves() {
+    let unit = metrics();
+    let value = |name: &str| unit.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    assert_eq!(value("Environment=OUTLIVE_METRICS_LISTEN="), "127.0.0.1:9753", "whoever reaches it can read it");
+    assert_eq!((value("DynamicUser="), value("CapabilityBoundingSet=")), ("yes", ""));
+    let line = value("ExecStart=").replace(PROGRAM, env!("CARGO_BIN_EXE_outlive"));
+    let (said, code) = serve(&line, ("OUTLIVE_METRICS_LISTEN", "127.0.0.1:0"));
+    assert!(said.contains("READY=1"), "{said}");
+    assert_eq!(code, Some(0));
+}
+
+/// Starts the command of a unit, and tells it to stop once it has told the manager something. Returns that, and its exit
+/// code.
+fn serve(line: &str, variable: (&str, &str)) -> (String, Option<i32>) {
+    let there = tempfile::tempdir().unwrap();
     let manager = there.path().join("manager");
     let socket = std::os::unix::net::UnixDatagram::bind(&manager).unwrap();
     socket.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
     let mut server = Command::new("sh")
         .arg("-c")
         .arg(format!("exec {line}"))
-        .env("OUTLIVE_ARBITER_OPTIONS", format!("--keys {}", keys.display()))
+        .env(variable.0, variable.1)
         .env("NOTIFY_SOCKET", &manager)
         .spawn()
         .unwrap();
@@ -118,9 +145,8 @@ fn the_command_of_the_arbiters_unit_serves() {
         nix::sys::signal::Signal::SIGTERM,
     );
     let ended = server.wait().unwrap();
-    let said = String::from_utf8_lossy(&said[..length.unwrap()]).into_owned();
-    assert!(said.contains("READY=1") && status.is_ok(), "{said}");
-    assert_eq!(ended.code(), Some(0));
+    status.unwrap();
+    (String::from_utf8_lossy(&said[..length.unwrap()]).into_owned(), ended.code())
 }
 
 /// Whether `ExecStop=` hands the VM over when systemd and the process say this. The process is another one here, and

@@ -19,6 +19,9 @@ mod tally;
 mod tell;
 mod text;
 
+#[cfg(test)]
+mod tests;
+
 pub use command::command;
 pub(crate) use histogram::{COUNTS, Histogram, PAUSES, SIZES, TIMES};
 pub(crate) use report::{ArbiterReport, AuditReport, FORMAT, Frames, Loss, Report, Running, unix};

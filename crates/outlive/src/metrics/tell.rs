@@ -110,3 +110,108 @@ impl Certificate {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Read;
+    use std::net::Shutdown;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::events::Role;
+    use crate::metrics::Report;
+    use crate::socket::connect;
+
+    fn read(mut client: UnixStream) -> Report {
+        let mut text = String::new();
+        client.read_to_string(&mut text).unwrap();
+        assert!(text.ends_with("}\n"), "{text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// Every user may connect, and nobody is heard: not an operator's word, and not by keeping silent.
+    #[test]
+    fn whoever_asks_gets_numbers_and_says_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (status, place) = (folder.path().join("a.sock"), folder.path().join("a.sock.metrics"));
+        let standing = Standing::new(Role::Primary, Some("web"), "a secret reason");
+        standing.peer("10.1.2.3:7000");
+        let told = tell(&status, standing.clone()).unwrap();
+        assert_eq!(fs::metadata(&place).unwrap().permissions().mode() & 0o777, 0o666);
+        let mut silent = Vec::new();
+        while silent.len() < 20 {
+            match connect(&place) {
+                Ok(client) => silent.push(client),
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+        let mut speaks = loop {
+            match connect(&place) {
+                Ok(client) => break client,
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        let _ = speaks.write_all(br#"{"word":"hand_over"}"#);
+        let _ = speaks.shutdown(Shutdown::Write);
+        // What was said and not heard may cost the answer.
+        let mut text = String::new();
+        if speaks.read_to_string(&mut text).is_ok() {
+            assert!(text.contains(r#""vm":"web""#) && !text.contains("refused"), "{text}");
+        }
+        for client in silent {
+            let report = read(client);
+            assert_eq!((report.vm.as_deref(), report.protected), (Some("web"), false));
+        }
+        let line = String::from_utf8(line(&standing, None)).unwrap();
+        assert!(!line.contains("secret") && !line.contains("10.1.2.3"), "every user of the host may read it: {line}");
+        drop(told);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    /// A directory that was made for the sockets goes with them.
+    #[test]
+    fn nothing_is_left_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let standing = Standing::new(Role::Primary, Some("web"), "why");
+        let made = folder.path().join("made");
+        let listener = crate::socket::Listener::bind(&made.join("s")).unwrap();
+        let server = crate::status::Server::start(listener, standing).unwrap();
+        assert!(made.join("s.metrics").exists());
+        drop(server);
+        assert!(!made.exists());
+    }
+
+    #[test]
+    fn the_report_says_what_the_status_says() {
+        let standing = Standing::new(Role::Standby, Some("web"), "why");
+        standing.protected(4);
+        standing.staged(77);
+        let (report, status) = (standing.report(None), standing.status());
+        assert!(report.protected && report.loss_of_other_host.survived && !report.active);
+        assert_eq!((report.generation, report.checkpoint, report.protection_losses), (Some(4), Some(77), 0));
+        assert_eq!(report.loss_of_this_host.survived, status.loss_of_this_host.survived);
+        standing.unprotected("lost");
+        standing.asking("asking");
+        let report = standing.report(None);
+        assert!(report.waits && !report.protected);
+        assert_eq!(report.loss_of_other_host.survived, standing.status().loss_of_other_host.survived);
+        assert_eq!((report.protection_losses, report.fencing), (1, None));
+        standing.fencing(SystemTime::now() - Duration::from_secs(5), None);
+        assert!(standing.report(None).fencing.unwrap() >= 5.0);
+        standing.runs_here("web", "00ff", 5, "it was taken over", Default::default);
+        let report = standing.report(None);
+        assert_eq!((report.role, report.active), (Role::Primary, false), "it is not measured yet");
+        standing.measured_by(Default::default);
+        assert!(standing.report(None).active);
+        standing.asking("asking the arbiter");
+        assert!(!standing.report(None).active, "its output is held");
+        standing.goes_on("alone");
+        assert!(standing.report(None).active);
+        standing.waits_here("another host has it");
+        assert!(!standing.report(None).active && standing.report(None).running.is_none());
+    }
+}

@@ -79,7 +79,7 @@ impl Server {
         Self::start(listener, standing).map_err(UsualError::NoThread)
     }
 
-    pub(super) fn start(listener: Listener, standing: Arc<Standing>) -> io::Result<Self> {
+    pub(crate) fn start(listener: Listener, standing: Arc<Standing>) -> io::Result<Self> {
         let metrics = metrics::tell(listener.path(), standing.clone())
             .inspect_err(|why| tracing::warn!("`outlive metrics` cannot see this process: {why}"))
             .ok();

@@ -21,6 +21,7 @@ mod host_network;
 mod kills;
 mod known;
 mod link;
+mod metrics;
 mod output;
 mod readers;
 mod redis;
