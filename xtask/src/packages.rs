@@ -66,11 +66,19 @@ pub(crate) const VIRTIOFSD: Package = Package {
 pub(crate) const IPROUTE: Package =
     Package { name: "iproute2", programs: &["ip"], used_for: "the network of nested hosts", serves: false };
 
-pub(crate) const E2FSPROGS: Package =
-    Package { name: "e2fsprogs", programs: &["mke2fs"], used_for: "file systems on disk images", serves: false };
+pub(crate) const E2FSPROGS: Package = Package {
+    name: "e2fsprogs",
+    programs: &["mke2fs"],
+    used_for: "file systems on disk images",
+    serves: false,
+};
 
-pub(crate) const COMPILER: Package =
-    Package { name: "g++", programs: &["c++"], used_for: "libFuzzer, which is written in C++", serves: false };
+pub(crate) const COMPILER: Package = Package {
+    name: "g++",
+    programs: &["c++"],
+    used_for: "libFuzzer, which is written in C++",
+    serves: false,
+};
 
 /// Where packages are unpacked when they cannot be installed.
 struct Unpacked {

@@ -53,8 +53,8 @@ pub use devices::virtio::blk::{
     SectorSize, WriteLog,
 };
 pub use devices::virtio::net::{
-    Frame, FrameRing, InputTail, MAX_PACKET, MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, OutputStats,
-    PER_EPOCH, Started, Tap,
+    Frame, FrameRing, InputTail, MAX_PACKET, MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits,
+    OutputStats, PER_EPOCH, Started, Tap,
 };
 pub use event::{EventSink, MachineEvent, PowerRequest, ResetWay};
 pub use irq::IrqLineError;

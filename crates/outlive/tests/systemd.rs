@@ -116,7 +116,11 @@ fn the_command_of_the_arbiters_unit_serves() {
 fn the_command_of_the_metrics_unit_serves() {
     let unit = metrics();
     let value = |name: &str| unit.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-    assert_eq!(value("Environment=OUTLIVE_METRICS_LISTEN="), "127.0.0.1:9753", "whoever reaches it can read it");
+    assert_eq!(
+        value("Environment=OUTLIVE_METRICS_LISTEN="),
+        "127.0.0.1:9753",
+        "whoever reaches it can read it"
+    );
     assert_eq!((value("DynamicUser="), value("CapabilityBoundingSet=")), ("yes", ""));
     let line = value("ExecStart=").replace(PROGRAM, env!("CARGO_BIN_EXE_outlive"));
     let (said, code) = serve(&line, ("OUTLIVE_METRICS_LISTEN", "127.0.0.1:0"));

@@ -146,7 +146,9 @@ fn side_by_side(sockets: &[PathBuf]) -> Vec<Answer> {
     let next = AtomicUsize::new(0);
     let answers: Mutex<Vec<Option<Answer>>> = Mutex::new(sockets.iter().map(|_| None).collect());
     let work = || {
-        while let Some((at, socket)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|at| Some((at, sockets.get(at)?))) {
+        while let Some((at, socket)) =
+            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|at| Some((at, sockets.get(at)?)))
+        {
             let began = Instant::now();
             let report = ask(socket, began + PATIENCE);
             answers.lock().unwrap_or_else(PoisonError::into_inner)[at] = Some((began.elapsed(), report));

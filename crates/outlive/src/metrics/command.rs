@@ -49,7 +49,9 @@ enum MetricsError {
     #[error("cannot print: {0}")]
     Print(#[source] io::Error),
     /// The address cannot be used.
-    #[error("cannot listen on {address}: {source}; give --listen an address of this host, for example 127.0.0.1:9753")]
+    #[error(
+        "cannot listen on {address}: {source}; give --listen an address of this host, for example 127.0.0.1:9753"
+    )]
     Listen { address: String, source: io::Error },
     /// The system refuses something else.
     #[error("cannot serve: {0}")]
@@ -109,10 +111,14 @@ fn serve(asker: Asker, address: &str, exit_with_stdin: bool) -> Result<(), Metri
     })
     .map_err(MetricsError::System)?;
     if geteuid().is_root() {
-        tracing::warn!("this process needs no right of root: run it as another user (systemd/outlive-metrics.service)");
+        tracing::warn!(
+            "this process needs no right of root: run it as another user (systemd/outlive-metrics.service)"
+        );
     }
     if !address.ip().to_canonical().is_loopback() {
-        tracing::warn!("whoever reaches {address} can read the metrics: they are neither encrypted nor authenticated");
+        tracing::warn!(
+            "whoever reaches {address} can read the metrics: they are neither encrypted nor authenticated"
+        );
     }
     logs::say(&format!("metrics are at http://{address}/metrics"));
     let page = Arc::new(Served(std::sync::Mutex::new(asker)));

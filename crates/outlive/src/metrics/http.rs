@@ -43,7 +43,8 @@ pub(super) trait Page: Send + Sync + 'static {
 pub(super) fn serve(listener: &TcpListener, page: &Arc<impl Page>, quit: &EventFd) {
     let visitors = Arc::new(Visitors::default());
     let wait = |comes: bool, timeout: PollTimeout| {
-        let mut fds = [PollFd::new(quit.as_fd(), PollFlags::POLLIN), PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        let mut fds =
+            [PollFd::new(quit.as_fd(), PollFlags::POLLIN), PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
         let fds = &mut fds[..if comes { 2 } else { 1 }];
         match poll(fds, timeout) {
             Ok(_) => !fds[0].any().unwrap_or(true),
@@ -296,7 +297,10 @@ mod tests {
         let (_server, address) = serve_fixed();
         let get = |path: &str| ask(address, format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes());
         let metrics = get("/metrics");
-        assert!(metrics.starts_with("HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4"), "{metrics}");
+        assert!(
+            metrics.starts_with("HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4"),
+            "{metrics}"
+        );
         assert!(metrics.ends_with("\r\n\r\nPrometheus\n") && metrics.contains("\r\nContent-Length: 11\r\n"));
         assert!(get("/metrics?x=1").ends_with("\r\n\r\nPrometheus\n"));
         assert!(get("/healthz").ends_with("\r\n\r\nok\n"));
@@ -305,9 +309,12 @@ mod tests {
         let posted = ask(address, b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc");
         assert!(posted.starts_with("HTTP/1.1 405 ") && posted.contains("\r\nAllow: GET\r\n"), "{posted}");
         assert!(ask(address, b"\x16\x03\x01 TLS?\r\n\r\n").starts_with("HTTP/1.1 400 "));
-        let accepts = "GET /metrics HTTP/1.1\r\naccept: application/openmetrics-text;version=1.0.0,*/*;q=0.1\r\n\r\n";
+        let accepts =
+            "GET /metrics HTTP/1.1\r\naccept: application/openmetrics-text;version=1.0.0,*/*;q=0.1\r\n\r\n";
         let open = ask(address, accepts.as_bytes());
-        assert!(open.contains("Content-Type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
+        assert!(
+            open.contains("Content-Type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n")
+        );
         assert!(open.ends_with("\r\n\r\nOpenMetrics\n"));
     }
 

@@ -186,7 +186,9 @@ impl Running {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Unsound {
     /// Another version.
-    #[error("it speaks version {0} of the report, and this program speaks version {FORMAT}: use the newer one")]
+    #[error(
+        "it speaks version {0} of the report, and this program speaks version {FORMAT}: use the newer one"
+    )]
     Format(u32),
     /// Nothing that this program would write.
     #[error("it tells what cannot be")]
@@ -209,7 +211,8 @@ impl Report {
         let sound = |it: &Buckets| it.is_sound() || *it == Buckets::default();
         let takeovers = self.takeovers.steps().into_iter().map(|(_, it)| it).chain([&self.takeovers.total]);
         let mut histograms = self.running.iter().flat_map(Running::histograms).chain(takeovers);
-        let known = names.clone().all(|name| name.len() <= LONGEST_NAME && !name.chars().any(char::is_control));
+        let known =
+            names.clone().all(|name| name.len() <= LONGEST_NAME && !name.chars().any(char::is_control));
         // Two of one name would be one series twice.
         let mut seen: Vec<_> = phases.map(|(name, _)| name).collect();
         seen.sort();

@@ -133,7 +133,8 @@ kinds! {
 
 impl Default for Tally {
     fn default() -> Self {
-        let none = Takeovers { total: (), detect: (), settle: (), arbitrate: (), restore: (), first_frame: () };
+        let none =
+            Takeovers { total: (), detect: (), settle: (), arbitrate: (), restore: (), first_frame: () };
         Self {
             counts: (0..Self::KINDS).map(|_| AtomicU64::new(0)).collect(),
             takeovers: none.map(|()| Histogram::new(TIMES)),
@@ -191,8 +192,13 @@ mod tests {
         });
         events.emit(Event::FirstPacket { after_us: 7 });
         let (counted, takeovers) = events.tally().read();
-        let expected =
-            Counted { arbiter_losses: 1, guest_panics: 2, disk_faults: 1, takeovers: 1, ..Counted::default() };
+        let expected = Counted {
+            arbiter_losses: 1,
+            guest_panics: 2,
+            disk_faults: 1,
+            takeovers: 1,
+            ..Counted::default()
+        };
         assert_eq!(counted, expected);
         assert_eq!((takeovers.total.count(), takeovers.total.sum), (1, 10_000_000));
         let sums = takeovers.steps().map(|(name, step)| (name, step.sum));

@@ -167,7 +167,10 @@ mod tests {
             assert_eq!((report.vm.as_deref(), report.protected), (Some("web"), false));
         }
         let line = String::from_utf8(line(&standing, None)).unwrap();
-        assert!(!line.contains("secret") && !line.contains("10.1.2.3"), "every user of the host may read it: {line}");
+        assert!(
+            !line.contains("secret") && !line.contains("10.1.2.3"),
+            "every user of the host may read it: {line}"
+        );
         drop(told);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }

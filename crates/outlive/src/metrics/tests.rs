@@ -24,7 +24,8 @@ fn of(bounds: &'static [u64], values: &[u64]) -> Buckets {
 
 /// A primary of which everything is known.
 fn primary() -> Report {
-    let base = Standing::new(Role::Primary, Some("web"), "why").report(Some(UNIX_EPOCH + Duration::from_secs(1_000_600)));
+    let base = Standing::new(Role::Primary, Some("web"), "why")
+        .report(Some(UNIX_EPOCH + Duration::from_secs(1_000_600)));
     let mut report = Report {
         release: "1.2".into(),
         vm: Some("we\"b\\".into()),
@@ -43,13 +44,25 @@ fn primary() -> Report {
         arbiter: Some(ArbiterReport { answered: Some(61.0), lost: Some(51.0) }),
         standby_without_arbiter: Some(9.0),
         tls: Some(true),
-        takeovers: Takeovers { total: of(TIMES, &[12_000_000]), settle: of(TIMES, &[400_000]), ..Takeovers::default() },
+        takeovers: Takeovers {
+            total: of(TIMES, &[12_000_000]),
+            settle: of(TIMES, &[400_000]),
+            ..Takeovers::default()
+        },
         running: Some(Running {
             checkpoints: 812,
             bytes: 5_000,
             guest_held_ns: 1_500_000_000,
             pages: PageCounts { raw: 3, zero: 4, granules: 5, granule_bytes: 600, unchanged: 7 },
-            frames: Some(Frames { held: 1, held_bytes: 60, released: 2, passed: 3, discarded: 4, refused: 5, full: 6 }),
+            frames: Some(Frames {
+                held: 1,
+                held_bytes: 60,
+                released: 2,
+                passed: 3,
+                discarded: 4,
+                refused: 5,
+                full: 6,
+            }),
             pause: of(PAUSES, &[171_000, 448_000, 30_000_000]),
             vcpu_pause: of(PAUSES, &[1]),
             commit: of(TIMES, &[900_000]),
@@ -78,7 +91,11 @@ fn scrape() -> Scrape {
     let standby = Standing::new(Role::Standby, Some("db"), "why").report(None);
     let dead = Report { format: 9, ..standby.clone() }.check().unwrap_err();
     Scrape {
-        processes: vec![process("web", Ok(primary())), process("db", Ok(standby)), process("dead", Err(dead.into()))],
+        processes: vec![
+            process("web", Ok(primary())),
+            process("db", Ok(standby)),
+            process("dead", Err(dead.into())),
+        ],
         folders: vec![("/run/outlive".into(), true)],
         ignored: 0,
         at: UNIX_EPOCH + Duration::from_secs(1_000_000),
@@ -109,7 +126,10 @@ impl Read {
                 match words[..] {
                     ["EOF"] => read.ended = true,
                     ["TYPE", name, kind] => {
-                        assert!(read.types.insert(name.into(), kind.into()).is_none(), "{name} has two types");
+                        assert!(
+                            read.types.insert(name.into(), kind.into()).is_none(),
+                            "{name} has two types"
+                        );
                     }
                     ["UNIT", name, unit] => drop(read.units.insert(name.into(), unit.into())),
                     ["HELP", name, _] => assert!(read.helps.insert(name.into()), "{name} is explained twice"),
@@ -123,7 +143,8 @@ impl Read {
     }
 
     fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        let is = |has: &Labels| labels.iter().all(|(name, value)| has.get(*name).is_some_and(|it| it == value));
+        let is =
+            |has: &Labels| labels.iter().all(|(name, value)| has.get(*name).is_some_and(|it| it == value));
         let found: Vec<_> = self.samples.iter().filter(|(it, has, _)| it == name && is(has)).collect();
         assert_eq!(found.len(), 1, "{name} {labels:?}: {found:?}");
         found[0].2
@@ -155,7 +176,8 @@ fn sample(line: &str) -> (String, Labels, f64) {
         rest = &rest[1..];
     }
     let value = rest.trim();
-    let value = if value == "+Inf" { f64::INFINITY } else { value.parse().unwrap_or_else(|_| panic!("{line}")) };
+    let value =
+        if value == "+Inf" { f64::INFINITY } else { value.parse().unwrap_or_else(|_| panic!("{line}")) };
     (name.into(), labels, value)
 }
 
@@ -165,7 +187,9 @@ fn a_reader_finds_what_was_told_in_base_units() {
         let read = Read::new(&text(scrape(), format));
         assert_eq!(read.ended, format == Format::OpenMetrics);
         let web = ("vm", "we\"b\\");
-        let of_web = |name: &str, more: &[(&str, &str)]| read.value(name, &[&[web, ("role", "primary")], more].concat());
+        let of_web = |name: &str, more: &[(&str, &str)]| {
+            read.value(name, &[&[web, ("role", "primary")], more].concat())
+        };
         assert_eq!(of_web("outlive_protected", &[]), 1.0);
         assert_eq!(read.value("outlive_protected", &[("vm", "db"), ("role", "standby")]), 0.0);
         assert_eq!(of_web("outlive_loss_survived", &[("host", "this")]), 1.0);
@@ -192,16 +216,24 @@ fn a_reader_finds_what_was_told_in_base_units() {
         assert!((of_web("outlive_pause_seconds_sum", &[]) - 0.030_619).abs() < 1e-12);
         let up_to = |le: f64| {
             let is = |(name, labels, _): &&(String, Labels, f64)| {
-                name == "outlive_pause_seconds_bucket" && labels["le"].parse::<f64>().is_ok_and(|it| (it - le).abs() < 1e-12)
+                name == "outlive_pause_seconds_bucket"
+                    && labels["le"].parse::<f64>().is_ok_and(|it| (it - le).abs() < 1e-12)
             };
             read.samples.iter().find(is).unwrap_or_else(|| panic!("no bucket up to {le}")).2
         };
-        assert_eq!([up_to(15e-5), up_to(2e-4), up_to(5e-4), up_to(0.02), up_to(0.03)], [0.0, 1.0, 2.0, 2.0, 3.0]);
+        assert_eq!(
+            [up_to(15e-5), up_to(2e-4), up_to(5e-4), up_to(0.02), up_to(0.03)],
+            [0.0, 1.0, 2.0, 2.0, 3.0]
+        );
         assert_eq!(of_web("outlive_takeover_step_seconds_sum", &[("step", "settle")]), 0.000_4);
         assert_eq!(of_web("outlive_checkpoint_phase_seconds_count", &[("phase", "copy")]), 1.0);
         // Who does not answer has one number for that, and no other that could be taken for its own.
         assert_eq!(read.value("outlive_up", &[("vm", "dead")]), 0.0);
-        let of_dead: Vec<_> = read.samples.iter().filter(|(_, labels, _)| labels.get("vm").is_some_and(|it| it == "dead")).collect();
+        let of_dead: Vec<_> = read
+            .samples
+            .iter()
+            .filter(|(_, labels, _)| labels.get("vm").is_some_and(|it| it == "dead"))
+            .collect();
         assert_eq!(of_dead.len(), 2, "{of_dead:?}");
     }
 }
@@ -231,7 +263,11 @@ fn the_text_keeps_the_rules() {
             assert!(buckets.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1), "{name} {labels:?}: {buckets:?}");
             let (le, all) = *buckets.last().unwrap();
             let is = |it: &&(String, Labels, f64)| it.0 == format!("{name}_count") && it.1 == labels;
-            assert_eq!((le, Some(all)), (f64::INFINITY, read.samples.iter().find(is).map(|it| it.2)), "{name}");
+            assert_eq!(
+                (le, Some(all)),
+                (f64::INFINITY, read.samples.iter().find(is).map(|it| it.2)),
+                "{name}"
+            );
         }
         for (name, unit) in &read.units {
             assert!(name.ends_with(&format!("_{unit}")), "{name} is in {unit}");
@@ -253,8 +289,13 @@ fn names_are_in_base_units() {
     assert_eq!(names.len(), FAMILIES.len(), "two metrics have one name");
     for family in FAMILIES {
         let name = family.full_name();
-        assert!(name.starts_with("outlive_") && !family.help.ends_with('.') && family.help.len() > 10, "{name}");
-        for wrong in ["_ms", "_us", "_ns", "_kib", "_milliseconds", "_total_total", "_bytes_bytes", "_seconds_seconds"] {
+        assert!(
+            name.starts_with("outlive_") && !family.help.ends_with('.') && family.help.len() > 10,
+            "{name}"
+        );
+        for wrong in
+            ["_ms", "_us", "_ns", "_kib", "_milliseconds", "_total_total", "_bytes_bytes", "_seconds_seconds"]
+        {
             assert!(!name.ends_with(wrong), "{name}");
         }
         for unit in [Unit::Seconds, Unit::Bytes] {
@@ -317,7 +358,11 @@ fn the_document_lists_every_metric() {
     };
     let document = file("docs/metrics.md");
     let table: String = FAMILIES.iter().map(row).collect();
-    let rows: String = document.lines().filter(|line| line.starts_with("| `outlive_")).map(|line| format!("{line}\n")).collect();
+    let rows: String = document
+        .lines()
+        .filter(|line| line.starts_with("| `outlive_"))
+        .map(|line| format!("{line}\n"))
+        .collect();
     assert_eq!(rows, table, "docs/metrics.md has another table than this:\n{table}");
 }
 
@@ -330,7 +375,10 @@ fn every_alert_has_its_section() {
     assert_eq!(alerts.len(), urls.len());
     for (alert, url) in alerts.iter().zip(urls) {
         assert!(url.ends_with(&format!("/docs/metrics.md#{}", alert.to_lowercase())), "{url}");
-        assert!(document.contains(&format!("\n### {alert}\n")), "docs/metrics.md has no section about {alert}");
+        assert!(
+            document.contains(&format!("\n### {alert}\n")),
+            "docs/metrics.md has no section about {alert}"
+        );
     }
     for section in document.lines().filter_map(|line| line.strip_prefix("### Outlive")) {
         assert!(alerts.contains(&format!("Outlive{section}").as_str()), "there is no alert Outlive{section}");
@@ -340,7 +388,12 @@ fn every_alert_has_its_section() {
 /// What promtool has to say; nothing if all is well. `None` where it is not installed.
 fn promtool(words: &[&str], input: &str) -> Option<String> {
     let mut command = Command::new("promtool");
-    command.args(words).current_dir(root()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(words)
+        .current_dir(root())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {

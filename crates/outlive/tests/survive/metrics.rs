@@ -13,8 +13,8 @@ use outlive::keys::{self, Grant, Order};
 
 use crate::status::status;
 use crate::support::{
-    Held, MemoryLoad, PROGRAM, Process, Prometheus, Side, Witnesses, World, crashing_kernel, flip_program_bit, instance,
-    MEMORY, monitoring, wait_until, watch_pair,
+    Held, MEMORY, MemoryLoad, PROGRAM, Process, Prometheus, Side, Witnesses, World, crashing_kernel,
+    flip_program_bit, instance, monitoring, wait_until, watch_pair,
 };
 
 /// An arbiter on the third machine, which each host can lose by itself. Killed and reaped when dropped.
@@ -65,7 +65,9 @@ fn an_arbiter_that_is_lost_raises_its_alerts_and_a_pair_that_is_well_none() {
     world.see_third(Side::A, false);
     prometheus.wait_fires("OutliveArbiterLost", &[A, ("role", "primary")]);
     prometheus.wait_fires("OutliveLossNotSurvived", &[A]);
-    assert!(!prometheus.fires("OutliveArbiterLost", &[B]) && !prometheus.fires("OutliveStandbyArbiterLost", &[]));
+    assert!(
+        !prometheus.fires("OutliveArbiterLost", &[B]) && !prometheus.fires("OutliveStandbyArbiterLost", &[])
+    );
     world.see_third(Side::A, true);
     prometheus.wait_quiet("OutliveArbiterLost");
     prometheus.wait_quiet("OutliveLossNotSurvived");
@@ -130,7 +132,10 @@ fn the_numbers_are_true(prometheus: &Prometheus, primary: &mut Process) {
     }
     let mean = at_a("outlive_pause_seconds_sum@") / at_a("outlive_pause_seconds_count@");
     let told = sum / count as f64;
-    assert!(count > 0 && mean / told < 5.0 && told / mean < 5.0, "{mean} s in the metrics, {told} s in the events");
+    assert!(
+        count > 0 && mean / told < 5.0 && told / mean < 5.0,
+        "{mean} s in the metrics, {told} s in the events"
+    );
     let median = at_a("histogram_quantile(0.5, outlive_pause_seconds_bucket@)");
     assert!(median < told * 10.0, "{median} s is the median, and {told} s the mean");
     // The rest of what an operator asks.
@@ -257,7 +262,9 @@ fn two_vms_of_one_name_and_a_process_that_starts_again_and_again_raise_their_ale
     world.cut_link();
     let mut a = start();
     a.wait_for("a start", |e| matches!(e, Event::Started { vm: Some(_), .. }));
-    let Some(prometheus) = Prometheus::watch(&world, &[(Side::A, &here), (Side::B, b.socket())]) else { return };
+    let Some(prometheus) = Prometheus::watch(&world, &[(Side::A, &here), (Side::B, b.socket())]) else {
+        return;
+    };
     prometheus.sees_more();
     assert!(!prometheus.fires("OutliveRunsTwice", &[]), "other people may have a VM of this name");
     let again = |a: Process| {
@@ -302,7 +309,8 @@ fn every_alert_has_a_test() {
     for alert in alerts {
         let raised_here = here.contains(&format!("wait_fires(\"{alert}\""));
         let raised_there = tests.split("alertname: ").skip(1).any(|test| {
-            test.starts_with(&format!("{alert}\n")) && test.lines().nth(1).is_some_and(|it| it.trim() == "exp_alerts:")
+            test.starts_with(&format!("{alert}\n"))
+                && test.lines().nth(1).is_some_and(|it| it.trim() == "exp_alerts:")
         });
         assert!(raised_here || raised_there, "no test raises {alert}");
     }

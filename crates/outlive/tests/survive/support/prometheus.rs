@@ -78,19 +78,21 @@ impl<'a> Prometheus<'a> {
             return None;
         }
         let exporters = Side::BOTH.map(|side| {
-            let of_side: Vec<_> = sockets.iter().filter(|(at, _)| *at == side).map(|(_, path)| *path).collect();
+            let of_side: Vec<_> =
+                sockets.iter().filter(|(at, _)| *at == side).map(|(_, path)| *path).collect();
             (!of_side.is_empty()).then(|| export(world, side, &of_side))
         });
         let dir = world.dir().join("prometheus");
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join("rules.yml"), rules()).unwrap();
-        let targets = Side::BOTH.into_iter().zip(&exporters).filter(|(_, it)| it.is_some()).map(|(side, _)| {
-            format!(
-                "      - targets: ['127.0.0.1:{}']\n        labels: {{ instance: '{}' }}\n",
-                port(side),
-                instance(side)
-            )
-        });
+        let targets =
+            Side::BOTH.into_iter().zip(&exporters).filter(|(_, it)| it.is_some()).map(|(side, _)| {
+                format!(
+                    "      - targets: ['127.0.0.1:{}']\n        labels: {{ instance: '{}' }}\n",
+                    port(side),
+                    instance(side)
+                )
+            });
         let config = format!(
             "global:\n  scrape_interval: 2s\n  scrape_timeout: 2s\n  evaluation_interval: 500ms\nrule_files: ['rules.yml']\n\
              scrape_configs:\n  - job_name: outlive\n    static_configs:\n{}",
