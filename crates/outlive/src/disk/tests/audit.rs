@@ -90,14 +90,21 @@ fn every_chunk_costs_the_standby_something_which_is_told_and_printed() {
     const CHUNKS: u64 = 24;
     let standby = Standby::new();
     standby.commit(2, false, CHUNK, &vec![7; CHUNKS as usize * DISK_CHUNK]);
-    // It is in the image soon.
-    std::thread::sleep(Duration::from_millis(200));
+    // What waits for the image needs no read.
+    let image = File::open(standby.image()).unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    let mut last = [0; 1];
+    while last != [7] {
+        assert!(Instant::now() < until, "it does not come into the image");
+        std::thread::sleep(Duration::from_millis(10));
+        image.read_exact_at(&mut last, (CHUNKS + 1) * CHUNK - 1).unwrap();
+    }
     let ranges: Vec<_> = (1..=CHUNKS).map(|chunk| standby.sum(chunk)).collect();
     let audited = standby.audited(2, &ranges);
     let DiskAudited { chunks, spent_ns, read_ns, differs, .. } = audited;
     println!("{chunks} chunks, {} ns of a core each, {} ns to read", spent_ns / chunks, read_ns / chunks);
-    // One where a read takes long leaves the rest out.
-    assert!((1..=CHUNKS).contains(&chunks) && differs.is_none() && spent_ns > 0 && read_ns > 0);
+    // A host where a read takes long leaves some out, and one that is slow to tell is asked again.
+    assert!(chunks > 0 && differs.is_none() && spent_ns > 0 && read_ns > 0);
 }
 
 /// In the image, and in what waits for it; in data and in a hole.
