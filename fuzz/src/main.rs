@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 12] = [
+const TARGETS: [(&str, Target); 14] = [
     ("wire", wire::stream),
     ("message", wire::message),
     ("incoming", wire::incoming),
@@ -16,6 +16,8 @@ const TARGETS: [(&str, Target); 12] = [
     ("sidecar", outlive::fuzz::sidecar),
     ("journal", outlive::fuzz::journal),
     ("served", outlive::fuzz::served),
+    ("disk", outlive_bootdisk::fuzz::disk),
+    ("grub", outlive_bootdisk::fuzz::text),
     ("kernel", outlive_machine::fuzz::kernel),
     ("console", outlive_machine::fuzz::console),
     ("rng", outlive_machine::fuzz::rng),
