@@ -43,7 +43,7 @@ mod vm_state;
 
 pub use acpi::AcpiError;
 pub use board::BoardError;
-pub use boot::{BootError, FirmwareError, KernelError, LinuxBoot, LinuxBootError, PayloadOptions};
+pub use boot::{BootError, DiskBoot, FirmwareError, KernelError, LinuxBoot, LinuxBootError, PayloadOptions};
 pub use capture::{After, CaptureError, CaptureReport, InPause, Returned, SpillError, Stuck};
 pub use check::{CheckError, DiskHash, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
@@ -66,7 +66,7 @@ pub use memory::{
     page_sum, ranges,
 };
 pub use outgoing::{Outgoing, OutgoingError};
-pub use restart::{RESET_ORDER, ResetError, ResetStep, StartLinuxError};
+pub use restart::{RESET_ORDER, ResetError, ResetStep, Restarted, StartLinuxError};
 pub use restore::RestoreError;
 pub use shape::{StateShape, StateTooLarge};
 pub use thread::{at_thread_start, precise_timers, spawn, urgent};

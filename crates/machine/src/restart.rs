@@ -6,6 +6,9 @@
 //! another host, so a VM restarts in the same way on a standby that has taken it over. Only time continues:
 //! its counters belong to the host.
 //!
+//! A guest that boots the kernel of its own disk ([`Machine::disk_boot`]) is restarted with what somebody has read
+//! from that disk before ([`Machine::reset_with`]); the kernel in memory is for the case that this does not work.
+//!
 //! A restarted machine equals a new one: the test compares what a checkpoint saves of both, section by
 //! section.
 
@@ -15,7 +18,7 @@ use outlive_epoch::image::{StateKind, StateVersions};
 
 use crate::acpi::Description;
 use crate::boot::linux;
-use crate::boot::{FirmwareError, LinuxBoot, LinuxBootError};
+use crate::boot::{DiskBoot, FirmwareError, LinuxBoot, LinuxBootError};
 use crate::devices::serial;
 use crate::irq::{self, IrqLineError};
 use crate::machine::{CreateError, Machine};
@@ -120,6 +123,17 @@ pub enum ResetError {
     Line(#[from] IrqLineError),
 }
 
+/// What a restarted guest runs.
+#[derive(Debug)]
+pub enum Restarted {
+    /// The kernel that was given, which is the one for the next restart, too.
+    Given,
+    /// The kernel that was given; the VM's memory has no room to keep it, so the one from before stays there.
+    NotKept(FirmwareError),
+    /// The kernel from before, because the given one cannot be started.
+    Before(StartLinuxError),
+}
+
 impl Machine {
     /// Loads a kernel into the VM and sets the first vCPU to its entry. [`resume`](Self::resume) starts it.
     /// The machine must have been made with [`firmware_bytes`](LinuxBoot::firmware_bytes) and must not have
@@ -140,22 +154,63 @@ impl Machine {
         self.ram.firmware().is_some()
     }
 
+    /// The disk from which the guest boots, if it does. The guest can have overwritten it.
+    pub fn disk_boot(&self) -> Option<DiskBoot> {
+        DiskBoot::read(self.ram.memory(), self.ram.firmware()?)
+    }
+
     /// Restarts the guest, as its [`PowerRequest::Reset`](crate::PowerRequest::Reset) requests. The guest
     /// runs at once if it ran before. All writes are logged, so protection continues.
     ///
     /// # Errors
     /// [`ResetError`]; the guest stays stopped then.
     pub fn reset(&mut self) -> Result<(), ResetError> {
-        let region = self.ram.firmware().ok_or(ResetError::NoBootImage)?;
-        let was_running = self.quiesce();
-        for (step, _reason) in RESET_ORDER {
-            self.reset_step(step, region)?;
-        }
-        self.release(was_running);
-        Ok(())
+        self.restart(None).map(drop)
     }
 
-    fn reset_step(&mut self, step: ResetStep, region: Range) -> Result<(), ResetError> {
+    /// The same with another kernel, which was read from the guest's disk. If it cannot be started, the one from
+    /// before is.
+    ///
+    /// # Errors
+    /// [`ResetError`]; the guest stays stopped then.
+    pub fn reset_with(&mut self, boot: &LinuxBoot) -> Result<Restarted, ResetError> {
+        self.restart(Some(boot))
+    }
+
+    fn restart(&mut self, given: Option<&LinuxBoot>) -> Result<Restarted, ResetError> {
+        let region = self.ram.firmware().ok_or(ResetError::NoBootImage)?;
+        let was_running = self.quiesce();
+        let mut started = Restarted::Given;
+        for (step, _reason) in RESET_ORDER {
+            match step {
+                ResetStep::Boot => started = self.boot_again(given, region)?,
+                step => self.reset_step(step)?,
+            }
+        }
+        self.release(was_running);
+        Ok(started)
+    }
+
+    fn boot_again(&mut self, given: Option<&LinuxBoot>, region: Range) -> Result<Restarted, ResetError> {
+        let kept = LinuxBoot::read(self.ram.memory(), region);
+        let mut refused = None;
+        if let Some(given) = given {
+            match self.start_linux(given) {
+                // What is there already need not be sent to a standby once more.
+                Ok(()) if kept.as_ref().is_ok_and(|kept| kept == given) => return Ok(Restarted::Given),
+                Ok(()) => {
+                    let stored = given.store(self.ram.memory(), region);
+                    return Ok(stored.map_or_else(Restarted::NotKept, |()| Restarted::Given));
+                }
+                Err(error) => refused = Some(error),
+            }
+        }
+        let kept = kept.map_err(|error| StartLinuxError::from(LinuxBootError::from(error)))?;
+        self.start_linux(&kept)?;
+        Ok(refused.map_or(Restarted::Given, Restarted::Before))
+    }
+
+    fn reset_step(&mut self, step: ResetStep) -> Result<(), ResetError> {
         match step {
             ResetStep::Disconnect => self.irq_lines.disconnect(&self.vm)?,
             ResetStep::Devices => {
@@ -174,10 +229,8 @@ impl Machine {
             }
             ResetStep::Ports => self.vcpus.restart(),
             ResetStep::Connect => self.irq_lines.connect(&self.vm)?,
-            ResetStep::Boot => {
-                let boot = LinuxBoot::read(self.ram.memory(), region).map_err(LinuxBootError::from);
-                self.start_linux(&boot.map_err(StartLinuxError::from)?)?;
-            }
+            // With what it boots: `boot_again`.
+            ResetStep::Boot => {}
         }
         Ok(())
     }

@@ -2,6 +2,10 @@
 //! separate region of guest-physical memory, behind the guest's memory and in no memory map. So they are part
 //! of the VM: they are replicated with its base, and a reboot after a takeover needs no files.
 //!
+//! A guest that boots the kernel of its own disk ([`DiskBoot`]) has its last kernel there, for a restart at which the
+//! disk cannot be read, and at the region's end which disk it is. An older release does not know the latter and restarts
+//! the last kernel.
+//!
 //! The guest's kernel could find the region and write to it (it is memory), so what is read back is checked
 //! like any other guest data. Such a guest hurts only itself.
 
@@ -23,12 +27,31 @@ const COMMAND_LINE_MAX: usize = 0xffff;
 /// Largest kernel and largest initrd: with 2 GiB the initrd would not fit below the hole.
 const FILE_MAX: usize = 1 << 30;
 
+const DISK_MAGIC: u64 = u64::from_le_bytes(*b"OUTLDISK");
+const DISK_VERSION: u64 = 1;
+/// Magic, version, the disk, the length of its words; they follow directly.
+const DISK_HEADER: usize = 32;
+/// The end of the region, for a [`DiskBoot`].
+const DISK_ROOM: u64 = 8192;
+/// Longest words for the command line: kernels take 2047 bytes.
+const APPEND_MAX: usize = 2047;
+
+/// That a guest boots the kernel which one of its disks has, at each restart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskBoot {
+    /// The disk's position among the VM's disks.
+    pub disk: u16,
+    /// Words behind the command line that the disk has.
+    pub append: String,
+}
+
 /// A kernel with its initrd and command line.
 #[derive(Clone, PartialEq, Eq)]
 pub struct LinuxBoot {
     kernel: Vec<u8>,
     initrd: Vec<u8>,
     command_line: String,
+    disk: Option<DiskBoot>,
 }
 
 /// Why there is nothing to boot from.
@@ -37,6 +60,9 @@ pub enum FirmwareError {
     /// The command line has bytes that no kernel takes.
     #[error("the kernel's command line must be printable ASCII text on one line")]
     CommandLine,
+    /// The words behind a disk's command line are too long.
+    #[error("the words for the command line have {0} bytes; the limit is 2047")]
+    AppendLong(usize),
     /// The command line is too long.
     #[error("the kernel's command line has {0} bytes; the limit is 65535")]
     CommandLineLong(usize),
@@ -67,9 +93,7 @@ impl LinuxBoot {
     /// # Errors
     /// [`FirmwareError`] for sizes and texts that no kernel takes.
     pub fn new(kernel: Vec<u8>, initrd: Vec<u8>, command_line: String) -> Result<Self, FirmwareError> {
-        if command_line.bytes().any(|byte| !(b' '..=b'~').contains(&byte)) {
-            return Err(FirmwareError::CommandLine);
-        }
+        is_text(&command_line)?;
         if command_line.len() > COMMAND_LINE_MAX {
             return Err(FirmwareError::CommandLineLong(command_line.len()));
         }
@@ -78,12 +102,27 @@ impl LinuxBoot {
                 return Err(FirmwareError::File { what, len: file.len() });
             }
         }
-        Ok(Self { kernel, initrd, command_line })
+        Ok(Self { kernel, initrd, command_line, disk: None })
     }
 
-    /// How large a region a machine needs for this, in bytes: `Options::firmware_bytes`.
+    /// The same, read from a disk that is read again at each restart.
+    ///
+    /// # Errors
+    /// [`FirmwareError`] for words that no kernel takes.
+    pub fn of_disk(self, disk: DiskBoot) -> Result<Self, FirmwareError> {
+        is_text(&disk.append)?;
+        if disk.append.len() > APPEND_MAX {
+            return Err(FirmwareError::AppendLong(disk.append.len()));
+        }
+        Ok(Self { disk: Some(disk), ..self })
+    }
+
+    /// How large a region a machine needs for this, in bytes: `Options::firmware_bytes`. Kernels grow: with a disk
+    /// there is room for one that is half as large again.
     pub fn firmware_bytes(&self) -> u64 {
-        self.places().end.next_multiple_of(ALIGN)
+        let end = self.places().end;
+        let bytes = if self.disk.is_some() { end + end / 2 + DISK_ROOM } else { end };
+        bytes.next_multiple_of(ALIGN)
     }
 
     /// The kernel file.
@@ -96,8 +135,13 @@ impl LinuxBoot {
         &self.initrd
     }
 
+    /// The disk that it comes from, if it is read again at each restart.
+    pub fn disk(&self) -> Option<&DiskBoot> {
+        self.disk.as_ref()
+    }
+
     /// The command line.
-    pub(crate) fn command_line(&self) -> &str {
+    pub fn command_line(&self) -> &str {
         &self.command_line
     }
 
@@ -109,7 +153,8 @@ impl LinuxBoot {
     pub(crate) fn store(&self, memory: &GuestMemory, region: Range) -> Result<(), FirmwareError> {
         let places = self.places();
         let room = FirmwareError::Room { has: region.len, needs: self.firmware_bytes() };
-        if places.end > region.len {
+        let disk_room = if self.disk.is_some() { DISK_ROOM } else { 0 };
+        if places.end + disk_room > region.len {
             return Err(room);
         }
         let lengths = [self.command_line.len(), self.kernel.len(), self.initrd.len()].map(|len| len as u64);
@@ -120,6 +165,10 @@ impl LinuxBoot {
             .and_then(|()| put(HEADER as u64, self.command_line.as_bytes()))
             .and_then(|()| put(places.kernel, &self.kernel))
             .and_then(|()| put(places.initrd, &self.initrd))
+            .and_then(|()| match &self.disk {
+                Some(disk) => put(region.len - DISK_ROOM, &disk.bytes()),
+                None => Ok(()),
+            })
             .map_err(|_| room)
     }
 
@@ -148,7 +197,41 @@ impl LinuxBoot {
         let text =
             String::from_utf8(get(HEADER as u64, command_line)?).map_err(|_| FirmwareError::Damaged)?;
         let (kernel, initrd) = (get(places.kernel, kernel)?, get(places.initrd, initrd)?);
-        Self::new(kernel, initrd, text).map_err(|_| FirmwareError::Damaged)
+        let boot = Self::new(kernel, initrd, text).map_err(|_| FirmwareError::Damaged)?;
+        Ok(Self { disk: DiskBoot::read(memory, region), ..boot })
+    }
+}
+
+/// Whether kernels take these characters.
+fn is_text(text: &str) -> Result<(), FirmwareError> {
+    if text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        Ok(())
+    } else {
+        Err(FirmwareError::CommandLine)
+    }
+}
+
+impl DiskBoot {
+    fn bytes(&self) -> Vec<u8> {
+        let words = [DISK_MAGIC, DISK_VERSION, self.disk.into(), self.append.len() as u64];
+        let words = words.into_iter().flat_map(u64::to_le_bytes);
+        words.chain(self.append.bytes()).collect()
+    }
+
+    /// Reads it from the region's end. `None` if the guest boots from no disk, or has overwritten which one.
+    pub(crate) fn read(memory: &GuestMemory, region: Range) -> Option<Self> {
+        let at = GuestAddress(region.base + region.len.checked_sub(DISK_ROOM)?);
+        let mut bytes = [0; DISK_HEADER + APPEND_MAX];
+        memory.read_slice(&mut bytes, at).ok()?;
+        let (header, append) = bytes.split_at(DISK_HEADER);
+        let (words, _) = header.as_chunks::<8>();
+        let word = |index: usize| u64::from_le_bytes(words[index]);
+        if (word(0), word(1)) != (DISK_MAGIC, DISK_VERSION) {
+            return None;
+        }
+        let append = append.get(..usize::try_from(word(3)).ok()?)?.to_vec();
+        let append = String::from_utf8(append).ok().filter(|text| is_text(text).is_ok())?;
+        Some(Self { disk: u16::try_from(word(2)).ok()?, append })
     }
 }
 
@@ -173,6 +256,7 @@ impl std::fmt::Debug for LinuxBoot {
             .field("kernel", &self.kernel.len())
             .field("initrd", &self.initrd.len())
             .field("command_line", &self.command_line)
+            .field("disk", &self.disk)
             .finish()
     }
 }
@@ -203,6 +287,32 @@ mod tests {
         let empty = LinuxBoot::new(vec![1], Vec::new(), String::new()).unwrap();
         empty.store(ram.memory(), ram.firmware().unwrap()).unwrap();
         assert_eq!(LinuxBoot::read(ram.memory(), ram.firmware().unwrap()).unwrap(), empty);
+    }
+
+    fn of_disk(boot: LinuxBoot, append: &str) -> LinuxBoot {
+        boot.of_disk(DiskBoot { disk: 3, append: append.into() }).unwrap()
+    }
+
+    #[test]
+    fn the_disk_that_is_booted_from_comes_back_and_has_room_for_a_larger_kernel() {
+        for append in ["", "panic=10", &"a".repeat(APPEND_MAX)] {
+            let first = of_disk(boot(), append);
+            let ram = Ram::with_firmware(MEMORY, first.firmware_bytes(), 64).unwrap();
+            let region = ram.firmware().unwrap();
+            first.store(ram.memory(), region).unwrap();
+            assert_eq!(LinuxBoot::read(ram.memory(), region).unwrap(), first);
+            assert_eq!(DiskBoot::read(ram.memory(), region), first.disk);
+            let larger = of_disk(LinuxBoot::new(vec![1; 14_000], vec![2; 6], "b".into()).unwrap(), append);
+            larger.store(ram.memory(), region).unwrap();
+            assert_eq!(LinuxBoot::read(ram.memory(), region).unwrap(), larger);
+            // A release that does not know of disks finds its kernel where it always was.
+            let large = of_disk(LinuxBoot::new(vec![0; 3 << 20], Vec::new(), String::new()).unwrap(), append);
+            assert!(matches!(large.store(ram.memory(), region), Err(FirmwareError::Room { .. })));
+            assert_eq!(LinuxBoot::read(ram.memory(), region).unwrap(), larger, "nothing is half written");
+        }
+        assert!(DiskBoot::read(stored().memory(), stored().firmware().unwrap()).is_none());
+        let long = boot().of_disk(DiskBoot { disk: 0, append: "a".repeat(APPEND_MAX + 1) });
+        assert!(matches!(long, Err(FirmwareError::AppendLong(2048))));
     }
 
     #[test]
@@ -238,6 +348,22 @@ mod tests {
             }
             if let Ok(boot) = LinuxBoot::read(ram.memory(), region) {
                 prop_assert!(boot.firmware_bytes() <= region.len);
+            }
+        }
+
+        #[test]
+        fn a_damaged_disk_is_none_or_one_with_words(
+            changes in prop::collection::vec((0u64..64, any::<u8>()), 1..12),
+        ) {
+            let boot = of_disk(boot(), "panic=10");
+            let ram = Ram::with_firmware(MEMORY, boot.firmware_bytes(), 64).unwrap();
+            let region = ram.firmware().unwrap();
+            boot.store(ram.memory(), region).unwrap();
+            for (at, byte) in changes {
+                ram.memory().write_obj(byte, GuestAddress(region.base + region.len - DISK_ROOM + at)).unwrap();
+            }
+            if let Some(disk) = DiskBoot::read(ram.memory(), region) {
+                prop_assert!(disk.append.len() <= APPEND_MAX && is_text(&disk.append).is_ok());
             }
         }
     }

@@ -4,7 +4,7 @@ mod firmware;
 pub(crate) mod linux;
 mod payload;
 
-pub use firmware::{FirmwareError, LinuxBoot};
+pub use firmware::{DiskBoot, FirmwareError, LinuxBoot};
 pub use linux::{KernelError, LinuxBootError};
 pub use payload::{BootError, PayloadOptions};
 pub(crate) use payload::{load, start_registers};

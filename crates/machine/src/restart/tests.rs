@@ -36,6 +36,10 @@ const VCPUS: u8 = 2;
 
 /// A machine with a guest that has not run, and devices on lines of both 8259s.
 fn booted(dir: &std::path::Path) -> Option<Machine> {
+    booted_from(dir, &LinuxBoot::new(bzimage(), vec![7; 5000], "quiet".into()).unwrap())
+}
+
+fn booted_from(dir: &std::path::Path, boot: &LinuxBoot) -> Option<Machine> {
     let host = match Host::open() {
         Ok(host) => Arc::new(host),
         Err(HostError::Missing) => {
@@ -49,7 +53,6 @@ fn booted(dir: &std::path::Path) -> Option<Machine> {
         std::fs::File::create(&path).unwrap().write_all(&[0; 4096]).unwrap();
         DiskOptions::new(path)
     });
-    let boot = LinuxBoot::new(bzimage(), vec![7; 5000], "quiet".into()).unwrap();
     let options = Options {
         vcpus: VCPUS,
         memory: 64 << 20,
@@ -66,7 +69,7 @@ fn booted(dir: &std::path::Path) -> Option<Machine> {
         events: Arc::new(|_| ()),
     };
     let mut machine = Machine::new(host, &options).unwrap();
-    machine.boot_linux(&boot).unwrap();
+    machine.boot_linux(boot).unwrap();
     machine.enable_tracking().unwrap();
     Some(machine)
 }
@@ -355,4 +358,40 @@ fn a_guest_that_was_stopped_for_long_is_told_so() {
     machine.release(was_running);
     wait_for("the flag", &|| clock()[FLAGS] & GUEST_STOPPED != 0);
     machine.quiesce();
+}
+
+/// A guest that boots the kernel of its disk.
+fn of_disk(kernel: Vec<u8>, initrd: u8, bytes: usize) -> LinuxBoot {
+    let boot = LinuxBoot::new(kernel, vec![initrd; bytes], "quiet".into()).unwrap();
+    boot.of_disk(DiskBoot { disk: 1, append: "panic=10".into() }).unwrap()
+}
+
+#[test]
+fn a_kernel_from_the_disk_is_started_and_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut machine) = booted_from(dir.path(), &of_disk(bzimage(), 7, 5000)) else { return };
+    let kept =
+        |machine: &Machine| LinuxBoot::read(machine.ram.memory(), machine.ram.firmware().unwrap()).unwrap();
+    let new = of_disk(bzimage(), 8, 9000);
+    assert!(matches!(machine.reset_with(&new).unwrap(), Restarted::Given));
+    assert_eq!(kept(&machine), new);
+    assert_eq!(machine.disk_boot(), Some(DiskBoot { disk: 1, append: "panic=10".into() }));
+
+    // It equals a machine that was made with it.
+    let other = tempfile::tempdir().unwrap();
+    let mut fresh = booted_from(other.path(), &new).unwrap();
+    assert_eq!(differences(&saved(&mut machine), &saved(&mut fresh)), []);
+
+    let kept_before = |machine: &mut Machine, boot: &LinuxBoot| {
+        let started = machine.reset_with(boot).unwrap();
+        assert_eq!(kept(machine), new, "the last kernel stays");
+        started
+    };
+    let none = of_disk(vec![1; 5000], 9, 10);
+    assert!(matches!(kept_before(&mut machine, &none), Restarted::Before(_)));
+    let large = of_disk(bzimage(), 9, 8 << 20);
+    assert!(matches!(kept_before(&mut machine, &large), Restarted::NotKept(_)));
+    machine.reset().unwrap();
+    assert_eq!(kept(&machine), new);
+    assert_eq!(differences(&saved(&mut machine), &saved(&mut fresh)), []);
 }
