@@ -35,7 +35,7 @@ pub use metrics::MetricsOptions;
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
-pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time};
+pub use values::{BootFrom, ConsoleSpec, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time};
 pub use word::{HandOverOptions, WordOptions};
 
 /// A virtual machine that outlives its host.

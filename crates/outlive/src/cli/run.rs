@@ -9,7 +9,7 @@ use clap::Args;
 use super::active::ActiveOptions;
 use super::standby::StandbyOptions;
 use super::values::{
-    DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_listen, parse_name, parse_size, parse_vcpus,
+    BootFrom, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_listen, parse_name, parse_size, parse_vcpus,
 };
 use crate::arbiter;
 use crate::disk::DangerKind;
@@ -32,16 +32,23 @@ pub struct RunOptions {
 
     /// Linux kernel to boot, as distributions ship it (bzImage or ELF). Without it the built-in guest runs: a
     /// Redis server for trying Outlive out
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "linux")]
     pub kernel: Option<PathBuf>,
+
+    /// Boot the kernel that the guest has on its disk: kernel, initrd and command line as GRUB's or a Boot Loader
+    /// Specification's default entry in /boot says (ext2 to ext4), read again at every restart of the guest. It is the
+    /// first disk, or the one with this serial number or at this position, from 0
+    #[arg(long, value_name = "disk[=N|SERIAL]", group = "linux", requires = "disks", value_parser = BootFrom::from_str)]
+    pub boot: Option<BootFrom>,
 
     /// Its initial RAM disk
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
 
-    /// Its command line
-    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0")]
-    pub append: String,
+    /// Its command line [default: console=ttyS0]. With --boot, words behind those of the disk's entry, so that of a
+    /// word that counts once these win; console=ttyS0 is added if no word names a serial console
+    #[arg(long, value_name = "TEXT", requires = "linux")]
+    pub append: Option<String>,
 
     /// Disk of the guest: a raw image or a block device (repeat for more: vda, vdb ...); the built-in guest
     /// leaves its disks alone. With thin, a standby may have less room than the whole image takes
@@ -54,11 +61,11 @@ pub struct RunOptions {
     pub net: Option<NetSpec>,
 
     /// IPv4 address of the built-in guest with its prefix length
-    #[arg(long, default_value = "10.77.0.2/24", value_name = "ADDR/LEN", conflicts_with = "kernel", value_parser = IpSpec::from_str)]
+    #[arg(long, default_value = "10.77.0.2/24", value_name = "ADDR/LEN", conflicts_with = "linux", value_parser = IpSpec::from_str)]
     pub ip: IpSpec,
 
     /// Default gateway of the built-in guest
-    #[arg(long, value_name = "ADDR", requires = "net", conflicts_with = "kernel")]
+    #[arg(long, value_name = "ADDR", requires = "net", conflicts_with = "linux")]
     pub gateway: Option<Ipv4Addr>,
 
     /// The third place that says who may run the VM: file:DIR, a directory that both hosts see; etcd:URL,...;
@@ -159,7 +166,20 @@ impl RunOptions {
 
     /// Bytes of guest memory.
     pub fn memory_bytes(&self) -> u64 {
-        self.memory.unwrap_or(if self.kernel.is_some() { 1 << 30 } else { 256 << 20 })
+        self.memory.unwrap_or(if self.kernel.is_some() || self.boot.is_some() { 1 << 30 } else { 256 << 20 })
+    }
+
+    /// The command line of a kernel that is a file.
+    pub(crate) fn command_line(&self) -> String {
+        self.append.clone().unwrap_or_else(|| "console=ttyS0".into())
+    }
+
+    /// The position of the disk from which the guest boots. `None` if it boots from none, or there is no such disk.
+    pub(crate) fn boot_disk(&self) -> Option<usize> {
+        let BootFrom(wanted) = self.boot.as_ref()?;
+        let Some(wanted) = wanted else { return (!self.disks.is_empty()).then_some(0) };
+        let of_serial = self.disks.iter().position(|disk| disk.serial.as_ref() == Some(wanted));
+        of_serial.or_else(|| wanted.parse().ok().filter(|number| *number < self.disks.len()))
     }
 
     /// The disks that the VM writes to and does not share, with their positions among all disks.
@@ -197,6 +217,8 @@ Examples:
   outlive run --kernel /boot/vmlinuz-6.1.0-40-amd64 --initrd /boot/initrd.img-6.1.0-40-amd64 \\
       --append 'console=ttyS0 root=/dev/vda1' --disk path=/srv/server.img --console stdio
       a Linux server from its disk image, with its console on this terminal
+  outlive run --boot disk --append panic=10 --disk path=/srv/server.img --net tap=vm0,bridge=br0 --console stdio
+      the same with the kernel that the server itself has in /boot, so that its upgrades of the kernel count
   outlive run --listen 0.0.0.0:7000 --standby hostb:7000 --arbiter file:/srv/arbiter --disk path=/srv/server.img ...
       a VM whose host becomes its standby by itself, should the other host win it
   outlive run --or-standby --listen 0.0.0.0:7000 --standby hostb:7000 --arbiter file:/srv/arbiter ...

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use outlive_machine::SectorSize;
 
-use super::values::{ConsoleSpec, DiskSpec};
+use super::values::{BootFrom, ConsoleSpec, DiskSpec};
 use super::{ActiveOptions, RunOptions, StandbyOptions};
 use crate::disk::{self, NotRaw};
 use crate::network::UplinkSpec;
@@ -40,6 +40,13 @@ pub(super) enum SenseError {
     /// Two disks of the guest would overwrite each other.
     #[error("the disk image {} is given twice: give each disk an image of its own", .0.display())]
     SameImage(PathBuf),
+    /// It boots from nothing.
+    #[error(
+        "--boot disk={0}: there is no --disk with this serial number or position; positions count from 0, so give 0 to \
+         {last}, or serial={0} to a disk",
+        last = .1.saturating_sub(1)
+    )]
+    NoBootDisk(String, usize),
     /// A part of a sector.
     #[error(
         "the disk image {} has {bytes} bytes, no multiple of its sector of {sector}, so the guest would not see its end: \
@@ -82,6 +89,11 @@ impl RunOptions {
         }
         if self.or_standby && self.active.standbys.is_empty() {
             return Err(SenseError::NoOtherHost);
+        }
+        if let Some(BootFrom(Some(which))) = &self.boot
+            && self.boot_disk().is_none()
+        {
+            return Err(SenseError::NoBootDisk(which.clone(), self.disks.len()));
         }
         images(self.disks.iter().map(|disk| disk.path.as_path()))?;
         for disk in &self.disks {

@@ -172,3 +172,31 @@ fn an_operators_word_names_a_generation() {
         assert!(Cli::try_parse_from(["outlive", command, "--generation", "1"]).is_err());
     }
 }
+
+#[test]
+fn a_guest_boots_from_one_of_its_disks_or_from_a_file() {
+    let run = |args: &[&str]| match Cli::try_parse_from(["outlive", "run"].iter().chain(args)) {
+        Ok(Cli { command: Command::Run(options), .. }) => Ok(options),
+        Ok(_) => unreachable!("it is run"),
+        Err(error) => Err(error.to_string()),
+    };
+    let disks = ["--disk", "path=/a", "--disk", "path=/b,serial=system", "--disk", "path=/c,serial=0"];
+    let boots = |boot: &str| run(&[&["--boot", boot][..], &disks].concat()).unwrap().boot_disk();
+    assert_eq!((boots("disk"), boots("disk=1"), boots("disk=system")), (Some(0), Some(1), Some(1)));
+    assert_eq!(
+        (boots("disk=0"), boots("disk=3"), boots("disk=none")),
+        (Some(2), None, None),
+        "serial numbers first"
+    );
+    let options = run(&[&["--boot", "disk"][..], &disks].concat()).unwrap();
+    assert_eq!((options.memory_bytes(), options.append), (1 << 30, None));
+    for bad in ["", "disk=", "kernel", "disk1"] {
+        assert!(run(&[&["--boot", bad][..], &disks].concat()).unwrap_err().contains("disk=SERIAL"), "{bad}");
+    }
+    for with in [["--kernel", "/k"], ["--initrd", "/i"], ["--ip", "10.0.0.2/24"]] {
+        assert!(run(&[&["--boot", "disk"][..], &with, &disks].concat()).is_err(), "{with:?}");
+    }
+    assert!(run(&["--boot", "disk"]).is_err(), "no disk");
+    assert!(run(&["--append", "quiet"]).is_err() && run(&["--kernel", "/k", "--append", "quiet"]).is_ok());
+    assert_eq!(run(&["--kernel", "/k"]).unwrap().command_line(), "console=ttyS0");
+}

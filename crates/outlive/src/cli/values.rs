@@ -27,6 +27,24 @@ pub struct NetSpec {
     pub vlan: Option<u16>,
 }
 
+/// What a guest boots: `disk`, or `disk=` with the disk's serial number or its position.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootFrom(pub Option<String>);
+
+impl FromStr for BootFrom {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            None if text == "disk" => Ok(Self(None)),
+            Some(("disk", which)) if !which.is_empty() => Ok(Self(Some(which.to_owned()))),
+            _ => Err(format!(
+                "'{text}' is not disk, disk=N or disk=SERIAL; a kernel's file is given with --kernel"
+            )),
+        }
+    }
+}
+
 impl NetSpec {
     /// What both hosts must have alike.
     pub fn wiring(&self) -> Wiring {

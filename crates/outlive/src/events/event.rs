@@ -191,6 +191,23 @@ pub enum Event {
         /// How it asked for the restart.
         how: String,
     },
+    /// The guest boots the kernel of its own disk (`--boot disk`): at its start, or at a restart.
+    BootsFromDisk {
+        /// The disk's position among the VM's disks.
+        disk: u16,
+        /// The entry's title.
+        entry: String,
+        /// The kernel's path on the disk.
+        kernel: String,
+        /// The command line, with the operator's words.
+        command_line: String,
+    },
+    /// A guest that boots the kernel of its own disk has restarted with its last kernel, because the disk has none
+    /// that can be read or started.
+    BootsLastKernel {
+        /// Why, for a person.
+        why: String,
+    },
     /// The standby has compared its copy with what a checkpoint says of the VM (`--self-check`).
     SelfCheck {
         /// The checkpoint.

@@ -31,6 +31,13 @@ fn every_event() -> Vec<Event> {
         Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536, planned_pages: 65600 },
         Event::GuestPanicked,
         Event::GuestRestarted { how: "a triple fault".into() },
+        Event::BootsFromDisk {
+            disk: 0,
+            entry: "Debian GNU/Linux".into(),
+            kernel: "/boot/vmlinuz-6.1.0-13-amd64".into(),
+            command_line: "root=/dev/vda1 ro console=ttyS0".into(),
+        },
+        Event::BootsLastKernel { why: "no kernel was found on it".into() },
         Event::DiskSync {
             disk: 1,
             done_bytes: 1 << 20,

@@ -10,6 +10,7 @@
 //! broken.rs    disks and networks that fail while the VM runs
 //! hold.rs      holds a guest that writes more than the link carries; brake.rs, converge.rs: how much, how long
 //! driver.rs    the decisions; ports.rs what they reach; links.rs connections
+//! own_kernel.rs restarts of a guest that boots the kernel of its own disk
 //! notes.rs     log lines and events about them
 //! ```
 
@@ -32,6 +33,7 @@ use super::hand_over::UnderWay;
 use super::hold::{Held, LastEpoch};
 use super::inbox::{Inbox, Messages};
 use super::notes::Notes;
+use super::own_kernel::{self, Outcome, OwnKernel};
 use super::pool::Pool;
 use super::restarts::Restarts;
 use super::rivals::Rivals;
@@ -43,7 +45,7 @@ use crate::events::{Event, EventWriter, Part, Place};
 use crate::link::SenderReport;
 use crate::report::Reporter;
 use crate::status::Standing;
-use crate::vm::End;
+use crate::vm::{BootDiskError, End};
 use crate::{audit, notify, process};
 
 /// How long an ending process lets its last messages go out.
@@ -91,6 +93,8 @@ pub(super) struct Setup {
     pub(super) sidecars: Arc<Sidecars>,
     /// Compares both copies now and then.
     pub(super) self_check: SelfCheck,
+    /// Reads the kernel of the guest's own disk when it restarts.
+    pub(super) own_kernel: OwnKernel,
     /// Counters.
     pub(super) totals: Arc<Totals>,
     /// Events.
@@ -217,8 +221,10 @@ impl Coordinator {
         let until = [waiting.deadline, epoch_ends].into_iter().flatten().min();
         let until = until.map(|until| until.saturating_sub(now));
         let until_restart = self.restarts.due().map(|due| due.saturating_duration_since(Instant::now()));
+        let until_read = self.with.own_kernel.due().map(|due| due.saturating_duration_since(Instant::now()));
         let until_stop = self.stop_due.map(|due| due.saturating_duration_since(Instant::now()));
-        let timeout = [until, until_restart, until_stop, look].into_iter().flatten().min().unwrap_or(IDLE);
+        let timeout =
+            [until, until_restart, until_read, until_stop, look].into_iter().flatten().min().unwrap_or(IDLE);
         self.with.inbox.next_within(timeout)
     }
 
@@ -243,6 +249,11 @@ impl Coordinator {
                 }
             }
             Inbox::DiskAudited(audited) => self.disks_audited(&audited),
+            Inbox::BootRead(number, outcome) => {
+                if let Some(way) = self.with.own_kernel.read(number) {
+                    self.restart(way, Some(outcome));
+                }
+            }
             Inbox::DisksHashed(hashed) => self.with.self_check.hashed(hashed),
             Inbox::Detached(link) => self.detached(link),
             Inbox::Note(note) => self.note(note),
@@ -349,13 +360,29 @@ impl Coordinator {
 
     /// Restarts the guest, protected as before, if it is time.
     fn restart_if_due(&mut self) {
+        if let Some(way) = self.with.own_kernel.too_late(Instant::now()) {
+            let why = "its disk did not answer within --disk-timeout".to_owned();
+            self.restart(way, Some(Err(BootDiskError::NoThread(why))));
+        }
         let Some(way) = self.restarts.take(Instant::now()) else { return };
+        match self.with.own_kernel.begin(&self.with.machine, way, self.with.disk_timeout) {
+            None => {}
+            Some(why) => self.restart(way, why.map(Err)),
+        }
+    }
+
+    /// Restarts the guest with what its disk boots, if it boots from one.
+    fn restart(&mut self, way: ResetWay, outcome: Option<Outcome>) {
         self.with.machine.set_restarts(self.restarts.done());
         if !self.with.driver.guest_may_run() {
             return;
         }
         self.with.driver.handle(PrimaryEvent::LongWork { within: RESTART });
-        match self.with.machine.reset() {
+        let restarted = match outcome {
+            None => self.with.machine.reset(),
+            Some(outcome) => own_kernel::restart(&mut self.with.machine, outcome, &self.with.events),
+        };
+        match restarted {
             Ok(()) => {
                 self.with.events.emit(Event::GuestRestarted { how: way.to_string() });
             }

@@ -20,6 +20,7 @@ use super::self_check::Hashed;
 use crate::disk::SyncReport;
 use crate::link::SenderReport;
 use crate::network::Sight;
+use crate::vm::{BootDiskError, FromDisk};
 
 /// Both ends, for messages to the calling thread.
 pub(crate) fn inbox() -> (Queue, Messages) {
@@ -121,6 +122,8 @@ pub(crate) enum Inbox {
     DiskAudited(DiskAudited),
     /// The thread that hashes disks for the self-check is done.
     DisksHashed(Hashed),
+    /// What the guest's disk boots, for the restart of this number.
+    BootRead(u64, Result<Box<FromDisk>, BootDiskError>),
     /// How far the disks are in the base synchronisation.
     DiskSync(Link, SyncReport),
     /// Begin base synchronisation for this link, with these buffers for its checkpoints, in this version of the

@@ -14,6 +14,7 @@ use super::coordinator::{Coordinator, Setup};
 use super::driver::SharedDriver;
 use super::inbox::{Inbox, inbox};
 use super::links::{self, Plan};
+use super::own_kernel::OwnKernel;
 use super::ports::Ports;
 use super::rivals;
 use super::self_check::SelfCheck;
@@ -226,6 +227,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         sidecars: sidecars.map_err(CoordinateError::NoThread)?,
         replicates_disks: !replicated.is_empty(),
         books,
+        own_kernel: OwnKernel::new(queue.clone()),
         self_check: SelfCheck::new(options.self_check, &machine, queue),
         machine,
         driver,

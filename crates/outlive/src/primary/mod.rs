@@ -17,6 +17,7 @@ mod inbox;
 mod launch;
 mod links;
 mod notes;
+mod own_kernel;
 mod pool;
 mod ports;
 mod reminder;
@@ -141,7 +142,7 @@ pub(crate) fn start(
     elsewhere::look(&start, &active.standbys, &active.security())?;
     let vm = start.provenance.vm;
     let machine_events = Relay::new();
-    let guest = Guest::read(options)?;
+    let guest = Guest::read(options, held)?;
     let built_in = (!guest.is_linux()).then_some(options.ip.address);
     let mac = vm::mac_of(options.net.as_ref(), vm, built_in);
     let console = Arc::new(Console::open(active.console.as_ref(), stops.sender())?);
@@ -180,6 +181,9 @@ pub(crate) fn start(
             begin(&start, &mut arbiter)?;
         }
         begun => begun?,
+    }
+    if let Guest::OfDisk(read) = &guest {
+        own_kernel::say(read, &events);
     }
     for Accepted { danger, about, .. } in start.accepted() {
         tracing::warn!(?danger, "ACCEPTED: {about}");

@@ -71,7 +71,7 @@ impl Role {
             "receiver" => Self::Receiver,
             "session" => Self::Reader,
             "applier" => Self::Applier,
-            "disks" | "disk-sync" | "sidecars" | "self-check" => Self::Files,
+            "disks" | "disk-sync" | "sidecars" | "self-check" | "boot-disk" => Self::Files,
             "log" | "events" => Self::Writer,
             "watchdog" | "signals" | "hangup" | "stdin" | "stats" | "progress" => Self::Watcher,
             "metrics" => Self::Teller,

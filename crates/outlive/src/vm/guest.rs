@@ -2,16 +2,25 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use outlive_guest::PAYLOAD;
-use outlive_machine::{FirmwareError, LinuxBoot, Machine, PayloadOptions, StartError, StartLinuxError};
+use outlive_machine::{
+    DiskBoot, FirmwareError, Image, ImageError, LinuxBoot, Machine, PayloadOptions, StartError,
+    StartLinuxError,
+};
 
+use super::boot_disk::{BootDiskError, FromDisk, read_boot};
 use super::{NoRandom, Remedied};
 use crate::cli::RunOptions;
+use crate::disk::Held;
 use crate::process;
 
 /// How many vCPUs the built-in guest has room for.
 const PAYLOAD_VCPUS: u8 = outlive_guest::abi::MAX_VCPUS as u8;
+/// How long a disk may take to say what it boots.
+const READ: Duration = Duration::from_secs(120);
 
 /// Why there is nothing to boot.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +46,16 @@ pub(crate) enum GuestError {
         .path.display(), .bytes >> 20, .memory >> 20
     )]
     TooLarge { path: PathBuf, option: &'static str, bytes: u64, memory: u64 },
+    /// There is no disk to boot from.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The disk has no kernel that can be read.
+    #[error(
+        "cannot boot from the disk image {}: {source}; give the kernel with --kernel, --initrd and --append, or another \
+         disk with --boot disk=N",
+        .image.display()
+    )]
+    Disk { image: PathBuf, source: BootDiskError },
     /// The files cannot be kept for the guest's restarts.
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
@@ -59,6 +78,8 @@ pub(crate) enum Guest {
     BuiltIn(PayloadOptions),
     /// The user's kernel.
     Linux(Box<LinuxBoot>),
+    /// The kernel of its own disk.
+    OfDisk(Box<FromDisk>),
 }
 
 impl Guest {
@@ -66,13 +87,29 @@ impl Guest {
     ///
     /// # Errors
     /// See [`GuestError`].
-    pub(crate) fn read(options: &RunOptions) -> Result<Self, GuestError> {
+    pub(crate) fn read(options: &RunOptions, held: &Held) -> Result<Self, GuestError> {
+        if let Some(disk) = options.boot_disk() {
+            return Self::of_disk(options, held, disk);
+        }
         let Some(kernel) = &options.kernel else { return Self::built_in(options) };
         let memory = options.memory_bytes();
         let kernel = file(kernel, "--kernel", memory)?;
         let initrd = options.initrd.as_deref().map(|path| file(path, "--initrd", memory)).transpose()?;
-        let boot = LinuxBoot::new(kernel, initrd.unwrap_or_default(), options.append.clone())?;
+        let boot = LinuxBoot::new(kernel, initrd.unwrap_or_default(), options.command_line())?;
         Ok(Self::Linux(Box::new(boot)))
+    }
+
+    fn of_disk(options: &RunOptions, held: &Held, disk: usize) -> Result<Self, GuestError> {
+        let spec = &options.disks[disk];
+        let image = match held.at(&spec.path) {
+            Some(locked) => Image::of_locked(locked, spec.sectors)?,
+            None => Image::open(&spec.path, spec.readonly, spec.shared, spec.sectors)?,
+        };
+        let from = DiskBoot { disk: disk as u16, append: options.append.clone().unwrap_or_default() };
+        let until = Some(Instant::now() + READ);
+        let read = read_boot(Arc::new(image), &from, options.memory_bytes(), until);
+        let read = read.map_err(|source| GuestError::Disk { image: spec.path.clone(), source })?;
+        Ok(Self::OfDisk(Box::new(read)))
     }
 
     fn built_in(options: &RunOptions) -> Result<Self, GuestError> {
@@ -93,7 +130,7 @@ impl Guest {
 
     /// Whether it is a Linux kernel, which needs a console and a source of random numbers.
     pub(crate) fn is_linux(&self) -> bool {
-        matches!(self, Self::Linux(_))
+        !matches!(self, Self::BuiltIn(_))
     }
 
     /// How many bytes behind the guest's memory hold what it boots from.
@@ -101,6 +138,7 @@ impl Guest {
         match self {
             Self::BuiltIn(_) => 0,
             Self::Linux(boot) => boot.firmware_bytes(),
+            Self::OfDisk(read) => read.boot.firmware_bytes(),
         }
     }
 
@@ -112,6 +150,7 @@ impl Guest {
         match self {
             Self::BuiltIn(options) => machine.boot_payload(PAYLOAD, options).map_err(Remedied)?,
             Self::Linux(boot) => machine.boot_linux(boot).map_err(Remedied)?,
+            Self::OfDisk(read) => machine.boot_linux(&read.boot).map_err(Remedied)?,
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! ```text
 //! host.rs       what this host must have: memory, locked if asked for, and an uplink that is watched
 //! tap.rs        the card's place in the host's network
-//! guest.rs      what boots
+//! guest.rs      what boots; boot_disk.rs the kernel of the guest's own disk, read again at each restart
 //! options.rs    from the command line to the machine's options
 //! introduce.rs  what a primary tells its standby about the VM
 //! disks.rs      the VM's disks by where their writes go
@@ -15,6 +15,7 @@
 //! launch.rs     a running machine with its identity, on its way to its coordinator
 //! ```
 
+mod boot_disk;
 mod disks;
 mod guest;
 mod host;
@@ -27,6 +28,7 @@ mod remedy;
 mod runs;
 mod tap;
 
+pub(crate) use boot_disk::{BootDiskError, BootReader, FromDisk};
 pub(crate) use disks::{Disk, replicated};
 pub(crate) use guest::{Guest, GuestError, LoadError};
 pub(crate) use host::{

@@ -23,6 +23,7 @@ mod known;
 mod link;
 mod metrics;
 mod output;
+mod own_kernel;
 mod readers;
 mod redis;
 mod refusals;

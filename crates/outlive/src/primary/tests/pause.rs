@@ -25,6 +25,7 @@ use crate::events::{EventWriter, Role};
 use crate::link::CheckpointPart;
 use crate::primary::capture::{self, InsidePause, Of};
 use crate::primary::coordinator::{Coordinator, Setup};
+use crate::primary::own_kernel::OwnKernel;
 use crate::primary::self_check::SelfCheck;
 use crate::status::Standing;
 use crate::vm::limits::SLOTS;
@@ -114,6 +115,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
     let setup = Setup {
         arbiter_watch: None,
         rivals: None,
+        own_kernel: OwnKernel::new(rig.queue.clone()),
         self_check: SelfCheck::new(None, &machine, rig.queue),
         machine,
         driver: rig.driver,
