@@ -73,6 +73,13 @@ pub(crate) const E2FSPROGS: Package = Package {
     serves: false,
 };
 
+pub(crate) const FDISK: Package = Package {
+    name: "fdisk",
+    programs: &["sfdisk"],
+    used_for: "partition tables on disk images",
+    serves: false,
+};
+
 pub(crate) const COMPILER: Package = Package {
     name: "g++",
     programs: &["c++"],

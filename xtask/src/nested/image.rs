@@ -93,7 +93,8 @@ impl GuestKernel {
 }
 
 /// The images, in a directory: `vmlinuz-KERNEL`, `initrd-KERNEL` (Debian's), `busybox-KERNEL` (a small
-/// initrd), `root.img`, and `host.img`, a disk for a host with all of them on it.
+/// initrd), `root.img`, `own.img` (a whole disk with a kernel in `/boot`), and `host.img`, a disk for a host with
+/// all of them on it.
 pub(crate) struct GuestImage {
     directory: PathBuf,
 }

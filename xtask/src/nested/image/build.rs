@@ -20,7 +20,7 @@ use crate::run::{Workspace, step};
 /// The release of the guest's system.
 const SUITE: Suite = Suite::Stable("bookworm");
 /// Packages of its system beyond those that every system has.
-const PACKAGES: [&str; 18] = [
+const PACKAGES: [&str; 20] = [
     "systemd-sysv",
     "udev",
     "dbus",
@@ -39,6 +39,8 @@ const PACKAGES: [&str; 18] = [
     "ca-certificates",
     "linux-image-amd64",
     "linux-image-cloud-amd64",
+    "grub-common",
+    "grub2-common",
 ];
 /// Files of the guest, by their names in `/outlive`.
 const FILES: [(&str, &[u8]); 4] = [
@@ -50,6 +52,8 @@ const FILES: [(&str, &[u8]); 4] = [
 const PREPARE: &str = include_str!("../guest/prepare.sh");
 const INITRDS: &str = include_str!("../guest/initrds.sh");
 const BUSYBOX_INIT: &[u8] = include_bytes!("../guest/busybox-init");
+/// What Debian's `update-grub` writes for the first kernel of [`OWN_IMAGE`].
+const GRUB_CFG: &str = include_str!("../guest/grub.cfg");
 /// Drivers in the small initrd.
 const DRIVERS: [&str; 10] = [
     "virtio_mmio",
@@ -86,10 +90,22 @@ const ON_DISK: [&str; 16] = [
     "net/core",
 ];
 const ROOT_IMAGE: &str = "root.img";
+/// A whole disk that boots by itself: a partition table, and the same system with a kernel in `/boot`.
+const OWN_IMAGE: &str = "own.img";
+/// The kernel that it boots, and the one that waits in [`OWN_NEW`] until the guest installs it.
+const OWN_KERNELS: [GuestKernel; 2] = [GuestKernel::BookwormCloud, GuestKernel::TrixieCloud];
+/// A directory of the guest.
+const OWN_NEW: &str = "outlive/new-kernel";
+/// The UUID of its root file system.
+const OWN_UUID: &str = "6f75746c-6976-4521-8f77-6e6b65726e65";
+/// Where its partition begins, in bytes, and the table that says so.
+const OWN_START: u64 = 1 << 20;
+const OWN_TABLE: &[u8] = b"label: gpt\nstart=2048, size=2097152, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4\n";
+const OWN_DISK_BYTES: u64 = (1 << 30) + 2 * OWN_START;
 pub(super) const HOST_DISK: &str = "host.img";
 /// A root file system of this size, as a file with holes.
 const ROOT_SIZE: &str = "1G";
-const HOST_DISK_SIZE: &str = "4G";
+const HOST_DISK_SIZE: &str = "6G";
 
 /// Changes with everything that goes into the images except the versions of packages. To rebuild them from
 /// newer packages, remove them.
@@ -97,6 +113,7 @@ pub(super) fn key(kernels: &[Kernel]) -> u64 {
     let mut hasher = DefaultHasher::new();
     (SUITE.name(), PACKAGES, FILES, PREPARE, INITRDS).hash(&mut hasher);
     (BUSYBOX_INIT, DRIVERS, ON_DISK, ROOT_SIZE, HOST_DISK_SIZE).hash(&mut hasher);
+    (GRUB_CFG, OWN_UUID, OWN_TABLE).hash(&mut hasher);
     kernels.iter().for_each(|kernel| kernel.release.hash(&mut hasher));
     hasher.finish()
 }
@@ -259,10 +276,12 @@ impl<'a> Builder<'a> {
             keep_only(&modules, &ON_DISK.map(|part| modules.join(part)))?;
             self.chroot(&format!("/sbin/depmod {release}\n"), &[])?;
         }
-        self.file_system(&self.root(), ROOT_IMAGE, "outlive-guest", ROOT_SIZE)?;
+        let options = ["-L", "outlive-guest", "-E", "root_owner=0:0"];
+        self.file_system(&self.root(), ROOT_IMAGE, &options, ROOT_SIZE)?;
+        self.own_disk(releases)?;
         let contents = self.directory.join("host");
         make_directory(&contents)?;
-        let mut names = vec![ROOT_IMAGE.to_string()];
+        let mut names = vec![ROOT_IMAGE.to_string(), OWN_IMAGE.to_string()];
         for (kernel, _) in releases {
             names.extend(["vmlinuz", "initrd", "busybox"].map(|it| format!("{it}-{}", kernel.name())));
         }
@@ -270,16 +289,73 @@ impl<'a> Builder<'a> {
             let (from, to) = (self.directory.join(&name), contents.join(&name));
             fs::hard_link(&from, &to).map_err(file_error(&to))?;
         }
-        self.file_system(&contents, HOST_DISK, "outlive-host", HOST_DISK_SIZE)?;
+        let options = ["-L", "outlive-host", "-E", "root_owner=0:0"];
+        self.file_system(&contents, HOST_DISK, &options, HOST_DISK_SIZE)?;
         Ok(remove(&contents)?)
     }
 
+    /// The disk that boots by itself. The system's directory is as before when this returns.
+    fn own_disk(&self, releases: &[(GuestKernel, String)]) -> Result<(), ImageError> {
+        let root = self.root();
+        let release = |kernel| releases.iter().find(|(it, _)| *it == kernel).map(|(_, release)| release);
+        let [first, second] = OWN_KERNELS.map(|kernel| release(kernel).cloned().unwrap_or_default());
+        let put = |kernel: GuestKernel, release: &str, to: &Path| {
+            make_directory(to)?;
+            for (from, name) in [("vmlinuz", "vmlinuz"), ("initrd", "initrd.img")] {
+                let from = self.directory.join(format!("{from}-{}", kernel.name()));
+                copy(&from, &to.join(format!("{name}-{release}")))?;
+            }
+            Ok::<(), ImageError>(())
+        };
+        put(OWN_KERNELS[0], &first, &root.join("boot"))?;
+        put(OWN_KERNELS[1], &second, &root.join(OWN_NEW))?;
+        make_directory(&root.join("boot/grub"))?;
+        write(
+            &root.join("boot/grub/grub.cfg"),
+            GRUB_CFG.replace("@UUID@", OWN_UUID).replace("@RELEASE@", &first),
+        )?;
+        let fstab = root.join("etc/fstab");
+        let usual = fs::read(&fstab).map_err(file_error(&fstab))?;
+        write(&fstab, format!("UUID={OWN_UUID} / ext4 errors=remount-ro 0 1\n"))?;
+        let settings = root.join("etc/default/grub");
+        write(
+            &settings,
+            "GRUB_DEFAULT=saved\nGRUB_TIMEOUT=5\nGRUB_DISTRIBUTOR=Debian\nGRUB_CMDLINE_LINUX_DEFAULT=\n",
+        )?;
+
+        let image = self.directory.join(OWN_IMAGE);
+        write(&image, "")?;
+        let file = fs::OpenOptions::new().write(true).open(&image).map_err(file_error(&image))?;
+        file.set_len(OWN_DISK_BYTES).map_err(file_error(&image))?;
+        packages::provide(self.workspace, &[packages::FDISK], true);
+        let sfdisk = packages::find(self.workspace, "sfdisk").unwrap_or_else(|| "sfdisk".into());
+        let table = self.directory.join("own.table");
+        write(&table, OWN_TABLE)?;
+        let mut command = Command::new("sh");
+        command.args(["-c", "\"$0\" --quiet --no-reread --no-tell-kernel \"$1\" <\"$2\""]);
+        self.step(command.arg(sfdisk).arg(&image).arg(&table))?;
+        fs::remove_file(&table).map_err(file_error(&table))?;
+        let place = format!("root_owner=0:0,offset={OWN_START}");
+        self.file_system(&root, OWN_IMAGE, &["-L", "outlive-own", "-U", OWN_UUID, "-E", &place], ROOT_SIZE)?;
+
+        write(&fstab, usual)?;
+        remove(&root.join(OWN_NEW))?;
+        remove(&root.join("boot"))?;
+        Ok(make_directory(&root.join("boot"))?)
+    }
+
     /// An ext4 file system with the contents of a directory; this mounts nothing.
-    fn file_system(&self, contents: &Path, name: &str, label: &str, size: &str) -> Result<(), ImageError> {
+    fn file_system(
+        &self,
+        contents: &Path,
+        name: &str,
+        options: &[&str],
+        size: &str,
+    ) -> Result<(), ImageError> {
         packages::provide(self.workspace, &[packages::E2FSPROGS], true);
         let program = packages::find(self.workspace, "mke2fs").unwrap_or_else(|| "mke2fs".into());
         let mut command = Command::new(program);
-        command.args(["-q", "-t", "ext4", "-L", label, "-E", "root_owner=0:0", "-d"]).arg(contents);
+        command.args(["-q", "-F", "-t", "ext4"]).args(options).arg("-d").arg(contents);
         self.step(command.stdin(Stdio::null()).arg(self.directory.join(name)).arg(size))
     }
 }

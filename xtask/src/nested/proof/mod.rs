@@ -5,6 +5,7 @@ mod clocks;
 mod debian;
 mod files;
 mod kernels;
+mod own_kernel;
 mod postgres;
 mod reboot;
 mod redis;
@@ -33,7 +34,7 @@ struct Proof {
 }
 
 /// All of them.
-const PROOFS: [Proof; 9] = [
+const PROOFS: [Proof; 10] = [
     Proof {
         name: "guests",
         what: "Debian's kernels come up with 1 and 2 vCPUs, see their devices, restart and switch off",
@@ -53,6 +54,11 @@ const PROOFS: [Proof; 9] = [
         name: "reboot",
         what: "systemd's reboot of Debian with disk and card works, alone, protected and after a takeover",
         run: reboot::prove,
+    },
+    Proof {
+        name: "own-kernel",
+        what: "Debian boots the kernel that it has in /boot, and after an upgrade the new one, also after a takeover",
+        run: own_kernel::prove,
     },
     Proof {
         name: "redis",

@@ -51,6 +51,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(super) struct Guest {
     pub(super) kernel: GuestKernel,
+    /// It boots what its disk has, not `kernel`.
+    pub(super) own_kernel: bool,
     /// Debian's own initrd, or the small one.
     pub(super) stock_initrd: bool,
     pub(super) vcpus: u32,
@@ -69,6 +71,7 @@ impl Guest {
         let (address, prefix) = (Net::guest(1), Net::PREFIX);
         Guest {
             kernel,
+            own_kernel: false,
             stock_initrd: false,
             vcpus: 1,
             memory: "384M",
@@ -91,11 +94,23 @@ impl Guest {
         }
     }
 
+    /// Debian with a disk that boots by itself, with its own initrd and the small `init`. The entry of its boot loader
+    /// says what its root file system is.
+    pub(super) fn own_kernel() -> Guest {
+        Guest {
+            own_kernel: true,
+            append: format!("init=/outlive/init outlive.ip={}/{}", Net::guest(1), Net::PREFIX),
+            disks: vec!["own.img".into()],
+            ..Guest::server(GuestKernel::BookwormCloud)
+        }
+    }
+
     /// Only the small initrd.
     pub(super) fn busybox(kernel: GuestKernel, append: &str) -> Guest {
         let (address, prefix) = (Net::guest(1), Net::PREFIX);
         Guest {
             kernel,
+            own_kernel: false,
             stock_initrd: false,
             vcpus: 1,
             memory: "192M",
@@ -108,6 +123,12 @@ impl Guest {
     fn command(&self) -> String {
         let initrd = if self.stock_initrd { "initrd" } else { "busybox" };
         let (kernel, vcpus, memory) = (self.kernel.name(), self.vcpus, self.memory);
+        if self.own_kernel {
+            let (append, options) = (&self.append, self.options);
+            return format!(
+                "run --boot disk --vcpus {vcpus} --memory {memory} --append '{append}' {options}"
+            );
+        }
         format!(
             "run --kernel {DATA}/vmlinuz-{kernel} --initrd {DATA}/{initrd}-{kernel} --vcpus {vcpus} --memory {memory} \
              --append 'console=ttyS0 {}' {}",
