@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::stage::{Guest, SHORT, Side, Stage, UP};
+use super::stage::{Guest, PATIENT, SHORT, Side, Stage, UP};
 use super::{Context, ProofError, ensure};
 use crate::nested::kernel::Series;
 
@@ -23,7 +23,7 @@ const STOPPED: Duration = Duration::from_secs(400);
 const ANY_BOOT: Duration = Duration::from_secs(1500);
 
 pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
-    let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
+    let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?.dead_after(PATIENT);
     let guest = Guest::own_kernel();
     let first = stage.run(1, Some(2), &guest)?;
     first.program.wait_for(UP, ANY_BOOT)?;

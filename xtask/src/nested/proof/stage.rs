@@ -29,6 +29,8 @@ const AGENT: u16 = 7777;
 /// For emulated hosts: there the first write to a page after a checkpoint costs most of a millisecond.
 const INTERVAL: &str = "500ms";
 const DEAD_AFTER: &str = "5s";
+/// For a long proof: on a busy machine an emulated host is silent for many seconds now and then.
+pub(super) const PATIENT: &str = "20s";
 /// An emulated guest takes long to shut down.
 const STOP_WITHIN: &str = "600s";
 /// Time for a guest to start.
@@ -36,7 +38,7 @@ pub(super) const BOOT: Duration = Duration::from_secs(300);
 /// Time for a full synchronisation.
 pub(super) const SYNC: Duration = Duration::from_secs(400);
 /// Time for a takeover.
-pub(super) const TAKEOVER: Duration = Duration::from_secs(60);
+pub(super) const TAKEOVER: Duration = Duration::from_secs(120);
 /// Time for a short command in the guest.
 pub(super) const SHORT: Duration = Duration::from_secs(120);
 /// Time for systemd to start all services.
@@ -164,6 +166,7 @@ pub(super) struct Stage {
     logs: PathBuf,
     started: Instant,
     sides: u32,
+    dead_after: &'static str,
 }
 
 impl Stage {
@@ -190,10 +193,22 @@ impl Stage {
         };
         let started = Instant::now();
         let logs = workspace.target.join("nested/logs");
-        let stage = Stage { cluster: Cluster::start(workspace, options)?, logs, started, sides: 0 };
+        let stage = Stage {
+            cluster: Cluster::start(workspace, options)?,
+            logs,
+            started,
+            sides: 0,
+            dead_after: DEAD_AFTER,
+        };
         let names: Vec<&str> = kernels.iter().map(|it| it.name()).collect();
         stage.say(&format!("hosts with {} are up", names.join(" and ")));
         Ok(stage)
+    }
+
+    /// The same with another `--dead-after` for all programs that it starts.
+    pub(super) fn dead_after(mut self, dead_after: &'static str) -> Stage {
+        self.dead_after = dead_after;
+        self
     }
 
     pub(super) fn say(&self, what: &str) {
@@ -203,9 +218,10 @@ impl Stage {
     fn start(&mut self, host: usize, tap: &str, command: &str) -> Result<Side, ProofError> {
         self.sides += 1;
         let events = format!("{host}/events-{}", self.sides);
+        let dead_after = self.dead_after;
         let program = format!(
             "/bin/outlive {command} --arbiter file:{ARBITER} --net tap={tap},bridge={BRIDGE} \
-             --policy interval --interval {INTERVAL} --dead-after {DEAD_AFTER} --stop-within {STOP_WITHIN} --console stdio --events {SHARE}/{events}"
+             --policy interval --interval {INTERVAL} --dead-after {dead_after} --stop-within {STOP_WITHIN} --console stdio --events {SHARE}/{events}"
         );
         let program = self.cluster.spawn(host, "outlive", &program)?;
         Ok(Side { program, events: Events::new(self.cluster.share().join(events)) })
