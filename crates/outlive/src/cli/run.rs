@@ -41,8 +41,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "disk[=N|SERIAL]", group = "linux", requires = "disks", value_parser = BootFrom::from_str)]
     pub boot: Option<BootFrom>,
 
-    /// Its initial RAM disk
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    /// Initial RAM disk of --kernel
+    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with = "boot")]
     pub initrd: Option<PathBuf>,
 
     /// Its command line [default: console=ttyS0]. With --boot, words behind those of the disk's entry, so that of a
