@@ -83,8 +83,12 @@ fn gpt_at(source: &Source, sector: u64, at: u64) -> Result<Option<Vec<Partition>
     if !(128..=4096).contains(&size) {
         return Ok(None);
     }
-    let count = count.min(GPT_ENTRIES);
-    let table = source.peek(entries.saturating_mul(sector), (count * size) as usize)?;
+    let looked_at = count.min(GPT_ENTRIES);
+    let table = source.peek(entries.saturating_mul(sector), (looked_at * size) as usize)?;
+    // A table with more of them is not summed.
+    if looked_at == count && crc32fast::hash(&table) != u32_at(&header, 88) {
+        return Ok(None);
+    }
     let entries = table.chunks_exact(size as usize).zip(1..);
     let found = entries.filter_map(|(entry, number)| {
         let (first, last) = (u64_at(entry, 32), u64_at(entry, 40));

@@ -135,9 +135,13 @@ fn debians_default_is_found_on_every_kind_of_table_and_ext() {
 #[test]
 fn a_damaged_gpt_is_read_from_its_copy_at_the_end() {
     let Some(fs) = file_system(&debian("0"), &["-t", "ext4"]) else { return };
-    let Some(mut disk) = disk("gpt", &[&fs]) else { return };
-    disk[512 + 40] ^= 1;
-    boots(disk, NEW);
+    let Some(disk) = disk("gpt", &[&fs]) else { return };
+    // In the header, and in the first partition's begin.
+    for at in [512 + 40, 1024 + 33] {
+        let mut damaged = disk.clone();
+        damaged[at] ^= 1;
+        assert_eq!(boots(damaged, NEW).found.partition, 1);
+    }
 }
 
 #[test]
