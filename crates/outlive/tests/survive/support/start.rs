@@ -39,7 +39,8 @@ impl World {
         // The last argument is the built-in guest's.
         let memory = MEMORY.to_string();
         let usual = [("--memory", memory.as_str()), ("--ip", &ip)];
-        let usual = if options.contains(&"--kernel") { &usual[..1] } else { &usual };
+        let is_linux = options.iter().any(|it| ["--kernel", "--boot"].contains(it));
+        let usual = if is_linux { &usual[..1] } else { &usual };
         self.start(side, &["run"], options, usual)
     }
 
