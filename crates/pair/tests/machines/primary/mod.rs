@@ -4,6 +4,7 @@ mod choice;
 mod ends;
 mod loss;
 mod output;
+mod told;
 
 use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
 use outlive_pair::PrimaryAction::{self, *};

@@ -3,6 +3,7 @@
 mod attach;
 mod commit;
 mod succession;
+mod told;
 
 use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode, VmId};
 use outlive_pair::StandbyAction::{self, *};
