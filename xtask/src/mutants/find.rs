@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
-use syn::{Attribute, BinOp, Expr, Lit, Stmt, UnOp};
+use syn::{Arm, Attribute, BinOp, Expr, Lit, Stmt, UnOp};
 
 /// A place in the text of a file that can be changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +94,12 @@ impl<'a> Visit<'a> for Finder {
             _ => {}
         }
         visit::visit_expr(self, expr);
+    }
+
+    fn visit_arm(&mut self, arm: &'a Arm) {
+        if !arm.guard.as_ref().is_some_and(|(_, guard)| asks_for_a_planted_mistake(guard)) {
+            visit::visit_arm(self, arm);
+        }
     }
 
     fn visit_stmt(&mut self, stmt: &'a Stmt) {
@@ -238,6 +244,8 @@ mod tests {
             "let true = a else { return };",
             "planted(Mistake::Any);",
             "if planted!(self.bug, Any) || planted!(self.bug, Other) && !a { b(); }",
+            "match a { b if planted!(self.bug, Any) => c(), _ => d }",
+            "match a { b if planted!(self.bug, Any) => { c(); } _ => {} }",
             "assert!(a == b);",
         ] {
             assert_eq!(found(body), [], "{body}");
