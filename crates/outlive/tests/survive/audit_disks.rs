@@ -159,6 +159,7 @@ fn a_byte_that_differs_on_the_standbys_disk_is_found_and_the_image_is_made_anew(
 }
 
 #[test]
+#[ignore = "takes minutes"]
 fn a_guest_that_writes_to_its_disk_all_the_time_never_differs_and_after_takeovers_neither() {
     let Some(world) = World::new() else { return };
     let place = world.dir().to_path_buf();
@@ -184,6 +185,7 @@ fn a_guest_that_writes_to_its_disk_all_the_time_never_differs_and_after_takeover
 }
 
 #[test]
+#[ignore = "takes minutes"]
 fn an_audit_of_disks_goes_on_after_a_hand_over() {
     let Some(world) = World::new() else { return };
     let place = world.dir().to_path_buf();
@@ -207,6 +209,7 @@ fn an_audit_of_disks_goes_on_after_a_hand_over() {
 
 /// What a write does can be read long before the write is complete. Whoever compares it then finds a difference.
 #[test]
+#[ignore = "takes minutes"]
 fn writes_that_take_long_never_differ() {
     let Some(world) = World::new() else { return };
     let (behind, mounted) = (world.dir().join("behind"), world.dir().join("slow"));

@@ -10,7 +10,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use outlive::events::Event;
 
 use crate::support::{
-    Held, MemoryLoad, PATIENCE, Process, Side, Small, WRITTEN, Witnesses, World, wait_until, writer_kernel,
+    Held, MemoryLoad, Process, Side, Small, WRITTEN, Witnesses, World, wait_until, writer_kernel,
 };
 
 const SIZE: u64 = 48 << 20;
@@ -181,7 +181,7 @@ fn a_full_file_system_beside_the_standbys_image_stops_no_takeover() {
     active.kill();
     let began = Instant::now();
     assert_eq!(standby.wait_takeover(), 2);
-    assert!(began.elapsed() < PATIENCE / 4);
+    assert!(began.elapsed() < Duration::from_secs(15));
     writing.wait_written(Side::B);
     let stale = sidecar(&writing.image(Side::B));
     assert!(stale.contains("generation = 1") && stale.contains(r#"role = "replica""#), "{stale}");
