@@ -1,7 +1,8 @@
 //! One process of the program under test.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
@@ -97,7 +98,9 @@ impl Process {
     /// All events so far.
     pub(crate) fn events(&mut self) -> impl Iterator<Item = &Event> {
         if self.read.is_none() {
-            self.read = File::open(&self.events).ok();
+            // A named pipe that others keep open has no end.
+            let mut how = OpenOptions::new();
+            self.read = how.read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(&self.events).ok();
         }
         if let Some(file) = self.read.as_mut().filter(|_| !self.deaf) {
             match file.read_to_end(&mut self.rest) {
