@@ -2,6 +2,7 @@
 //!
 //! - `standing`: what is known, kept by those who write log and events. `answer`: what follows from it, as
 //!   JSON and as a line.
+//! - `survival`: what the loss of either host would mean.
 //! - `place`: where the socket is. `server`: the thread that answers there.
 //! - `command`: the other end, `outlive status`.
 //! - `told`: the same facts as metrics have them ([`crate::metrics`]).
@@ -14,11 +15,13 @@ mod command;
 mod place;
 mod server;
 mod standing;
+mod survival;
 mod told;
 mod word;
 
-pub use answer::{ArbiterSight, Status, Survival};
+pub use answer::{ArbiterSight, Status};
 pub use command::command;
+pub use survival::Survival;
 
 pub use crate::link::LinkKind;
 pub(crate) use place::{NoPlace, folders, usual};
