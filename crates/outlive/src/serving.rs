@@ -1,10 +1,40 @@
-//! A thread that serves clients of this host, in a `poll` loop, until its handle is dropped.
+//! A thread that serves clients, in a `poll` loop, until its handle is dropped; and what a process that does nothing
+//! but serve needs beside it.
 
 use std::io;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::process;
+
+/// Listens on the first address of a name that is this host's, without ever waiting. Returns which it is.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn listen(address: &str) -> io::Result<(TcpListener, SocketAddr)> {
+    // It tries one address after the other.
+    let listener = TcpListener::bind(&*address.to_socket_addrs()?.collect::<Vec<_>>())?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
+}
+
+/// From now on an order to stop no longer kills the process: it comes here, in words.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn stops(exit_with_stdin: bool) -> io::Result<Receiver<&'static str>> {
+    let (told, stops) = channel();
+    process::on_stop(exit_with_stdin, move |why| {
+        // Nobody listens once the process ends.
+        let _ = told.send(why);
+    })?;
+    Ok(stops)
+}
 
 /// The running thread. Dropping it makes the thread's `quit` readable and waits for the thread's end.
 #[derive(Debug)]

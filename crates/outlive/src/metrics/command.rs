@@ -1,10 +1,8 @@
 //! `outlive metrics`: prints or serves the metrics of this host.
 
 use std::io::{self, Write};
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::unistd::geteuid;
 
@@ -13,7 +11,7 @@ use super::http::{self, Page};
 use super::text::{Format, text};
 use crate::cli::MetricsOptions;
 use crate::serving::ServingThread;
-use crate::{exit, logs, notify, process, status};
+use crate::{exit, logs, notify, serving, status};
 
 /// `outlive metrics`: returns the exit code.
 pub fn command(options: &MetricsOptions) -> u8 {
@@ -85,11 +83,11 @@ fn nothing(scrape: &Scrape) -> Option<MetricsError> {
 }
 
 /// What is served: everybody is asked anew each time, and one scrape at a time.
-struct Served(std::sync::Mutex<Asker>);
+struct Served(Mutex<Asker>);
 
 impl Page for Served {
     fn metrics(&self, format: Format) -> String {
-        let asker = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let asker = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let scrape = asker.ask_all();
         drop(asker);
         for Process { socket, report, .. } in &scrape.processes {
@@ -102,14 +100,9 @@ impl Page for Served {
 }
 
 fn serve(asker: Asker, address: &str, exit_with_stdin: bool) -> Result<(), MetricsError> {
-    let (listener, address) =
-        listen(address).map_err(|source| MetricsError::Listen { address: address.to_owned(), source })?;
-    let (told, stops) = channel();
-    process::on_stop(exit_with_stdin, move |why| {
-        // Nobody listens once this returns.
-        let _ = told.send(why);
-    })
-    .map_err(MetricsError::System)?;
+    let (listener, address) = serving::listen(address)
+        .map_err(|source| MetricsError::Listen { address: address.to_owned(), source })?;
+    let stops = serving::stops(exit_with_stdin).map_err(MetricsError::System)?;
     if geteuid().is_root() {
         tracing::warn!(
             "this process needs no right of root: run it as another user (systemd/outlive-metrics.service)"
@@ -121,7 +114,7 @@ fn serve(asker: Asker, address: &str, exit_with_stdin: bool) -> Result<(), Metri
         );
     }
     logs::say(&format!("metrics are at http://{address}/metrics"));
-    let page = Arc::new(Served(std::sync::Mutex::new(asker)));
+    let page = Arc::new(Served(Mutex::new(asker)));
     let thread = ServingThread::start("http", move |quit| http::serve(&listener, &page, quit));
     let thread = thread.map_err(MetricsError::System)?;
     notify::ready();
@@ -130,12 +123,4 @@ fn serve(asker: Asker, address: &str, exit_with_stdin: bool) -> Result<(), Metri
     tracing::info!("{why}");
     drop(thread);
     Ok(())
-}
-
-/// Listens on the first address of a name that is this host's.
-fn listen(address: &str) -> io::Result<(TcpListener, SocketAddr)> {
-    let listener = TcpListener::bind(&*address.to_socket_addrs()?.collect::<Vec<_>>())?;
-    listener.set_nonblocking(true)?;
-    let address = listener.local_addr()?;
-    Ok((listener, address))
 }

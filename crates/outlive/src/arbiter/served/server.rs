@@ -6,11 +6,10 @@
 //! question about a VM is answered only if the certificate names the VM.
 
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -26,7 +25,7 @@ use crate::keys::Certificate;
 use crate::link::{Security, SecurityError, may_be_open, usable};
 use crate::logs::RateLimit;
 use crate::serving::ServingThread;
-use crate::{logs, notify, process};
+use crate::{logs, notify, serving};
 
 /// How long a question may take to arrive, and an answer to leave.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -85,14 +84,9 @@ pub(in crate::arbiter) fn serve(
 ) -> Result<(), ServeError> {
     check(&security, address)?;
     let arbiter = FileArbiter::open(directory)?;
-    let (listener, address) =
-        listen(address).map_err(|source| ServeError::Listen { address: address.to_owned(), source })?;
-    let (told, stops) = channel();
-    process::on_stop(exit_with_stdin, move |why| {
-        // Nobody listens once this returns.
-        let _ = told.send(why);
-    })
-    .map_err(ServeError::System)?;
+    let (listener, address) = serving::listen(address)
+        .map_err(|source| ServeError::Listen { address: address.to_owned(), source })?;
+    let stops = serving::stops(exit_with_stdin).map_err(ServeError::System)?;
     if security == Security::Open {
         tracing::warn!("INSECURE: whoever reaches {address} can win every generation of every VM");
     }
@@ -124,15 +118,6 @@ fn check(security: &Security, address: &str) -> Result<(), ServeError> {
             })
         }
     }
-}
-
-/// Listens on the first address of a name that is this machine's.
-fn listen(address: &str) -> io::Result<(TcpListener, SocketAddr)> {
-    // It tries one address after the other.
-    let listener = TcpListener::bind(&*address.to_socket_addrs()?.collect::<Vec<_>>())?;
-    listener.set_nonblocking(true)?;
-    let address = listener.local_addr()?;
-    Ok((listener, address))
 }
 
 #[derive(Clone)]
