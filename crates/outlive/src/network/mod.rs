@@ -6,7 +6,7 @@
 //!   system (`ip`, `brctl`) is needed and no runtime is started.
 //! * [`namespace`] makes network namespaces without a name, which leave nothing behind: they end with the
 //!   last process or handle in them.
-//! * [`here`] knows this host's own addresses.
+//! * `here` knows this host's own addresses.
 //! * [`UplinkSpec`] names what is watched to know whether the guest's clients can be reached.
 
 pub(crate) mod here;
