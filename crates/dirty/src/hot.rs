@@ -26,6 +26,9 @@ pub struct HotRule {
     pub probe_after: u32,
     /// Most hot pages. Each holds back an entry of a ring.
     pub max_pages: usize,
+    /// What a trap costs, in nanoseconds. An epoch that a vCPU spent in traps counts as a short one for `max_gap`: the
+    /// pages would be written more often if they were not trapped. 0: every epoch counts whole.
+    pub trap_ns: u32,
 }
 
 impl HotRule {
@@ -34,7 +37,7 @@ impl HotRule {
     pub fn for_costs(fault_ns: u32, copy_ns: u32, max_dirty_pages: usize) -> HotRule {
         // Half of the break-even: a hot page also has to go to the standby.
         let max_gap = (fault_ns / copy_ns.max(1) / 2).min(1000);
-        HotRule { max_gap, traps: 4, probe_after: 64, max_pages: max_dirty_pages / 2 }
+        HotRule { max_gap, traps: 4, probe_after: 64, max_pages: max_dirty_pages / 2, trap_ns: fault_ns }
     }
 }
 
@@ -53,8 +56,10 @@ pub enum HotPages {
 
 /// Part of the set that each epoch checks.
 const LOOK_AT: usize = 8;
-/// A page that is written this soon after it was re-armed was rightly hot.
-const SOON: u16 = 2;
+/// A page that is written within this many epochs after it was re-armed was rightly hot.
+const SOON: u64 = 2;
+/// Parts of an epoch in which the guest's own time is counted.
+const PARTS: u64 = 8;
 /// Doublings of `probe_after`.
 const MAX_LEVEL: u64 = 5;
 /// Places that can hold the history of a page: a cache line.
@@ -62,27 +67,29 @@ const WAYS: usize = 8;
 /// A comparison may be this many epochs late and still count for the next check of its page.
 const LATE: u64 = 4;
 
-/// The history of a page that was trapped lately, in a word: page (40 bits), the epoch in which the count
+/// The history of a page that was trapped lately, in a word: page (40 bits), the time at which the count
 /// began (16), traps since (4), level (4).
 #[derive(Clone, Copy)]
 struct Past {
     gfn: u64,
-    epoch: u16,
+    /// In parts of an epoch ([`HotSet::time`]).
+    time: u16,
     traps: u64,
     level: u64,
 }
 
 impl Past {
     fn unpack(word: u64) -> Past {
-        Past { gfn: word >> 24, epoch: (word >> 8) as u16, traps: word >> 4 & 15, level: word & 15 }
+        Past { gfn: word >> 24, time: (word >> 8) as u16, traps: word >> 4 & 15, level: word & 15 }
     }
 
     fn pack(self) -> u64 {
-        self.gfn << 24 | u64::from(self.epoch) << 8 | self.traps << 4 | self.level
+        self.gfn << 24 | u64::from(self.time) << 8 | self.traps << 4 | self.level
     }
 
-    fn age(self, epoch: u64) -> u16 {
-        (epoch as u16).wrapping_sub(self.epoch)
+    /// In parts of an epoch.
+    fn age(self, time: u64) -> u16 {
+        (time as u16).wrapping_sub(self.time)
     }
 }
 
@@ -98,6 +105,9 @@ pub(crate) struct HotSet {
     len: AtomicUsize,
     history: Words,
     epoch: AtomicU64,
+    /// The guest's own time, in parts of an epoch: without what it waits for traps. Traps slow a guest down, so by
+    /// the number of epochs its pages would seem to be written seldom, however often it would write them.
+    time: AtomicU64,
     cursor: AtomicUsize,
     /// Pages that were found unchanged, since this was last taken.
     found: AtomicU64,
@@ -146,6 +156,7 @@ impl HotSet {
             len: AtomicUsize::new(0),
             history: Words::reserve(places)?,
             epoch: counter(),
+            time: counter(),
             cursor: AtomicUsize::new(0),
             found: counter(),
             heated: counter(),
@@ -197,23 +208,29 @@ impl HotSet {
 
     /// A page was trapped. True if it is hot from now on.
     pub(crate) fn trapped(&self, gfn: Gfn) -> bool {
-        let epoch = self.epoch.load(Ordering::Relaxed);
+        let time = self.time.load(Ordering::Relaxed);
         let (place, past) = self.recall(gfn);
-        let past = past.filter(|past| u32::from(past.age(epoch)) <= self.rule.max_gap);
+        let past = past.filter(|past| self.is_lately(*past, time));
         if past.is_none() && self.is_fresh(place, gfn) {
             // Pages that displace each other would never be known long enough. This one gets a place when
             // those have become hot, or have not been written for a while.
             return self.rule.traps == 1 && self.rule.max_gap > 0 && self.insert(gfn, 0);
         }
-        let fresh = Past { gfn: gfn.0, epoch: epoch as u16, traps: 0, level: 0 };
+        let fresh = Past { gfn: gfn.0, time: time as u16, traps: 0, level: 0 };
         let Past { traps, level, .. } = past.unwrap_or(fresh);
-        let began = past.map_or(fresh.epoch, |past| past.epoch);
-        let level = if past.is_some_and(|past| past.age(epoch) <= SOON) { level } else { 0 };
-        let now = Past { gfn: gfn.0, epoch: began, traps: (traps + 1).min(15), level };
+        let began = past.map_or(fresh.time, |past| past.time);
+        let level =
+            if past.is_some_and(|past| u64::from(past.age(time)) <= SOON * PARTS) { level } else { 0 };
+        let now = Past { gfn: gfn.0, time: began, traps: (traps + 1).min(15), level };
         let is_hot = now.traps >= self.rule.traps.into() && self.rule.max_gap > 0 && self.insert(gfn, level);
         // A hot page leaves its place to another one.
         self.history[place].store(if is_hot { 0 } else { now.pack() }, Ordering::Relaxed);
         is_hot
+    }
+
+    /// Whether the count began no longer ago than `max_gap` allows.
+    fn is_lately(&self, past: Past, time: u64) -> bool {
+        u64::from(past.age(time)) <= u64::from(self.rule.max_gap) * PARTS
     }
 
     /// True if there was room for it.
@@ -293,7 +310,8 @@ impl HotSet {
                 } else {
                     (u64::from(self.rule.traps) - 1, ((due & 0xff) + 1).min(MAX_LEVEL))
                 };
-                let past = Past { gfn: gfn.0, epoch: epoch as u16, traps, level };
+                let time = self.time.load(Ordering::Relaxed) as u16;
+                let past = Past { gfn: gfn.0, time, traps, level };
                 self.history[self.recall(gfn).0].store(past.pack(), Ordering::Relaxed);
                 sink(gfn);
             } else {
@@ -324,7 +342,7 @@ impl HotSet {
 
     /// The place of the page's history, or the place where it may go: that of the page not seen for longest.
     fn recall(&self, gfn: Gfn) -> (usize, Option<Past>) {
-        let epoch = self.epoch.load(Ordering::Relaxed);
+        let time = self.time.load(Ordering::Relaxed);
         let first = self.set_of(gfn);
         let mut oldest = (first, 0);
         for place in first..first + WAYS {
@@ -333,7 +351,7 @@ impl HotSet {
             if word != 0 && past.gfn == gfn.0 {
                 return (place, Some(past));
             }
-            let age = if word == 0 { u16::MAX } else { past.age(epoch) };
+            let age = if word == 0 { u16::MAX } else { past.age(time) };
             if age >= oldest.1 {
                 oldest = (place, age);
             }
@@ -345,8 +363,7 @@ impl HotSet {
     fn is_fresh(&self, place: usize, gfn: Gfn) -> bool {
         let word = self.history[place].load(Ordering::Relaxed);
         let past = Past::unpack(word);
-        let age = past.age(self.epoch.load(Ordering::Relaxed));
-        word != 0 && past.gfn != gfn.0 && u32::from(age) <= self.rule.max_gap
+        word != 0 && past.gfn != gfn.0 && self.is_lately(past, self.time.load(Ordering::Relaxed))
     }
 
     /// The first place of the page's cache line.
@@ -354,9 +371,12 @@ impl HotSet {
         scatter(gfn) as usize & (self.history.len() - 1) & !(WAYS - 1)
     }
 
-    /// A new epoch begins.
-    pub(crate) fn begin(&self) {
+    /// A new epoch begins. In the last one, which took `ran_ns`, the busiest vCPU was trapped this often.
+    pub(crate) fn begin(&self, traps: u64, ran_ns: u64) {
         self.epoch.fetch_add(1, Ordering::Relaxed);
+        let waited = traps.saturating_mul(self.rule.trap_ns.into()).min(ran_ns);
+        let own = ((ran_ns - waited) * PARTS).checked_div(ran_ns).unwrap_or(PARTS);
+        self.time.fetch_add(own.max(1), Ordering::Relaxed);
     }
 }
 
@@ -372,11 +392,11 @@ fn scatter(gfn: Gfn) -> u64 {
 mod tests {
     use super::*;
 
-    const RULE: HotRule = HotRule { max_gap: 4, traps: 3, probe_after: 10, max_pages: 100 };
+    const RULE: HotRule = HotRule { max_gap: 4, traps: 3, probe_after: 10, max_pages: 100, trap_ns: 0 };
 
     fn set(rule: HotRule) -> HotSet {
         let set = HotSet::reserve(rule, 100).unwrap();
-        set.begin();
+        set.begin(0, 0);
         set
     }
 
@@ -384,7 +404,7 @@ mod tests {
         let mut cooled = Vec::new();
         for _ in 0..epochs {
             set.cool(|gfn| cooled.push(gfn.0));
-            set.begin();
+            set.begin(0, 0);
         }
         cooled
     }
@@ -429,12 +449,53 @@ mod tests {
         }
     }
 
+    /// Epochs of 1 ms of a guest that always writes some of 3000 pages, but gets no further than 150 traps in each.
+    /// Returns how many pages are hot after them.
+    fn hot_pages_of_a_trapped_guest(trap_ns: u32, epochs: u64, pages: u64) -> usize {
+        let rule = HotRule { trap_ns, ..HotRule::for_costs(6500, 350, 8192) };
+        let set = HotSet::reserve(rule, 8192).unwrap();
+        let mut random = 1u64;
+        let mut hot: std::collections::HashSet<u64> = std::collections::HashSet::new();
+        for _ in 0..epochs {
+            let mut written = std::collections::BTreeSet::new();
+            // It stops when it has been trapped so often, and writes hot pages at no cost.
+            while written.len() < 150 && hot.len() + written.len() < pages as usize {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let gfn = (random >> 33) % pages;
+                if !hot.contains(&gfn) {
+                    written.insert(gfn);
+                }
+            }
+            hot.extend(written.iter().filter(|&&gfn| set.trapped(Gfn(gfn))));
+            set.cool(|gfn| _ = hot.remove(&gfn.0));
+            set.begin(written.len() as u64, 1_000_000);
+        }
+        set.len()
+    }
+
+    /// By the count of epochs, a page of 3000 is written once in 20 of them: too seldom. But the guest would write
+    /// each in every epoch if it were not trapped.
+    #[test]
+    fn a_guest_that_mostly_waits_for_traps_gets_hot_pages() {
+        let (knows, does_not) =
+            (hot_pages_of_a_trapped_guest(6500, 300, 3000), hot_pages_of_a_trapped_guest(0, 300, 3000));
+        assert!(knows > 2700, "{knows}");
+        assert!(does_not < 300, "{does_not}");
+    }
+
+    /// Memory that is so large that each page is written once in a thousand epochs is not worth a copy in each.
+    #[test]
+    fn a_guest_that_writes_all_over_its_memory_gets_few() {
+        let hot = hot_pages_of_a_trapped_guest(6500, 1000, 150_000);
+        assert!(hot < 100, "{hot}");
+    }
+
     /// Pages that are written in every epoch become hot whatever their distance. (With two places a page and
     /// a hash of one multiplication, 3,614 of 30,000 did at a distance of 559 pages, and all at 557.)
     #[test]
     fn pages_at_any_distance_become_hot() {
         for distance in [1, 2, 3, 64, 512, 557, 559, 1000, 4096, 4099, 1 << 18] {
-            let rule = HotRule { max_gap: 13, traps: 4, probe_after: 1000, max_pages: 30_000 };
+            let rule = HotRule { max_gap: 13, traps: 4, probe_after: 1000, max_pages: 30_000, trap_ns: 0 };
             let set = HotSet::reserve(rule, 32_768).unwrap();
             let mut hot = std::collections::HashSet::new();
             for _ in 0..12 {

@@ -13,12 +13,26 @@ pub(crate) struct Lane {
     capacity: usize,
     len: AtomicUsize,
     owned: AtomicBool,
+    /// Traps of the vCPU since they were last taken.
+    traps: AtomicUsize,
 }
 
 impl Lane {
     pub(crate) fn reserve(capacity: usize) -> io::Result<Lane> {
         let (len, owned) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Ok(Lane { pages: Words::reserve(capacity)?, capacity, len, owned })
+        Ok(Lane { pages: Words::reserve(capacity)?, capacity, len, owned, traps: AtomicUsize::new(0) })
+    }
+
+    /// Counts traps of the vCPU.
+    #[cfg(not(all(test, loom)))]
+    pub(crate) fn count_traps(&self, traps: usize) {
+        self.traps.fetch_add(traps, Ordering::Relaxed);
+    }
+
+    /// Traps of the vCPU since the last call.
+    #[cfg(not(all(test, loom)))]
+    pub(crate) fn take_traps(&self) -> usize {
+        self.traps.swap(0, Ordering::Relaxed)
     }
 
     /// Becomes the one writer, or returns None while another thread is: nobody ever waits here.

@@ -45,7 +45,7 @@ fn the_count_works() {
 
 fn ten_thousand_epochs(choice: BackendChoice, exact: bool) {
     // So small that lists overflow, too.
-    let hot = HotPages::Rule(HotRule { max_gap: 8, traps: 2, probe_after: 8, max_pages: 200 });
+    let hot = HotPages::Rule(HotRule { max_gap: 8, traps: 2, probe_after: 8, max_pages: 200, trap_ns: 0 });
     let config = TrackerConfig { max_vcpus: 1, max_slots: 4, max_dirty_pages: 40, trigger: 20, exact, hot };
     let Some(mut guest) = guest::start(choice, config) else { return };
     let tracker = guest.tracker.clone();

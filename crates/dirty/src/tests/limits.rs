@@ -235,7 +235,7 @@ fn without_rings_no_ring_is_full() {
 /// In a first copy each page that is reported is sent, changed or not.
 #[test]
 fn no_page_becomes_hot_while_that_is_switched_off() {
-    let rule = HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 50 };
+    let rule = HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 50, trap_ns: 0 };
     for kind in [DirtyKind::Ring, DirtyKind::ClearLog] {
         let (kernel, tracker) =
             tracker(kind, TrackerConfig { hot: HotPages::Rule(rule), ..config(1, 50) }, 50);
@@ -263,7 +263,7 @@ fn no_page_becomes_hot_while_that_is_switched_off() {
 #[test]
 fn a_slot_that_goes_too_early_does_not_end_tracking() {
     let slot = |id: u32| MemorySlot { id, base: Gfn(u64::from(id) * 100), pages: 100, host_addr: 0 };
-    let rule = HotRule { max_gap: 4, traps: 1, probe_after: 2, max_pages: 50 };
+    let rule = HotRule { max_gap: 4, traps: 1, probe_after: 2, max_pages: 50, trap_ns: 0 };
     for case in ["fetched", "epoch", "hot"] {
         let hot = if case == "hot" { HotPages::Rule(rule) } else { HotPages::Off };
         let config = TrackerConfig { max_slots: 2, hot, ..config(1, 50) };

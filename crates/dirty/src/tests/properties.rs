@@ -136,7 +136,7 @@ const SPACE: u64 = 2400;
 fn hot() -> impl Strategy<Value = HotPages> {
     let rule =
         (1..6u32, 1..4u32, 1..12u32, 1..60usize).prop_map(|(max_gap, traps, probe_after, max_pages)| {
-            HotPages::Rule(HotRule { max_gap, traps, probe_after, max_pages })
+            HotPages::Rule(HotRule { max_gap, traps, probe_after, max_pages, trap_ns: 0 })
         });
     prop_oneof![Just(HotPages::Off), rule]
 }

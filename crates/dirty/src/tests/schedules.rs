@@ -114,7 +114,8 @@ fn a_disable_that_is_refused_loses_nothing() {
 /// All hot pages are written by one vCPU.
 #[test]
 fn parked_credits_leave_room_in_every_ring() {
-    let hot = HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 64, max_pages: 100_000 });
+    let hot =
+        HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 64, max_pages: 100_000, trap_ns: 0 });
     let (kernel, tracker) = tracker(DirtyKind::Ring, TrackerConfig { hot, ..config(4, 2000, 2000) }, 256);
     let mut stuck = 0;
     for _ in 0..200 {
@@ -163,7 +164,8 @@ fn pages_that_were_fetched_do_not_count() {
         assert_eq!(tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len(), 60);
         assert_eq!(tracker.pending(), 0, "{kind}");
     }
-    let hot = HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100 });
+    let hot =
+        HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100, trap_ns: 0 });
     let (kernel, tracker) = tracker(DirtyKind::ClearLog, TrackerConfig { hot, ..config(1, 1000, 500) }, 4096);
     (0..60).for_each(|page| kernel.write(0, Gfn(page), false));
     pages(&tracker);
@@ -175,12 +177,13 @@ fn pages_that_were_fetched_do_not_count() {
 
 /// Hot pages are copied in every epoch and count towards the trigger, so they may not reach it by themselves.
 #[test]
-fn hot_pages_leave_half_of_the_trigger() {
-    let hot = HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 1000 });
+fn hot_pages_leave_an_eighth_of_the_trigger() {
+    let hot =
+        HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 1000, trap_ns: 0 });
     let Some(guest) = guest::start(BackendChoice::Ring, TrackerConfig { hot, ..config(1, 200, 100) }) else {
         return;
     };
-    assert_eq!(guest.tracker.hot_rule().unwrap().max_pages, 50);
+    assert_eq!(guest.tracker.hot_rule().unwrap().max_pages, 88);
 }
 
 /// Only a reader that has read a ring from its start knows where KVM writes next in it.
@@ -386,7 +389,7 @@ fn waits_can_be_ended() {
 #[test]
 fn pages_become_hot_between_fetches() {
     for kind in [DirtyKind::Ring, DirtyKind::ClearLog] {
-        let rule = HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 50 };
+        let rule = HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 50, trap_ns: 0 };
         let (kernel, tracker) =
             tracker(kind, TrackerConfig { hot: HotPages::Rule(rule), ..config(1, 200, 200) }, 4096);
         let mut buffer = [Gfn(0); 200];

@@ -18,7 +18,8 @@ use crate::{
 };
 
 /// Pages become hot after two writes, are written more often than not, and are probed often.
-const HOT: HotPages = HotPages::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 300 });
+const HOT: HotPages =
+    HotPages::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 300, trap_ns: 0 });
 
 fn config(vcpus: usize) -> TrackerConfig {
     TrackerConfig {

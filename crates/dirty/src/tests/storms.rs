@@ -55,7 +55,7 @@ impl Barrier {
 fn storm(kind: DirtyKind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
     const N: u64 = 600;
     let hot = if with_hot {
-        HotPages::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 5, max_pages: 40 })
+        HotPages::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 5, max_pages: 40, trap_ns: 0 })
     } else {
         HotPages::Off
     };

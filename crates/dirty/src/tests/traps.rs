@@ -9,7 +9,7 @@ use crate::{BackendChoice, Gfn, HotPages, HotRule, RingExit, TrackerConfig};
 
 /// Every page that is trapped becomes hot.
 const ALL_HOT: HotPages =
-    HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 4000 });
+    HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 4000, trap_ns: 0 });
 
 fn config(vcpus: usize) -> TrackerConfig {
     TrackerConfig { max_vcpus: vcpus, max_dirty_pages: 4000, trigger: 4000, ..TrackerConfig::default() }
@@ -44,6 +44,7 @@ fn area(index: usize) -> impl Iterator<Item = Gfn> {
 /// ring.
 #[test]
 fn an_exact_trigger_stops_one_vcpu_at_the_page() {
+    let mut twice = 0;
     for trigger in [1, 7, 41, 177, 500] {
         let Some(mut guest) =
             guest::start(BackendChoice::Ring, TrackerConfig { trigger, exact: true, ..config(1) })
@@ -59,15 +60,22 @@ fn an_exact_trigger_stops_one_vcpu_at_the_page() {
             assert!(guest.tracker.should_stop());
             // KVM would say so again until the epoch ends.
             assert_eq!(vcpu.run(), Stop::RingFull);
-            assert_eq!(end(&guest).0.len(), trigger, "epoch {epoch}");
+            // KVM lists a page again if it had to forget that the page is writable, as when memory is short.
+            let again = guest.tracker.stats().duplicates;
+            let pages = end(&guest).0.len() as u64;
+            let again = guest.tracker.stats().duplicates - again;
+            assert_eq!(pages + again, trigger as u64, "epoch {epoch}, {again} twice");
+            twice += again;
         }
     }
+    assert!(twice < 50, "{twice} of 7260 pages were listed twice");
 }
 
 /// Hot pages are copied in every epoch, so they count.
 #[test]
 fn hot_pages_count_in_an_exact_trigger() {
-    let hot = HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100 });
+    let hot =
+        HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100, trap_ns: 0 });
     let Some(mut guest) =
         guest::start(BackendChoice::Ring, TrackerConfig { trigger: 300, exact: true, hot, ..config(1) })
     else {
@@ -157,7 +165,7 @@ fn a_slot_that_is_gone_leaves_its_entries_behind() {
         end(&guest);
     }
     let parked = guest.tracker.stats().credits;
-    assert_eq!(parked, 2000, "half of the trigger");
+    assert!(parked >= AREAS[1].1, "{parked} parked");
     guest.remove_slot();
     guest.tracker.remove_slot(3).unwrap();
     for epoch in 3..=6 {

@@ -48,6 +48,7 @@ impl Tracker {
         }
         self.check()?;
         self.gate.close();
+        self.run_time.ended();
         // Either a thread that begins to fetch sees the gate closed, or it is counted here.
         fence(Ordering::SeqCst);
         // Threads that fetch find the gate closed; earlier ones need some microseconds.
@@ -134,6 +135,7 @@ impl Tracker {
             })
             .map_err(|error| self.noted(error));
         count.note(self);
+        self.lanes()[vcpu].count_traps(count.new + count.repeated as usize);
         taken
     }
 
@@ -237,17 +239,25 @@ impl Tracker {
         self.flat.clear();
         self.rearmed.store(false, Ordering::Relaxed);
         self.fetched.store(0, Ordering::Relaxed);
-        self.found.store(0, Ordering::Relaxed);
+        let found = self.found.swap(0, Ordering::Relaxed);
         self.source.begin();
         if let Some(hot) = &self.hot {
             let listed = pages - self.first_hot.load(Ordering::Relaxed).min(pages);
             add(&self.counters.traps_avoided, (listed as u64).saturating_sub(hot.take_found()));
-            hot.begin();
+            hot.begin(self.most_traps(found), self.run_time.take());
         }
+        self.run_time.begins();
         add(&self.counters.epochs, 1);
         add(&self.counters.pages, pages as u64);
         add(&self.counters.oversized, (pages > self.config.max_dirty_pages).into());
         self.warn_of_ignored();
+    }
+
+    /// How often the busiest vCPU was trapped in the epoch, where `found` traps are known of no vCPU: each then counts
+    /// as having its share of them.
+    pub(super) fn most_traps(&self, found: usize) -> u64 {
+        let most = self.lanes().iter().map(|lane| lane.take_traps()).max().unwrap_or(0);
+        (most + found / self.vcpus().max(1)) as u64
     }
 
     /// The epoch was dropped after its pages were armed: they are listed as marked pages, for the next

@@ -77,6 +77,7 @@ impl Tracker {
             self.arm_nothing(room)?;
         }
         self.source.begin();
+        self.run_time.begins();
         Ok(())
     }
 

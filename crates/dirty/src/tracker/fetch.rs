@@ -396,7 +396,9 @@ impl Tracker {
         let Some(_token) = Token::take(self).filter(|_| self.gate.is_open()) else { return Ok(()) };
         let Some(_owner) = self.heating.own() else { return Ok(()) };
         hot.cool(|gfn| self.to_arm.push(gfn));
-        hot.begin();
+        self.run_time.ended();
+        hot.begin(self.most_traps(0), self.run_time.take());
+        self.run_time.begins();
         let pages = self.to_arm.len();
         if pages == 0 {
             return Ok(());

@@ -6,6 +6,7 @@ mod config;
 mod cycle;
 mod enable;
 mod fetch;
+mod run_time;
 mod slots;
 mod stats;
 mod vcpus;
@@ -37,6 +38,7 @@ pub use stats::TrackerStats;
 pub use vcpus::AddVcpuError;
 
 use fetch::Bell;
+use run_time::RunTime;
 use slots::SlotTable;
 use stats::Counters;
 use vcpus::RingShape;
@@ -111,6 +113,7 @@ pub struct Tracker {
     /// trapped ones.
     to_arm: Flat,
     hot: Option<Arc<HotSet>>,
+    run_time: RunTime,
     /// Whether pages may become hot.
     heats: AtomicBool,
     gate: Gate,
@@ -284,6 +287,7 @@ impl Tracker {
             first_hot: AtomicUsize::new(0),
             to_arm,
             hot,
+            run_time: RunTime::default(),
             heats: AtomicBool::new(true),
             gate: Gate::new(),
             token: AtomicU8::new(FREE),
@@ -521,7 +525,9 @@ impl Tracker {
 
 /// The rule for hot pages, or why there is none.
 fn rule(config: &TrackerConfig, backend: &DirtyBackend, layout: &MemoryLayout) -> Option<HotRule> {
-    let most = backend.most_hot_pages().min(config.trigger / 2).min(layout.pages() as usize);
+    // Pages that are trapped first, or again, still have an eighth of an epoch.
+    let trigger = config.trigger - config.trigger / 8;
+    let most = backend.most_hot_pages().min(trigger).min(layout.pages() as usize);
     let rule = match config.hot {
         HotPages::Off => return None,
         _ if backend.most_hot_pages() == 0 => {

@@ -42,7 +42,7 @@ pub struct ActiveOptions {
 
     /// Number of dirty pages that triggers an early checkpoint; staging has room for twice as many
     /// (16 to 262144)
-    #[arg(long, default_value_t = 2048, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
+    #[arg(long, default_value_t = 4096, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
     pub max_dirty: usize,
 
     /// Silence after which the peer counts as dead; the longer value of the two hosts applies, 20ms to
