@@ -2,16 +2,16 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, OFlag};
 use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::{AccessFlags, faccessat};
+use nix::unistd::{AccessFlags, faccessat, geteuid};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::sandbox::{Foreign, foreign, was_made};
@@ -160,8 +160,7 @@ impl Listener {
         socket.bind(&address).map_err(refused)?;
         if whom == For::All {
             // Not before: the user's mask would take it away.
-            let mode = fs::Permissions::from_mode(0o666);
-            fs::set_permissions(path, mode).map_err(refused)?;
+            open_to_all(path).map_err(refused)?;
         }
         let file = identity(path).map_err(refused)?;
         let listener = Self {
@@ -208,6 +207,22 @@ fn connect_to(address: &SockAddr) -> io::Result<UnixStream> {
     socket.connect(address)?;
     socket.set_nonblocking(false)?;
     Ok(UnixStream::from(OwnedFd::from(socket)))
+}
+
+/// Lets everybody connect. In a directory that others may write to, somebody may have put a link in the place of the
+/// socket since it was made: what is opened here is looked at, and is what is changed.
+fn open_to_all(path: &Path) -> io::Result<()> {
+    let file =
+        File::options().read(true).custom_flags((OFlag::O_PATH | OFlag::O_NOFOLLOW).bits()).open(path)?;
+    let found = file.metadata()?;
+    if !found.file_type().is_socket() || found.uid() != geteuid().as_raw() {
+        return Err(io::Error::new(
+            ErrorKind::PermissionDenied,
+            "somebody else has put something in its place",
+        ));
+    }
+    // A descriptor that only names a file changes it by this way alone.
+    fs::set_permissions(format!("/proc/self/fd/{}", file.as_raw_fd()), fs::Permissions::from_mode(0o666))
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
@@ -263,6 +278,23 @@ fn make_room(path: &Path, address: &SockAddr) -> Result<(), BindError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Somebody else may write to the directory, and is quick.
+    #[test]
+    fn only_the_socket_itself_is_opened_to_all() {
+        let there = tempfile::tempdir().unwrap();
+        let (secret, link) = (there.path().join("secret"), there.path().join("link"));
+        fs::write(&secret, "x").unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink(&secret, &link).unwrap();
+        for place in [&secret, &link] {
+            assert!(open_to_all(place).is_err(), "{}", place.display());
+        }
+        assert_eq!(fs::metadata(&secret).unwrap().permissions().mode() & 0o777, 0o600);
+        let socket = there.path().join("socket");
+        let _listener = Listener::bind_for_all(&socket).unwrap();
+        assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o666);
+    }
 
     #[test]
     fn a_directory_that_was_made_for_a_socket_goes_with_it() {

@@ -201,7 +201,7 @@ fn here(runs_here: &AtomicBool) -> Here {
 /// What the loss means to this host.
 fn consequence(here: Here) -> &'static str {
     match here {
-        Here::Runs => "the VM runs on, but nobody could take it over, or go on alone, now",
+        Here::Runs => "the VM runs on, but could not go on alone here now",
         Here::Waits => "this standby cannot take the VM over now",
     }
 }

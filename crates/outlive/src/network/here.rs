@@ -1,6 +1,9 @@
 //! Whether an address is one of this host, as far as that can be known without asking a name server.
 
-use std::net::{IpAddr, UdpSocket};
+use std::net::IpAddr;
+
+use nix::ifaddrs::getifaddrs;
+use nix::sys::socket::SockaddrStorage;
 
 use crate::process;
 
@@ -26,14 +29,38 @@ pub(crate) fn address(host: &str) -> Option<IpAddr> {
     host.parse().ok()
 }
 
-/// Only an address of its own is one that a host can bind.
+/// Whether an interface of this host has the address. (Whether it can be bound says nothing: `ip_nonlocal_bind` lets a
+/// host bind every address, and hosts with keepalived or HAProxy have that.)
 pub(crate) fn is_of_this_host(address: IpAddr) -> bool {
-    UdpSocket::bind((address, 0)).is_ok()
+    if address.is_loopback() {
+        return true;
+    }
+    let ip = |socket: &SockaddrStorage| {
+        let v4 = socket.as_sockaddr_in().map(|it| IpAddr::from(it.ip()));
+        v4.or_else(|| socket.as_sockaddr_in6().map(|it| IpAddr::from(it.ip())))
+    };
+    getifaddrs()
+        .is_ok_and(|all| all.filter_map(|it| it.address.as_ref().and_then(ip)).any(|own| own == address))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_a_hosts_if_an_interface_has_it() {
+        assert!(is_of_this_host("127.0.0.1".parse().unwrap()) && is_of_this_host("::1".parse().unwrap()));
+        assert!(
+            !is_of_this_host("192.0.2.1".parse().unwrap())
+                && !is_of_this_host("2001:db8::1".parse().unwrap())
+        );
+        let own = getifaddrs().unwrap().find_map(|it| {
+            let ip = IpAddr::from(it.address?.as_sockaddr_in()?.ip());
+            (!ip.is_loopback()).then_some(ip)
+        });
+        // A machine without a network has none.
+        assert!(own.is_none_or(is_of_this_host));
+    }
 
     #[test]
     fn a_host_knows_its_own_name_and_leaves_tunnels_alone() {

@@ -248,6 +248,11 @@ impl Coordinator {
                     self.notes.standby_sees(sight);
                 }
             }
+            Inbox::StandbyReaches(link, reaches) => {
+                if self.with.driver.standby(link).is_some() {
+                    self.notes.standby_reaches(reaches);
+                }
+            }
             Inbox::DiskAudited(audited) => self.disks_audited(&audited),
             Inbox::BootRead(number, outcome) => {
                 if let Some(way) = self.with.own_kernel.read(number) {

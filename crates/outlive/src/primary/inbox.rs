@@ -118,6 +118,8 @@ pub(crate) enum Inbox {
     Audited(Audited),
     /// The standby says whether it sees the arbiter.
     StandbySees(Link, ArbiterSight),
+    /// The standby says whether it reaches the clients' network.
+    StandbyReaches(Link, Option<bool>),
     /// The standby has compared chunks of disks.
     DiskAudited(DiskAudited),
     /// The thread that hashes disks for the self-check is done.

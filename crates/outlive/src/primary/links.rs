@@ -124,6 +124,10 @@ fn connect(
             Heard::Audited(audited) => receiving.tell(Inbox::Audited(audited)),
             Heard::Sees(sight) => receiving.tell(Inbox::StandbySees(link, sight)),
             Heard::DiskAudited(audited) => receiving.tell(Inbox::DiskAudited(audited)),
+            Heard::Event(event @ PrimaryEvent::StandbyReaches { reaches, .. }) => {
+                receiving.tell(Inbox::StandbyReaches(link, reaches));
+                receiving.handle(event);
+            }
             Heard::Want(want) => receiving.tell(Inbox::DiskWant(link, want)),
             Heard::Event(PrimaryEvent::Refused { code: Ok(RefuseCode::Version), .. })
                 if theirs.get() < introduction =>

@@ -153,6 +153,9 @@ pub(crate) fn start(
     let events = events::open(&active.events_to())?;
     events.emit(Event::Confined { sandbox: sandbox::is_on() });
     standing.tells(&events);
+    if let Some(uplink) = &uplink {
+        standing.uplink(uplink);
+    }
     events.of_vm(&start.provenance.name, &vm.to_string());
     // Before the fencing, which may take long: `outlive status` tells of the arbiter.
     let watch = arbiter

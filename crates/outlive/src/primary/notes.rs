@@ -2,7 +2,7 @@
 //! no decision waits for a reader of the log.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use outlive_epoch::{ArbiterSight, LeaveReason};
 use outlive_pair::{LossReason, PrimaryNote as Note};
@@ -135,13 +135,17 @@ impl Notes {
         }
     }
 
+    /// The standby says whether it reaches the clients' network. `pair` decides by it; here it is for people.
+    pub(super) fn standby_reaches(&self, reaches: Option<bool>) {
+        self.standing.other_reaches(reaches);
+    }
+
     /// The standby says whether it sees the arbiter. Nothing is decided by it.
     pub(super) fn standby_sees(&mut self, sight: ArbiterSight) {
+        self.standing.other_sees(sight.into());
         match sight {
             ArbiterSight::Unknown => {}
             ArbiterSight::Lost { for_s } => {
-                let lasts = Duration::from_secs(for_s.into());
-                self.standing.other_lost_arbiter(SystemTime::now().checked_sub(lasts));
                 if self.standby_without_arbiter.is_none() {
                     self.standby_without_arbiter = Some(Instant::now());
                     tracing::warn!(
@@ -153,7 +157,6 @@ impl Notes {
                 }
             }
             ArbiterSight::Seen => {
-                self.standing.other_lost_arbiter(None);
                 if let Some(since) = self.standby_without_arbiter.take() {
                     let lost_ms = since.elapsed().as_millis() as u64;
                     tracing::warn!(lost_ms, "the standby sees the arbiter again");

@@ -117,8 +117,12 @@ pub(crate) fn check(command: &str) -> Result<(), FenceCheckError> {
         let said = String::from_utf8_lossy(&read.stderr);
         return Err(FenceCheckError::Syntax(said.trim().replace(char::is_control, " ")));
     }
-    // What the shell would make of any other first word is known when it runs.
-    let first = command.split_whitespace().next().unwrap_or_default().trim_end_matches(';');
+    // What the shell would make of any other first word is known when it runs. One before a bracket is a function's name.
+    let mut words = command.split_whitespace();
+    let first = words.next().unwrap_or_default().trim_end_matches(';');
+    if words.next().is_some_and(|next| next.starts_with('(')) {
+        return Ok(());
+    }
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._+-".contains(c);
     let is_there = match first.contains('/') {
         true => Path::new(first).is_file() && access(first, AccessFlags::X_OK).is_ok(),
@@ -365,6 +369,8 @@ mod tests {
             "X=1 no-matter",
             "\"$HOME\"/x",
             "(true)",
+            "off () { no-such-command; }; off",
+            "off() { true; }; off",
         ] {
             check(good).unwrap_or_else(|error| panic!("{good}: {error}"));
         }

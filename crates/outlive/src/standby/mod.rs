@@ -161,6 +161,9 @@ impl Post {
         let watch = Watch::start(arbiter.as_ref(), events.clone(), Here::Waits);
         let watch = Arc::new(watch.map_err(PostError::NoThread)?);
         standing.watch(&watch);
+        if let Some(uplink) = &uplink {
+            standing.uplink(uplink);
+        }
         standing.tells(&events);
         events.emit(Event::Started {
             role: Role::Standby,

@@ -186,7 +186,7 @@ impl Status {
                 link: sight.link,
                 is_operator: sight.is_a_person,
             }),
-            standby_lost_arbiter_since: facts.other_lost_arbiter.map(time),
+            standby_lost_arbiter_since: facts.other.arbiter.lost().map(time),
             loss_of_this_host: this,
             loss_of_other_host: other,
         }
@@ -279,6 +279,7 @@ pub(super) fn span(ms: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::Standing;
+    use super::super::standing::OtherSight;
     use super::*;
     use crate::arbiter::Site;
     use crate::process;
@@ -388,7 +389,7 @@ mod tests {
     fn a_standby_without_the_arbiter_protects_nothing() {
         let standing = primary();
         standing.protected(1);
-        standing.other_lost_arbiter(Some(SystemTime::UNIX_EPOCH));
+        standing.other_sees(OtherSight::Lost(SystemTime::UNIX_EPOCH));
         let status = at(&standing, Some(&CLEAR));
         let [this, other] = [&status.loss_of_this_host, &status.loss_of_other_host];
         assert!(!this.survived && other.survived, "{status}");
@@ -397,13 +398,41 @@ mod tests {
             "{status}"
         );
         assert_eq!(status.standby_lost_arbiter_since.as_deref(), Some("1970-01-01T00:00:00Z"));
-        standing.other_lost_arbiter(None);
+        standing.other_sees(OtherSight::Seen);
         assert!(at(&standing, Some(&CLEAR)).loss_of_this_host.survived);
         // The next standby has said nothing yet.
-        standing.other_lost_arbiter(Some(SystemTime::UNIX_EPOCH));
+        standing.other_sees(OtherSight::Lost(SystemTime::UNIX_EPOCH));
         standing.unprotected("the standby was lost");
         standing.protected(1);
         assert!(at(&standing, Some(&CLEAR)).loss_of_this_host.survived);
+    }
+
+    /// Only the host that is left must reach the arbiter, and the guest's clients.
+    #[test]
+    fn each_loss_is_up_to_the_host_that_is_left() {
+        let lost = Sight { lost: Some("gone".into()), ..CLEAR };
+        let survived = |standing: &Standing, sight: &Sight| {
+            let status = at(standing, Some(sight));
+            [status.loss_of_this_host.survived, status.loss_of_other_host.survived]
+        };
+        for (role, standing) in
+            [(Role::Primary, primary()), (Role::Standby, Standing::new(Role::Standby, Some("web"), "why"))]
+        {
+            standing.protected(1);
+            assert_eq!(survived(&standing, &CLEAR), [true, true], "{role:?}: the other one has said nothing");
+            assert_eq!(survived(&standing, &lost), [false, false], "{role:?}: the best guess");
+            standing.other_sees(OtherSight::Seen);
+            assert_eq!(survived(&standing, &lost), [true, false], "{role:?}");
+            standing.other_sees(OtherSight::Lost(SystemTime::UNIX_EPOCH));
+            assert_eq!(survived(&standing, &CLEAR), [false, true], "{role:?}");
+            standing.other_sees(OtherSight::Seen);
+            standing.other_reaches(Some(false));
+            assert_eq!(survived(&standing, &CLEAR), [false, true], "{role:?}");
+            let status = at(&standing, Some(&CLEAR));
+            assert!(status.loss_of_this_host.what.contains("cut off from the clients' network"), "{status}");
+            standing.other_reaches(Some(true));
+            assert_eq!(survived(&standing, &CLEAR), [true, true], "{role:?}");
+        }
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
+use outlive_epoch::ArbiterSight;
+
 use super::answer::Status;
 use super::told::{About, report};
 use crate::arbiter::{Site, Watch};
@@ -12,6 +14,7 @@ use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
 use crate::link::{LinkKind, Security};
 use crate::metrics::{Report, Running};
+use crate::network::Uplink;
 use crate::notify;
 use crate::primary::Queue;
 use crate::vm::Runs;
@@ -39,6 +42,49 @@ type Counter = Arc<dyn Fn() -> Progress + Send + Sync>;
 /// Reads everything that is measured where the VM runs.
 type Meter = Arc<dyn Fn() -> Running + Send + Sync>;
 
+/// What a host says of its way to the arbiter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum OtherSight {
+    /// Nothing: it has not looked yet, or is of an older release.
+    #[default]
+    Unknown,
+    /// It reaches the arbiter.
+    Seen,
+    /// It has not reached the arbiter since then.
+    Lost(SystemTime),
+}
+
+impl OtherSight {
+    /// Since when it is lost, if it is.
+    pub(super) fn lost(self) -> Option<SystemTime> {
+        match self {
+            OtherSight::Lost(since) => Some(since),
+            OtherSight::Unknown | OtherSight::Seen => None,
+        }
+    }
+}
+
+impl From<ArbiterSight> for OtherSight {
+    fn from(sight: ArbiterSight) -> Self {
+        match sight {
+            ArbiterSight::Unknown => OtherSight::Unknown,
+            ArbiterSight::Seen => OtherSight::Seen,
+            ArbiterSight::Lost { for_s } => {
+                let since = SystemTime::now().checked_sub(Duration::from_secs(for_s.into()));
+                OtherSight::Lost(since.unwrap_or(SystemTime::UNIX_EPOCH))
+            }
+        }
+    }
+}
+
+/// What the other host says of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct OtherHost {
+    pub(super) arbiter: OtherSight,
+    /// Whether it reaches the network of the guest's clients, if it knows.
+    pub(super) reaches: Option<bool>,
+}
+
 /// The facts; see the module.
 #[derive(Clone)]
 pub(super) struct Facts {
@@ -57,12 +103,13 @@ pub(super) struct Facts {
     pub(super) asking: bool,
     /// The generation is won, and the VM has been waiting for the fence command since then.
     pub(super) fencing: Option<SystemTime>,
-    /// Since when the standby cannot reach the arbiter, as it says.
-    pub(super) other_lost_arbiter: Option<SystemTime>,
+    /// What the other host says of itself.
+    pub(super) other: OtherHost,
     pub(super) generation: Option<u64>,
     pub(super) peer: Option<String>,
     pub(super) link: Option<LinkKind>,
     pub(super) watch: Option<Weak<Watch>>,
+    pub(super) uplink: Option<Weak<Uplink>>,
     /// On which host the arbiter is.
     pub(super) site: Site,
     /// Who can hand the VM over.
@@ -124,11 +171,12 @@ impl Standing {
             now: None,
             asking: false,
             fencing: None,
-            other_lost_arbiter: None,
+            other: OtherHost::default(),
             generation: None,
             peer: None,
             link: None,
             watch: None,
+            uplink: None,
             site: Site::default(),
             coordinator: None,
             counter: None,
@@ -158,6 +206,11 @@ impl Standing {
     /// Looks at the arbiter through this watch from now on, but does not keep it alive.
     pub(crate) fn watch(&self, watch: &Arc<Watch>) {
         self.change(|facts| facts.watch = Some(Arc::downgrade(watch)));
+    }
+
+    /// Looks at the clients' network through this from now on, but does not keep it alive.
+    pub(crate) fn uplink(&self, uplink: &Arc<Uplink>) {
+        self.change(|facts| facts.uplink = Some(Arc::downgrade(uplink)));
     }
 
     /// On which host the arbiter is.
@@ -290,7 +343,7 @@ impl Standing {
             }
             why.clone_into(&mut facts.why);
             (facts.now, facts.asking, facts.fencing) = (None, false, None);
-            facts.other_lost_arbiter = None;
+            facts.other = OtherHost::default();
         });
     }
 
@@ -323,9 +376,14 @@ impl Standing {
         self.change(|facts| (facts.now, facts.fencing) = (None, None));
     }
 
-    /// The standby says since when it cannot reach the arbiter; `None`: it can.
-    pub(crate) fn other_lost_arbiter(&self, since: Option<SystemTime>) {
-        self.change(|facts| facts.other_lost_arbiter = since);
+    /// The other host says whether it sees the arbiter.
+    pub(crate) fn other_sees(&self, sight: OtherSight) {
+        self.change(|facts| facts.other.arbiter = sight);
+    }
+
+    /// The other host says whether it reaches the clients' network, if it knows.
+    pub(crate) fn other_reaches(&self, reaches: Option<bool>) {
+        self.change(|facts| facts.other.reaches = reaches);
     }
 
     /// A standby has refused a primary, and has no other one. It asks again and again.

@@ -1,11 +1,12 @@
 //! What the loss of either host would mean now.
 
 use std::fmt;
+use std::sync::Weak;
 
 use serde::{Deserialize, Serialize};
 
 use super::answer::{span, time};
-use super::standing::Facts;
+use super::standing::{Facts, OtherSight};
 use crate::events::Role;
 
 /// What the loss of a host would mean.
@@ -72,51 +73,78 @@ fn says(survived: bool, what: &str, lost_ms: Option<u64>) -> Survival {
     Survival { survived, what: what.to_owned(), lost_ms }
 }
 
+/// What hinders a host that must ask the arbiter before the VM goes on there.
+enum Hindrance {
+    /// It has not reached the arbiter, since then if that is known.
+    NoArbiter(Option<String>),
+    /// The arbiter is on the host that is lost.
+    ArbiterWithIt,
+    /// It is cut off from the guest's clients.
+    NoClients,
+}
+
+/// What the loss of this host means is up to the other one, and the other way round: only the host that is left must
+/// reach the arbiter, and the guest's clients.
 fn while_protected(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [Survival; 2] {
-    // The arbiter may be on one of the two hosts.
-    let if_asked = |with_arbiter: bool, what: &str, waits: &str, lost_ms| match (arbiter_lost, with_arbiter) {
-        (true, _) => says(false, waits, lost_ms),
-        (false, true) => says(false, &format!("the arbiter would be lost with it: {waits}"), lost_ms),
-        (false, false) => says(true, what, lost_ms),
+    let other_lost = match facts.other.arbiter {
+        OtherSight::Seen => None,
+        OtherSight::Lost(since) => Some(Some(time(since))),
+        // An older release does not say it, and what this host sees is the best guess.
+        OtherSight::Unknown => arbiter_lost.then_some(None),
     };
-    let has_arbiter = facts.site.is_here();
-    let other_has_arbiter = facts.peer.as_ref().is_some_and(|peer| facts.site.is_at(peer));
+    let own_reach = facts.uplink.as_ref().and_then(Weak::upgrade).and_then(|uplink| uplink.reaches());
+    let peer_has_it = facts.peer.as_ref().is_some_and(|peer| facts.site.is_at(peer));
+    let hinders = |lost: Option<Option<String>>, with_it: bool, reaches: Option<bool>| match lost {
+        Some(since) => Some(Hindrance::NoArbiter(since)),
+        None if with_it => Some(Hindrance::ArbiterWithIt),
+        None => (reaches == Some(false)).then_some(Hindrance::NoClients),
+    };
+    let (of_other, of_this) = (
+        hinders(other_lost, facts.site.is_here(), facts.other.reaches),
+        hinders(arbiter_lost.then_some(None), peer_has_it, own_reach),
+    );
     match facts.role {
-        Role::Primary if !arbiter_lost && facts.other_lost_arbiter.is_some() => {
-            let since = facts.other_lost_arbiter.map(time).unwrap_or_default();
-            let waits =
-                format!("the standby has not reached the arbiter since {since}, and would wait until it can");
-            [says(false, &waits, since_commit), says(true, "the VM goes on here, unprotected", Some(0))]
+        Role::Primary => [taken_over("the standby", of_other, since_commit), goes_on("here", of_this)],
+        Role::Standby => {
+            [goes_on("at its primary", of_other), taken_over("this host", of_this, since_commit)]
         }
-        Role::Primary => [
-            if_asked(
-                has_arbiter,
-                "the standby takes over from the last checkpoint",
-                "the standby would wait until the arbiter is back",
-                since_commit,
-            ),
-            if_asked(
-                other_has_arbiter,
-                "the VM goes on here, unprotected",
-                "the VM's output would be held here until the arbiter is back",
-                Some(0),
-            ),
-        ],
-        Role::Standby => [
-            if_asked(
-                has_arbiter,
-                "the VM goes on at its primary, unprotected",
-                "the VM's output would be held at its primary until the arbiter is back",
-                Some(0),
-            ),
-            if_asked(
-                other_has_arbiter,
-                "this host takes over from the last checkpoint",
-                "this host would wait until the arbiter is back",
-                since_commit,
-            ),
-        ],
     }
+}
+
+/// What becomes of the VM when its primary is lost.
+fn taken_over(who: &str, hindrance: Option<Hindrance>, lost_ms: Option<u64>) -> Survival {
+    let waits = format!("{who} would wait until the arbiter is back");
+    let what = match &hindrance {
+        None => format!("{who} takes over from the last checkpoint"),
+        Some(Hindrance::NoArbiter(None)) => waits,
+        Some(Hindrance::NoArbiter(Some(since))) => {
+            format!("{who} has not reached the arbiter since {since}, and would wait until it can")
+        }
+        Some(Hindrance::ArbiterWithIt) => format!("the arbiter would be lost with it: {waits}"),
+        Some(Hindrance::NoClients) => {
+            format!("{who} takes over, but is cut off from the clients' network: nobody would reach the VM")
+        }
+    };
+    says(hindrance.is_none(), &what, lost_ms)
+}
+
+/// What becomes of the VM when its standby is lost.
+fn goes_on(place: &str, hindrance: Option<Hindrance>) -> Survival {
+    let held = format!("the VM's output would be held {place} until the arbiter is back");
+    let what = match &hindrance {
+        None => format!("the VM goes on {place}, unprotected"),
+        Some(Hindrance::NoArbiter(None)) => held,
+        Some(Hindrance::NoArbiter(Some(since))) => {
+            format!("the arbiter has not been reached there since {since}: {held}")
+        }
+        Some(Hindrance::ArbiterWithIt) => format!("the arbiter would be lost with it: {held}"),
+        Some(Hindrance::NoClients) => {
+            format!(
+                "the VM goes on {place}, which is cut off from the clients' network: nobody would reach it"
+            )
+        }
+    };
+    says(hindrance.is_none(), &what, Some(0))
 }
 
 fn while_unprotected(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [Survival; 2] {

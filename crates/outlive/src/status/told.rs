@@ -60,7 +60,7 @@ pub(super) fn report(
             answered: sight.seen.map(since),
             lost: sight.lost.as_ref().map(|_| sight.lost_since.map_or(0.0, since)),
         }),
-        standby_without_arbiter: facts.other_lost_arbiter.map(since),
+        standby_without_arbiter: facts.other.arbiter.lost().map(since),
         sandbox: status.sandbox,
         tls: facts.link.map(|link| link == LinkKind::Tls13),
         certificate_until: about.certificate_until.map(unix),

@@ -155,7 +155,7 @@ fn leave_to_standby(facts: &Facts) -> Result<Done, Refused> {
     if let Some(why) = sight.and_then(|sight| sight.lost) {
         return Err(Refused::NoArbiter(why));
     }
-    if let Some(since) = facts.other_lost_arbiter {
+    if let Some(since) = facts.other.arbiter.lost() {
         return Err(Refused::StandbyWithoutArbiter(humantime::format_rfc3339_seconds(since).to_string()));
     }
     let process = ask_to_hand_over(coordinator)?;
