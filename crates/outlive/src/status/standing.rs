@@ -11,7 +11,7 @@ use crate::arbiter::{Site, Watch};
 use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
 use crate::link::{LinkKind, Security};
-use crate::metrics::{Report, Running};
+use crate::metrics::{Histogram, Report, Running, TIMES};
 use crate::notify;
 use crate::primary::Queue;
 use crate::vm::Runs;
@@ -105,6 +105,8 @@ pub(crate) struct Standing {
     staged_us: AtomicU64,
     /// What a standby has compared. A primary has a counter.
     audit: Mutex<AuditProgress>,
+    /// How long a standby took to apply checkpoints.
+    apply: Histogram,
     /// When the process began.
     began: SystemTime,
     /// How often a protection has ended.
@@ -141,6 +143,7 @@ impl Standing {
             staged: AtomicU64::new(0),
             staged_us: AtomicU64::new(0),
             audit: Mutex::default(),
+            apply: Histogram::new(TIMES),
             began: SystemTime::now(),
             losses: AtomicU64::new(0),
         })
@@ -363,6 +366,11 @@ impl Standing {
         self.staged_us.store(now_us(), Ordering::Relaxed);
     }
 
+    /// A standby has applied a checkpoint, and that took so long.
+    pub(crate) fn applied(&self, took: Duration) {
+        self.apply.record_time(took);
+    }
+
     /// A standby has compared so many pages more.
     pub(crate) fn audited(&self, pages: u64, differs: bool) {
         let mut audit = self.compared();
@@ -398,6 +406,7 @@ impl Standing {
             began: self.began,
             losses: self.losses.load(Ordering::Relaxed),
             running: facts.meter.as_ref().map(|meter| meter()),
+            apply: self.apply.read(),
             certificate_until,
         };
         report(&facts, sight.as_ref(), progress, about, SystemTime::now())
