@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 14] = [
+const TARGETS: [(&str, Target); 15] = [
     ("wire", wire::stream),
     ("message", wire::message),
     ("incoming", wire::incoming),
@@ -16,6 +16,7 @@ const TARGETS: [(&str, Target); 14] = [
     ("sidecar", outlive::fuzz::sidecar),
     ("journal", outlive::fuzz::journal),
     ("served", outlive::fuzz::served),
+    ("metrics", outlive::fuzz::metrics),
     ("disk", outlive_bootdisk::fuzz::disk),
     ("grub", outlive_bootdisk::fuzz::text),
     ("kernel", outlive_machine::fuzz::kernel),

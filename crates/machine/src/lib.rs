@@ -49,7 +49,7 @@ pub use check::{CheckError, DiskHash, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
 pub use devices::valve::{EpochError, HeldOutput, Lease, OutputMode, Permit, Valve};
 pub use devices::virtio::blk::{
-    BlockDevice, BlockError, CHUNK, ChunkSet, DiskOptions, Image, ImageError, LockedImage, LogMode,
+    BlockDevice, BlockError, CHUNK, ChunkSet, DiskOptions, Image, ImageError, LockedImage, LogMode, PartLog,
     SectorSize, WriteLog,
 };
 pub use devices::virtio::net::{

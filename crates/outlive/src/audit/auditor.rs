@@ -55,7 +55,8 @@ impl AuditThread {
         let thread = outlive_machine::spawn("audit", move || {
             let disks = DiskAuditor::new(audit.clone(), disks, fastrand::u64(..));
             let memory = Auditor::new(audit, source, fastrand::u64(..));
-            let mut turns = Turns { memory, disks, pace: Pace::start(share), ahead: Duration::ZERO };
+            let (pace, rests) = (Pace::start(share), Instant::now());
+            let mut turns = Turns { memory, disks, pace, ahead: Duration::ZERO, rests };
             while !stopped.load(Ordering::Acquire) {
                 thread::park_timeout(turns.step());
             }
@@ -82,19 +83,32 @@ struct Turns {
     pace: Pace,
     /// How much more the disks have had.
     ahead: Duration,
+    /// Until when nothing is read.
+    rests: Instant,
 }
 
 impl Turns {
-    /// Does a little, and returns how long to rest.
+    /// Does a little, and returns how long to wait.
     fn step(&mut self) -> Duration {
-        let Self { memory, disks, pace, ahead } = self;
-        if !memory.audit.is_wanted() || (memory.source.epoch)().is_none() {
-            pace.rest(Duration::ZERO);
+        if !self.memory.audit.is_wanted() || (self.memory.source.epoch)().is_none() {
+            self.pace.rest(Duration::ZERO);
             // What was compared with a copy that is gone is no part of a round.
-            memory.left = memory.spans;
-            disks.begin_round();
+            self.memory.left = self.memory.spans;
+            self.disks.begin_round();
             return IDLE;
         }
+        let looks = self.disks.look(&self.memory.source.epoch);
+        let now = Instant::now();
+        if self.rests <= now {
+            self.rests = now + self.read();
+        }
+        let rest = self.rests.saturating_duration_since(now);
+        looks.map_or(rest, |looks| looks.min(rest))
+    }
+
+    /// Reads something, and returns how long to rest.
+    fn read(&mut self) -> Duration {
+        let Self { memory, disks, pace, ahead, .. } = self;
         let is_full = memory.audit.room() < AuditSpan::PAGES as usize;
         let began = thread_time();
         if disks.is_due() && (ahead.is_zero() || is_full) {

@@ -1,19 +1,20 @@
 //! The auditor's second half: it reads the primary's disks while the guest writes to them.
 //!
-//! A chunk has been read within one epoch if the same epoch ran before and after. If no write to it is in flight
-//! after the read, all writes that can be in what was read are in the logs of this epoch and those before. So what
-//! the disk has at the checkpoint is what was read, with the writes of this epoch's log on top of it; see
-//! `docs/audit.md`.
+//! What was read may have parts of writes that are in flight after the read, and of no others that no log has. Once
+//! these are complete their records are in the logs up to the running epoch's. So what the disk has at that checkpoint,
+//! or at any later one, is what was read, with all logs on top of it from that of the epoch in which the read began;
+//! see `docs/audit.md`.
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use outlive_epoch::ChunkRange;
+use outlive_machine::PartLog;
 
-use super::chunks::ChunkSample;
+use super::chunks::{ChunkSample, Whole};
 use super::{Audit, DiskRate};
 use crate::disk::{ChunkReader, Store, chunk_sum, chunks};
 
@@ -21,6 +22,14 @@ use crate::disk::{ChunkReader, Store, chunk_sum, chunks};
 const BURST: usize = 4;
 /// How many chunks in a hole are one sample. A standby whose image has no holes must read as many.
 const HOLE: u64 = 16;
+/// How long nothing is read after the standby has left something out, at first and at most.
+const REST: Duration = Duration::from_millis(100);
+const LONGEST_REST: Duration = Duration::from_secs(3);
+/// Time between two looks at writes that a sample waits for.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Whether the log has a part of a disk; see [`AuditDisk::part_log`].
+type AskLog = Box<dyn Fn(u64, u64, u64) -> PartLog + Send>;
 
 /// A disk to compare: one that each host has an image of, and that the guest writes to.
 pub(crate) struct AuditDisk<S = File> {
@@ -30,9 +39,8 @@ pub(crate) struct AuditDisk<S = File> {
     pub(crate) bytes: u64,
     /// Its image.
     pub(crate) image: S,
-    /// Whether a part of it, which was read before, has nothing but what the write log has:
-    /// [`BlockDevice::is_steady`](outlive_machine::BlockDevice::is_steady).
-    pub(crate) is_steady: Box<dyn Fn(u64, u64) -> bool + Send>,
+    /// What the write log has of a part: [`BlockDevice::part_log`](outlive_machine::BlockDevice::part_log).
+    pub(crate) part_log: AskLog,
 }
 
 /// Reads the disks, chunk by chunk, round after round.
@@ -44,6 +52,8 @@ pub(super) struct DiskAuditor<S = File> {
     at: (usize, u64),
     /// How many chunks are left of this round.
     left: u64,
+    /// Until when the standby has its rest, and how long the last one was.
+    rest: Option<(Instant, Duration)>,
     /// Whether an image could not be read in this round.
     complained: bool,
 }
@@ -52,7 +62,9 @@ impl<S: Store> DiskAuditor<S> {
     /// Begins at any chunk; `seed` says at which.
     pub(super) fn new(audit: Arc<Audit>, disks: Vec<AuditDisk<S>>, seed: u64) -> Self {
         let at = (0, disks.first().map_or(0, |disk| seed % chunks(disk.bytes).max(1)));
-        let mut auditor = Self { audit, disks, rate: DiskRate::start(), at, left: 0, complained: false };
+        audit.count_disks(disks.iter().map(|disk| (disk.index, disk.bytes)));
+        let rate = DiskRate::start();
+        let mut auditor = Self { audit, disks, rate, at, left: 0, rest: None, complained: false };
         auditor.begin_round();
         auditor
     }
@@ -61,17 +73,68 @@ impl<S: Store> DiskAuditor<S> {
     pub(super) fn begin_round(&mut self) {
         self.left = self.disks.iter().map(|disk| chunks(disk.bytes)).sum();
         self.complained = false;
+        self.audit.disk_round_began();
     }
 
     /// Whether there is something to read now, and the disks have had their rest.
     pub(super) fn is_due(&self) -> bool {
-        self.left > 0 && self.rate.wait().is_zero() && self.audit.chunks().room() >= BURST
+        let rests = || self.rest.is_some_and(|(until, _)| Instant::now() < until);
+        let waiting = self.audit.chunks();
+        (self.left > 0 || waiting.count_again() > 0)
+            && waiting.room() >= BURST
+            && self.rate.wait().is_zero()
+            && !rests()
+    }
+
+    /// How long the last rest was that the standby has taken.
+    #[cfg(test)]
+    pub(super) fn standby_rests(&self) -> Option<Duration> {
+        self.rest.map(|(_, last)| last)
     }
 
     /// How long the disks rest from now on.
     #[cfg(test)]
-    pub(super) fn rests(&self) -> std::time::Duration {
+    pub(super) fn rests(&self) -> Duration {
         self.rate.wait()
+    }
+
+    /// Takes the standby's answers, looks whether the log has what samples wait for, and ends a round of which nothing
+    /// is left. Returns when it must look again.
+    pub(super) fn look(&mut self, epoch: &dyn Fn() -> Option<u64>) -> Option<Duration> {
+        if self.audit.chunks().take_broken() {
+            self.begin_round();
+        }
+        self.take_answers();
+        let unlogged: Vec<_> = self.audit.chunks().unlogged().collect();
+        for &(chunks, last) in &unlogged {
+            let Some(disk) = self.disks.iter().find(|disk| disk.index == chunks.disk) else { continue };
+            let answer = (disk.part_log)(chunks.offset(), chunks.len(), last);
+            // The epoch after the disk: the records of what it has no longer in flight are in the logs up to this one.
+            match (answer, epoch()) {
+                (PartLog::Has, Some(running)) => self.audit.chunks().logged(chunks, last, running),
+                (PartLog::Waits(_), Some(_)) => {}
+                (PartLog::Lacks, _) | (_, None) => self.audit.chunks().lacks(chunks),
+            }
+        }
+        self.audit.chunks().expire(Instant::now());
+        self.audit.note_outcomes();
+        if self.left == 0 && !self.disks.is_empty() && self.audit.chunks().is_empty() {
+            self.audit.disk_round_ended();
+            self.begin_round();
+        }
+        (!unlogged.is_empty()).then_some(LOOK)
+    }
+
+    fn take_answers(&mut self) {
+        for (checkpoint, compared) in self.audit.take_answers() {
+            if self.audit.chunks().answered(checkpoint, compared) {
+                self.rest = None;
+                continue;
+            }
+            let last = self.rest.map_or(REST / 2, |(_, last)| last);
+            let rest = (last * 2).min(LONGEST_REST);
+            self.rest = Some((Instant::now() + rest, rest));
+        }
     }
 
     /// Reads the chunks whose turn it is. Returns how many samples that makes.
@@ -81,17 +144,23 @@ impl<S: Store> DiskAuditor<S> {
         for at in 0..BURST {
             let again = (old > 0).then(|| self.audit.chunks().next_again()).flatten();
             old = old.saturating_sub(1);
+            if again.is_none() && (self.left == 0 || self.audit.chunks().is_behind()) {
+                return at as u32;
+            }
             let (chunks, tries) = again.unwrap_or_else(|| (self.turn(), 0));
             let began = Instant::now();
             let count = self.sample(chunks, tries, epoch);
             // The slower of both disks sets the pace, or the standby would leave chunks out.
             self.rate.charge(1, began.elapsed().max(self.audit.their_read()));
             match again {
-                _ if count == 0 => return at as u32,
+                None if count == 0 => return at as u32,
                 None => self.went_on(count.into()),
                 Some(_) if count < chunks.count => {
-                    let (first, count) = (chunks.first + u64::from(count), chunks.count - count);
-                    self.audit.chunks().put_back(ChunkRange { first, count, ..chunks }, tries);
+                    let (first, rest) = (chunks.first + u64::from(count), chunks.count - count);
+                    self.audit.chunks().put_back(ChunkRange { first, count: rest, ..chunks }, tries);
+                    if count == 0 {
+                        return at as u32;
+                    }
                     old += 1;
                 }
                 Some(_) => {}
@@ -114,17 +183,14 @@ impl<S: Store> DiskAuditor<S> {
             _ => ((disk + 1) % self.disks.len(), 0),
         };
         self.left = self.left.saturating_sub(count);
-        if self.left == 0 {
-            self.audit.disk_round_ended();
-            self.begin_round();
-        }
     }
 
-    /// Reads the first of these chunks, or as many of them as are in a hole, and has them wait for the checkpoint if
-    /// what was read is of one epoch. Returns how many; 0 if there is nothing to compare them with now.
+    /// Reads the first of these chunks, or as many of them as are in a hole, and has them wait for a checkpoint that
+    /// has all that was read. Returns how many; 0 if there is nothing to compare them with now.
     pub(super) fn sample(&mut self, wanted: ChunkRange, tries: u8, epoch: &dyn Fn() -> Option<u64>) -> u32 {
         let Some(disk) = self.disks.iter().find(|disk| disk.index == wanted.disk) else { return 0 };
-        let Some(running) = epoch() else { return 0 };
+        // Before the read: what is logged from now on goes on top of it.
+        let Some(began) = epoch() else { return 0 };
         let Some(mut bytes) = self.audit.chunks().buffer() else { return 0 };
         let (count, buffer) = match read(disk, wanted, &mut bytes) {
             Ok((count, true)) => (count, Some(bytes)),
@@ -138,7 +204,9 @@ impl<S: Store> DiskAuditor<S> {
                     let (disk, chunk) = (wanted.disk, wanted.first);
                     tracing::warn!(disk, chunk, %error, "audit: a part of the image here cannot be read");
                 }
-                self.audit.chunks().give_back(Some(bytes));
+                let mut waiting = self.audit.chunks();
+                waiting.give_back(Some(bytes));
+                waiting.leave_out(ChunkRange { count: 1, ..wanted });
                 return 1;
             }
         };
@@ -147,10 +215,18 @@ impl<S: Store> DiskAuditor<S> {
         // What was read is older than what the disk and the epoch say. The disk first: a write that it no longer has
         // in flight is in the log of the running epoch, or of one before.
         fence(Ordering::Acquire);
-        let is_of_it = (disk.is_steady)(chunks.offset(), chunks.len()) && epoch() == Some(running);
+        let answer = (disk.part_log)(chunks.offset(), chunks.len(), u64::MAX);
+        let whole = match (answer, epoch()) {
+            (PartLog::Has, Some(running)) => Some(Whole::From(running)),
+            (PartLog::Waits(last), Some(_)) => Some(Whole::After(last)),
+            (PartLog::Lacks, _) | (_, None) => None,
+        };
         let mut waiting = self.audit.chunks();
-        if is_of_it {
-            waiting.offer(ChunkSample { epoch: running, chunks, bytes: buffer, sum, tries });
+        if let Some(whole) = whole {
+            let (next, read) = (began, Instant::now());
+            let sample =
+                ChunkSample { next, whole, chunks, bytes: buffer, sum, is_written: false, read, tries };
+            waiting.offer(sample);
         } else {
             waiting.try_again(chunks, tries);
             waiting.give_back(buffer);

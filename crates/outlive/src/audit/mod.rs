@@ -98,6 +98,11 @@ pub(crate) struct AuditProgress {
     pub(crate) disk_rounds: u64,
     /// When the last of those rounds ended.
     pub(crate) disk_round_ended: Option<SystemTime>,
+    /// Bytes of disks that were left out of a round, in whole chunks: they could not be compared, however often they
+    /// were tried.
+    pub(crate) disk_left_out: u64,
+    /// Those of the last whole round.
+    pub(crate) disk_round_left_out: u64,
     /// How often a copy was found to differ.
     pub(crate) differences: u64,
 }
@@ -119,13 +124,38 @@ pub(crate) struct Audit {
     progress: Mutex<Counted>,
 }
 
+/// How far the audit of a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DiskProgress {
+    /// Its position among the VM's disks.
+    pub(crate) index: u16,
+    /// Its length.
+    pub(crate) bytes: u64,
+    /// Bytes that the standby has compared, in whole chunks.
+    pub(crate) compared: u64,
+    /// Bytes that were left out of a round.
+    pub(crate) left_out: u64,
+    /// When the standby last compared something of it.
+    pub(crate) compared_at: Option<SystemTime>,
+    /// Since when it could have.
+    pub(crate) since: Option<SystemTime>,
+}
+
 /// What was compared, and the standby's last words.
 #[derive(Default)]
 struct Counted {
     progress: AuditProgress,
+    disks: Vec<DiskProgress>,
+    /// What was left out before this round.
+    left_out_before: u64,
     pages: Audited,
     chunks: DiskAudited,
+    /// Answers that the auditor has not taken: of which checkpoint, and how many chunks.
+    answers: Vec<(u64, u64)>,
 }
+
+/// How many answers may wait for the auditor; later ones count with the next.
+const MOST_ANSWERS: usize = 256;
 
 /// Samples that wait for the checkpoint of their epoch.
 #[derive(Default)]
@@ -144,6 +174,7 @@ impl Taking {
         audit.waiting().samples.clear();
         audit.chunks().forget();
         audit.takers.fetch_add(1, Ordering::Relaxed);
+        audit.link_begins();
         Self(audit)
     }
 
@@ -172,7 +203,9 @@ impl Taking {
 
 impl Drop for Taking {
     fn drop(&mut self) {
-        self.0.takers.fetch_sub(1, Ordering::Relaxed);
+        if self.0.takers.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.link_ended();
+        }
     }
 }
 
@@ -212,11 +245,85 @@ impl Audit {
         Duration::from_nanos(self.their_read_ns.load(Ordering::Relaxed))
     }
 
+    /// These disks are compared.
+    fn count_disks(&self, disks: impl Iterator<Item = (u16, u64)> + Clone) {
+        self.chunks().count(disks.clone().map(|(index, _)| index));
+        let mut counted = self.counted();
+        // A link that has begun already has found none of them.
+        let since = self.is_wanted().then(SystemTime::now);
+        let zero = |(index, bytes)| DiskProgress {
+            index,
+            bytes,
+            compared: 0,
+            left_out: 0,
+            compared_at: None,
+            since,
+        };
+        counted.disks = disks.map(zero).collect();
+    }
+
+    /// A link begins, whose standby counts anew.
+    fn link_begins(&self) {
+        let Counted { pages, chunks, answers, disks, .. } = &mut *self.counted();
+        (*pages, *chunks) = Default::default();
+        answers.clear();
+        disks.iter_mut().for_each(|disk| disk.since = Some(SystemTime::now()));
+    }
+
+    /// The last link has ended: nobody compares anything.
+    fn link_ended(&self) {
+        self.counted().disks.iter_mut().for_each(|disk| disk.since = None);
+    }
+
+    /// A round over the disks begins.
+    fn disk_round_began(&self) {
+        let counted = &mut *self.counted();
+        counted.left_out_before = counted.progress.disk_left_out;
+    }
+
     /// All of the disks have had their turn.
     fn disk_round_ended(&self) {
-        let progress = &mut self.counted().progress;
+        let Counted { progress, left_out_before, .. } = &mut *self.counted();
         progress.disk_rounds += 1;
         progress.disk_round_ended = Some(SystemTime::now());
+        progress.disk_round_left_out = progress.disk_left_out - *left_out_before;
+    }
+
+    /// Counts what has become of chunks.
+    fn note_outcomes(&self) {
+        let (mut waiting, mut counted) = (self.chunks(), self.counted());
+        let Counted { progress, disks, .. } = &mut *counted;
+        for ((_, outcome), disk) in waiting.take_outcomes().zip(disks) {
+            let [compared, left_out] =
+                [outcome.compared, outcome.left_out].map(|chunks| chunks * DISK_CHUNK as u64);
+            disk.compared += compared;
+            disk.left_out += left_out;
+            progress.disk_left_out += left_out;
+            if compared > 0 {
+                disk.compared_at = Some(SystemTime::now());
+            }
+        }
+    }
+
+    /// The standby's answers since the last call: up to which checkpoint, and how many chunks it has compared.
+    fn take_answers(&self) -> Vec<(u64, u64)> {
+        std::mem::take(&mut self.counted().answers)
+    }
+
+    /// As if so many chunks of a disk had been compared, and left out, and the last of it so long ago.
+    #[cfg(test)]
+    pub(crate) fn pretend_disk(&self, index: u16, bytes: u64, compared: u64, left_out: u64, ago: Duration) {
+        self.count_disks([(index, bytes)].into_iter());
+        self.link_begins();
+        self.chunks().pretend(compared, left_out);
+        self.note_outcomes();
+        let disk = &mut self.counted().disks[0];
+        (disk.since, disk.compared_at) = (Some(SystemTime::now() - ago), None);
+    }
+
+    /// How far it is with each disk.
+    pub(crate) fn disks(&self) -> Vec<DiskProgress> {
+        self.counted().disks.clone()
     }
 
     /// All pages have had their turn.
@@ -243,9 +350,14 @@ impl Audit {
 
     /// Takes the standby's word about disks. As above, it may be nonsense.
     pub(crate) fn heard_of_disks(&self, word: &DiskAudited) {
-        let Counted { progress, chunks: before, .. } = &mut *self.counted();
+        let Counted { progress, chunks: before, answers, .. } = &mut *self.counted();
         let earlier = if word.chunks >= before.chunks { *before } else { DiskAudited::default() };
         let chunks = word.chunks - earlier.chunks;
+        let is_full = answers.len() >= MOST_ANSWERS;
+        match answers.last_mut() {
+            Some(last) if is_full => *last = (word.checkpoint, last.1.saturating_add(chunks)),
+            _ => answers.push((word.checkpoint, chunks)),
+        }
         progress.disk_bytes = progress.disk_bytes.saturating_add(chunks.saturating_mul(DISK_CHUNK as u64));
         progress.differences += u64::from(word.differs.is_some());
         *before = *word;

@@ -471,14 +471,18 @@ pub struct AuditCounts {
     /// How often all of the replicated disks have had their turn.
     #[serde(default)]
     pub disk_rounds: u64,
+    /// Bytes of disks that were left out of a round, because they could not be compared however often they were tried.
+    #[serde(default)]
+    pub disk_left_out: u64,
     /// How often a copy was found to differ.
     pub differences: u64,
 }
 
 impl From<AuditProgress> for AuditCounts {
     fn from(progress: AuditProgress) -> Self {
-        let AuditProgress { pages, rounds, disk_bytes, disk_rounds, differences, .. } = progress;
-        Self { pages, rounds, disk_bytes, disk_rounds, differences }
+        let AuditProgress { pages, rounds, differences, .. } = progress;
+        let AuditProgress { disk_bytes, disk_rounds, disk_left_out, .. } = progress;
+        Self { pages, rounds, disk_bytes, disk_rounds, disk_left_out, differences }
     }
 }
 

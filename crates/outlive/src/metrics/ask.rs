@@ -196,7 +196,15 @@ pub(super) fn ask(status: &Path, deadline: Instant) -> Result<Report, AskError> 
             Err(error) => return Err(error.into()),
         }
     }
-    let report: Report = serde_json::from_slice(&bytes)?;
+    parse(&bytes)
+}
+
+/// What a process says, if it can be true.
+///
+/// # Errors
+/// [`AskError::Malformed`] and [`AskError::Unsound`].
+pub(super) fn parse(bytes: &[u8]) -> Result<Report, AskError> {
+    let report: Report = serde_json::from_slice(bytes)?;
     report.check()?;
     Ok(report)
 }
@@ -211,6 +219,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixListener;
 
+    use super::super::report::{AuditedDisk, Running};
     use super::*;
     use crate::events::Role;
     use crate::status::Standing;
@@ -293,5 +302,14 @@ mod tests {
         // Without a bound, and with a value.
         lies.takeovers.total.counts = vec![1, 1];
         assert_eq!(lies.check(), Err(Unsound::Impossible));
+        let disks = |indices: &[u16]| {
+            let disks = indices.iter().map(|&disk| AuditedDisk { disk, ..AuditedDisk::default() }).collect();
+            Report { running: Some(Running { disks, ..Running::default() }), ..standing.report(None) }.check()
+        };
+        assert_eq!(disks(&[0, 2, 9]), Ok(()));
+        for twice in [[0, 0], [2, 1]] {
+            assert_eq!(disks(&twice), Err(Unsound::Impossible), "one series twice");
+        }
+        assert_eq!(disks(&(0..65).collect::<Vec<_>>()), Err(Unsound::Impossible));
     }
 }

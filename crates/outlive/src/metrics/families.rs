@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use super::ask::{Process, Scrape};
 use super::histogram::Buckets;
-use super::report::{Report, Running, unix};
+use super::report::{AuditedDisk, Report, Running, unix};
 use crate::events::{PageCounts, Role};
 
 /// The size of a page, in bytes.
@@ -143,6 +143,20 @@ impl Scrape {
             let all = read(report).into_iter().flatten();
             all.map(|(which, value)| (vec![(label, which)], value)).collect()
         })
+    }
+
+    /// One number of each disk that the audit compares, where the VM runs.
+    fn disks(&self, read: impl Fn(&AuditedDisk) -> Option<Value>) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        for process in &self.processes {
+            let Ok(Report { role: of, running: Some(running), .. }) = &process.report else { continue };
+            for disk in &running.disks {
+                let mut labels = process_labels(process);
+                labels.extend([("role", role(*of).to_owned()), ("disk", disk.disk.to_string())]);
+                samples.extend(read(disk).map(|value| Sample { labels, value }));
+            }
+        }
+        samples
     }
 
     /// One number of the VM that runs at each.
@@ -293,6 +307,10 @@ pub(super) static FAMILIES: &[Family] = &[
     .seconds(),
     counts("outlive_commit", "From the end of the pause until the standby has said that it holds the checkpoint", |s| {
         s.running(|r| histogram(&r.commit, NS))
+    })
+    .seconds(),
+    counts("outlive_apply", "How long the standby took to apply a checkpoint to its copy of memory", |s| {
+        s.one(|r| (r.role == Role::Standby).then(|| histogram(&r.apply, NS)).flatten())
     })
     .seconds(),
     counts("outlive_checkpoint_phase", "The steps of a checkpoint (docs/measuring.md)", |s| {
@@ -448,6 +466,26 @@ pub(super) static FAMILIES: &[Family] = &[
     counter("outlive_audit_pages", "Pages of both hosts that were compared", |s| s.one(|r| Some(number(r.audit.pages)))),
     counter("outlive_audit_rounds", "How often all pages of the VM have had their turn", |s| {
         s.one(|r| (r.role == Role::Primary).then(|| number(r.audit.rounds)))
+    }),
+    counter("outlive_audit_disk", "Bytes of the disk of both hosts that were compared", |s| {
+        s.disks(|disk| Some(number(disk.compared)))
+    })
+    .bytes(),
+    counter(
+        "outlive_audit_disk_left_out",
+        "Bytes of the disk that were left out of a round: they could not be compared, however often they were tried",
+        |s| s.disks(|disk| Some(number(disk.left_out))),
+    )
+    .bytes(),
+    gauge("outlive_audit_disk_size", "The length of the disk", |s| s.disks(|disk| Some(number(disk.size)))).bytes(),
+    gauge(
+        "outlive_audit_disk_compared_age",
+        "Since the standby last compared some of the disk, or since it could have",
+        |s| s.disks(|disk| disk.age.map(Value::Number)),
+    )
+    .seconds(),
+    counter("outlive_audit_disk_rounds", "How often all of the disks have had their turn", |s| {
+        s.one(|r| (r.role == Role::Primary).then(|| number(r.audit.disk_rounds)))
     }),
     counter("outlive_audit_differences", "How often the standby's copy was found to differ", |s| {
         s.one(|r| Some(number(r.audit.differences)))

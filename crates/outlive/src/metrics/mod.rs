@@ -12,6 +12,8 @@
 mod ask;
 mod command;
 mod families;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod histogram;
 mod http;
 mod report;
@@ -21,9 +23,13 @@ mod text;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod units;
 
 pub use command::command;
-pub(crate) use histogram::{COUNTS, Histogram, PAUSES, SIZES, TIMES};
-pub(crate) use report::{ArbiterReport, AuditReport, FORMAT, Frames, Loss, Report, Running, unix};
+pub(crate) use histogram::{Buckets, COUNTS, Histogram, PAUSES, SIZES, TIMES};
+pub(crate) use report::{
+    ArbiterReport, AuditReport, AuditedDisk, FORMAT, Frames, Loss, Report, Running, unix,
+};
 pub(crate) use tally::Tally;
 pub(crate) use tell::tell;

@@ -14,6 +14,8 @@ use crate::events::{PageCounts, Role};
 pub(crate) const FORMAT: u32 = 1;
 /// The longest name of a VM that is believed, in bytes.
 const LONGEST_NAME: usize = 256;
+/// The most disks of a VM that are believed.
+const MOST_DISKS: usize = 64;
 
 /// The whole line. Times of the day are seconds since 1970, spans are seconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,6 +70,9 @@ pub(crate) struct Report {
     pub(crate) protection_losses: u64,
     /// The audit.
     pub(crate) audit: AuditReport,
+    /// How long a standby took to apply a checkpoint, in nanoseconds.
+    #[serde(default)]
+    pub(crate) apply: Buckets,
     /// What has happened.
     #[serde(default)]
     pub(crate) counted: Counted,
@@ -106,6 +111,25 @@ pub(crate) struct AuditReport {
     pub(crate) rounds: u64,
     /// How often a copy differed.
     pub(crate) differences: u64,
+    /// How often all of the disks had their turn.
+    #[serde(default)]
+    pub(crate) disk_rounds: u64,
+}
+
+/// How far the audit of a disk is, where the VM runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct AuditedDisk {
+    /// Its position among the VM's disks.
+    pub(crate) disk: u16,
+    /// Its length in bytes.
+    pub(crate) size: u64,
+    /// Bytes compared.
+    pub(crate) compared: u64,
+    /// Bytes left out of a round.
+    pub(crate) left_out: u64,
+    /// Since the standby last compared some of it, or since it could have; nothing without a standby.
+    pub(crate) age: Option<f64>,
 }
 
 /// What only the host counts where the VM runs, since it runs there. Times are nanoseconds.
@@ -142,6 +166,8 @@ pub(crate) struct Running {
     pub(crate) held_bytes: Buckets,
     /// The steps of a checkpoint by their names.
     pub(crate) phases: Vec<(String, Buckets)>,
+    /// The disks that the audit compares.
+    pub(crate) disks: Vec<AuditedDisk>,
 }
 
 /// What becomes of frames that the guest sends.
@@ -210,13 +236,17 @@ impl Report {
         // A histogram that a release does not have is empty.
         let sound = |it: &Buckets| it.is_sound() || *it == Buckets::default();
         let takeovers = self.takeovers.steps().into_iter().map(|(_, it)| it).chain([&self.takeovers.total]);
-        let mut histograms = self.running.iter().flat_map(Running::histograms).chain(takeovers);
+        let own = self.running.iter().flat_map(Running::histograms);
+        let mut histograms = own.chain(takeovers).chain([&self.apply]);
         let known =
             names.clone().all(|name| name.len() <= LONGEST_NAME && !name.chars().any(char::is_control));
         // Two of one name would be one series twice.
         let mut seen: Vec<_> = phases.map(|(name, _)| name).collect();
         seen.sort();
         let single = seen.len() <= LONGEST_NAME && seen.is_sorted_by(|a, b| a < b);
+        let numbered =
+            |disks: &[AuditedDisk]| disks.len() <= MOST_DISKS && disks.is_sorted_by(|a, b| a.disk < b.disk);
+        let single = single && self.running.iter().all(|running| numbered(&running.disks));
         if known && single && histograms.all(sound) { Ok(()) } else { Err(Unsound::Impossible) }
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use super::ask::{Asker, Places, Process, Scrape};
 use super::families::{FAMILIES, Kind, Unit};
 use super::histogram::{Buckets, Histogram, PAUSES, SIZES, TIMES};
-use super::report::{ArbiterReport, Frames, Loss, Report, Running};
+use super::report::{ArbiterReport, AuditedDisk, Frames, Loss, Report, Running};
 use super::tally::Takeovers;
 use super::text::{Format, text};
 use crate::events::{PageCounts, Role};
@@ -73,6 +73,10 @@ fn primary() -> Report {
             held_frames: of(super::COUNTS, &[0]),
             held_bytes: of(SIZES, &[0]),
             phases: vec![("copy".into(), of(TIMES, &[7_000])), ("stop".into(), of(TIMES, &[]))],
+            disks: vec![
+                AuditedDisk { disk: 0, size: 1 << 30, compared: 5 << 16, left_out: 1 << 16, age: Some(2.5) },
+                AuditedDisk { disk: 3, size: 1 << 20, age: None, ..AuditedDisk::default() },
+            ],
         }),
         ..base
     };
@@ -106,7 +110,7 @@ type Labels = BTreeMap<String, String>;
 
 /// What a reader finds in a text: types by name, and numbers by name and labels.
 #[derive(Default)]
-struct Read {
+pub(super) struct Read {
     types: BTreeMap<String, String>,
     units: BTreeMap<String, String>,
     helps: BTreeSet<String>,
@@ -116,7 +120,7 @@ struct Read {
 
 impl Read {
     /// Reads by the grammar of the formats, and by nothing of ours.
-    fn new(text: &str) -> Self {
+    pub(super) fn new(text: &str) -> Self {
         let mut read = Self::default();
         assert!(text.ends_with('\n'));
         for line in text.lines() {
@@ -142,7 +146,7 @@ impl Read {
         read
     }
 
-    fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+    pub(super) fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let is =
             |has: &Labels| labels.iter().all(|(name, value)| has.get(*name).is_some_and(|it| it == value));
         let found: Vec<_> = self.samples.iter().filter(|(it, has, _)| it == name && is(has)).collect();
@@ -227,6 +231,11 @@ fn a_reader_finds_what_was_told_in_base_units() {
         );
         assert_eq!(of_web("outlive_takeover_step_seconds_sum", &[("step", "settle")]), 0.000_4);
         assert_eq!(of_web("outlive_checkpoint_phase_seconds_count", &[("phase", "copy")]), 1.0);
+        assert_eq!(of_web("outlive_audit_disk_bytes_total", &[("disk", "0")]), 327_680.0);
+        assert_eq!(of_web("outlive_audit_disk_left_out_bytes_total", &[("disk", "0")]), 65_536.0);
+        assert_eq!(of_web("outlive_audit_disk_size_bytes", &[("disk", "3")]), 1_048_576.0);
+        // The other one has no standby that could compare it.
+        assert_eq!(read.value("outlive_audit_disk_compared_age_seconds", &[web]), 2.5);
         // Who does not answer has one number for that, and no other that could be taken for its own.
         assert_eq!(read.value("outlive_up", &[("vm", "dead")]), 0.0);
         let of_dead: Vec<_> = read

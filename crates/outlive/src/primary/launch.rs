@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_epoch::DeviceKind;
-use outlive_machine::{Machine, Valve};
+use outlive_machine::{Machine, PartLog, Valve};
 use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
 use super::capture;
@@ -92,9 +92,10 @@ fn audit_disks(machine: &Machine) -> io::Result<Vec<AuditDisk>> {
     let replicated = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
     let of = |disk: &vm::Disk| {
         let (image, asked) = (disk.image().file().try_clone()?, Arc::downgrade(disk));
-        let is_steady =
-            Box::new(move |offset, len| asked.upgrade().is_some_and(|disk| disk.is_steady(offset, len)));
-        Ok(AuditDisk { index: disk.index(), bytes: disk.capacity_bytes(), image, is_steady })
+        let part_log = Box::new(move |offset, len, last| {
+            asked.upgrade().map_or(PartLog::Lacks, |disk| disk.part_log(offset, len, last))
+        });
+        Ok(AuditDisk { index: disk.index(), bytes: disk.capacity_bytes(), image, part_log })
     };
     replicated.map(of).collect()
 }

@@ -52,6 +52,8 @@ pub(crate) use elsewhere::Elsewhere;
 pub(crate) use hand_over::{HandOverError, Waiting, ask as ask_to_hand_over};
 pub(crate) use inbox::Queue;
 pub(crate) use launch::run;
+#[cfg(test)]
+pub(crate) use stats::Totals;
 
 /// Why a VM cannot be started.
 #[derive(Debug, thiserror::Error)]

@@ -3,16 +3,16 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use outlive_epoch::CodecCounts;
 use outlive_machine::{CaptureReport, Output, OutputStats};
 
 use super::behind::Behind;
-use crate::audit::Audit;
+use crate::audit::{Audit, DiskProgress};
 use crate::events::{Event, EventWriter, Measured, PageCounts, Stats, histogram};
 use crate::link::Shipped;
-use crate::metrics::{COUNTS, Frames, Histogram, PAUSES, Running, SIZES, TIMES};
+use crate::metrics::{AuditedDisk, COUNTS, Frames, Histogram, PAUSES, Running, SIZES, TIMES};
 use crate::phases::{Phase, Phases, Recorded, histogram_ns};
 use crate::report::{COUNTERS, Reporter, Schedule, ThreadReport};
 use crate::status::Progress;
@@ -352,8 +352,16 @@ impl Totals {
             held_frames: held_frames.read(),
             held_bytes: held_bytes.read(),
             phases: parts.map(|phase| (phase.name().to_owned(), of(phase))).collect(),
+            disks: self.audit.disks().into_iter().map(audited).collect(),
         }
     }
+}
+
+fn audited(disk: DiskProgress) -> AuditedDisk {
+    let DiskProgress { index, bytes, compared, left_out, compared_at, since } = disk;
+    let ago = |at: SystemTime| SystemTime::now().duration_since(at).unwrap_or_default().as_secs_f64();
+    let age = since.map(|since| ago(compared_at.map_or(since, |at| at.max(since))));
+    AuditedDisk { disk: index, size: bytes, compared, left_out, age }
 }
 
 impl InFlight {

@@ -10,6 +10,7 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use outlive_epoch::{Checkpoint, Incoming, StateKind};
 use outlive_machine::state::StateError;
@@ -96,7 +97,7 @@ impl Applier {
                 let result = self.copy.try_restore(&whole).map_err(|error| error.to_string());
                 Event::Tried { link, checkpoint, result }
             }
-            Doing::Apply => match self.apply(staged) {
+            Doing::Apply => match self.timed(staged) {
                 Ok(()) => Event::Applied { link, checkpoint },
                 Err(error @ ApplyError::Audit(_)) => {
                     self.decisions.equipment.differences.note();
@@ -105,6 +106,14 @@ impl Applier {
                 Err(error) => Event::Failed { link, why: error.to_string() },
             },
         })
+    }
+
+    /// Applies it, and counts how long that took.
+    fn timed(&mut self, staged: &mut Incoming) -> Result<(), ApplyError> {
+        let began = Instant::now();
+        self.apply(staged)?;
+        self.decisions.equipment.standing.applied(began.elapsed());
+        Ok(())
     }
 
     fn apply(&mut self, staged: &mut Incoming) -> Result<(), ApplyError> {

@@ -85,6 +85,9 @@ pub struct Audited {
     /// Milliseconds since then.
     #[serde(default)]
     pub disk_round_ended_ms_ago: Option<u64>,
+    /// Bytes that were left out of that round, because they could not be compared however often they were tried.
+    #[serde(default)]
+    pub disk_round_left_out: u64,
     /// How often a copy was found to differ.
     pub differences: u64,
 }
@@ -92,7 +95,7 @@ pub struct Audited {
 impl Audited {
     fn new(progress: AuditProgress, now: SystemTime) -> Option<Self> {
         let AuditProgress { pages, rounds, round_ended, differences, .. } = progress;
-        let AuditProgress { disk_bytes, disk_rounds, disk_round_ended, .. } = progress;
+        let AuditProgress { disk_bytes, disk_rounds, disk_round_ended, disk_round_left_out, .. } = progress;
         let ago = |at: SystemTime| millis(now.duration_since(at).unwrap_or_default());
         (pages > 0 || disk_bytes > 0 || differences > 0).then(|| Self {
             pages,
@@ -103,6 +106,7 @@ impl Audited {
             disk_rounds,
             disk_round_ended: disk_round_ended.map(time),
             disk_round_ended_ms_ago: disk_round_ended.map(ago),
+            disk_round_left_out,
             differences,
         })
     }
@@ -118,7 +122,10 @@ impl fmt::Display for Audited {
             write!(f, "; {} MiB of disks", self.disk_bytes >> 20)?;
         }
         if let Some(ms) = self.disk_round_ended_ms_ago {
-            write!(f, ", all of it {} ago", span(ms))?;
+            match self.disk_round_left_out {
+                0 => write!(f, ", all of it {} ago", span(ms))?,
+                bytes => write!(f, ", all but {} KiB {} ago", bytes >> 10, span(ms))?,
+            }
         }
         match self.differences {
             0 => f.write_str(", no difference"),
@@ -518,6 +525,9 @@ mod tests {
             said(progress),
             format!("{memory}; 5 MiB of disks, all of it {} ago, no difference", span(9000))
         );
+        progress.disk_round_left_out = 128 << 10;
+        let expected = format!("{memory}; 5 MiB of disks, all but 128 KiB {} ago, no difference", span(9000));
+        assert_eq!(said(progress), expected);
         (progress.pages, progress.differences) = (0, 1);
         assert!(said(progress).ends_with(", COPY DIFFERED 1 TIMES"));
         assert_eq!(Audited::new(AuditProgress::default(), now), None);

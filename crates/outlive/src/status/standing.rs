@@ -13,8 +13,8 @@ use crate::arbiter::{Site, Watch};
 use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
 use crate::link::{LinkKind, Security};
-use crate::metrics::{Report, Running};
 use crate::network::Uplink;
+use crate::metrics::{Histogram, Report, Running, TIMES};
 use crate::notify;
 use crate::primary::Queue;
 use crate::vm::Runs;
@@ -152,6 +152,8 @@ pub(crate) struct Standing {
     staged_us: AtomicU64,
     /// What a standby has compared. A primary has a counter.
     audit: Mutex<AuditProgress>,
+    /// How long a standby took to apply checkpoints.
+    apply: Histogram,
     /// When the process began.
     began: SystemTime,
     /// How often a protection has ended.
@@ -189,6 +191,7 @@ impl Standing {
             staged: AtomicU64::new(0),
             staged_us: AtomicU64::new(0),
             audit: Mutex::default(),
+            apply: Histogram::new(TIMES),
             began: SystemTime::now(),
             losses: AtomicU64::new(0),
         })
@@ -421,6 +424,11 @@ impl Standing {
         self.staged_us.store(now_us(), Ordering::Relaxed);
     }
 
+    /// A standby has applied a checkpoint, and that took so long.
+    pub(crate) fn applied(&self, took: Duration) {
+        self.apply.record_time(took);
+    }
+
     /// A standby has compared so many pages more.
     pub(crate) fn audited(&self, pages: u64, differs: bool) {
         let mut audit = self.compared();
@@ -456,6 +464,7 @@ impl Standing {
             began: self.began,
             losses: self.losses.load(Ordering::Relaxed),
             running: facts.meter.as_ref().map(|meter| meter()),
+            apply: self.apply.read(),
             certificate_until,
         };
         report(&facts, sight.as_ref(), progress, about, SystemTime::now())

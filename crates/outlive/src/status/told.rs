@@ -7,7 +7,7 @@ use super::standing::{Facts, Progress};
 use crate::arbiter::Sight;
 use crate::events::Role;
 use crate::link::LinkKind;
-use crate::metrics::{ArbiterReport, AuditReport, FORMAT, Loss, Report, Running, unix};
+use crate::metrics::{ArbiterReport, AuditReport, Buckets, FORMAT, Loss, Report, Running, unix};
 
 /// What the facts do not have.
 pub(super) struct About {
@@ -17,6 +17,8 @@ pub(super) struct About {
     pub(super) losses: u64,
     /// What is measured of the VM, if it runs here.
     pub(super) running: Option<Running>,
+    /// How long this standby took to apply a checkpoint, in nanoseconds.
+    pub(super) apply: Buckets,
     /// Until when this host's certificate counts.
     pub(super) certificate_until: Option<SystemTime>,
 }
@@ -69,7 +71,9 @@ pub(super) fn report(
             pages: progress.audit.pages,
             rounds: progress.audit.rounds,
             differences: progress.audit.differences,
+            disk_rounds: progress.audit.disk_rounds,
         },
+        apply: about.apply,
         counted,
         takeovers,
         running: about.running,

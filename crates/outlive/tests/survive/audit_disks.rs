@@ -9,7 +9,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use outlive::events::{Event, Place};
 
 use crate::hand_over::hand_over;
-use crate::support::{Dice, Pace, Process, Side, Slow, WRITTEN, World, wait_until, writer_kernel};
+use crate::support::{Dice, Habits, Pace, Process, Side, Slow, WRITTEN, World, wait_until, writer_with};
 
 /// Little more than what the guest writes, so that a round takes about two seconds.
 const SIZE: u64 = WRITTEN + (1 << 20);
@@ -20,12 +20,19 @@ struct Writing {
     world: World,
     images: [PathBuf; 2],
     audit: &'static str,
+    /// The VM's further disks, on each host.
+    more: [Vec<String>; 2],
 }
 
 impl Writing {
     /// With images in these directories, of different data.
     fn new(world: World, places: [&Path; 2], audit: &'static str) -> Self {
-        fs::write(world.dir().join("writer"), writer_kernel()).unwrap();
+        Self::with(world, places, audit, Habits::default())
+    }
+
+    /// The same, and a guest that does something else, too.
+    fn with(world: World, places: [&Path; 2], audit: &'static str, habits: Habits) -> Self {
+        fs::write(world.dir().join("writer"), writer_with(habits)).unwrap();
         let images = [places[0].join("a.img"), places[1].join("b.img")];
         let mut dice = Dice::new();
         for image in &images {
@@ -36,7 +43,7 @@ impl Writing {
                 file.write_all_at(&bytes, dice.below(SIZE - bytes.len() as u64)).unwrap();
             }
         }
-        Self { world, images, audit }
+        Self { world, images, audit, more: Default::default() }
     }
 
     fn image(&self, side: Side) -> &Path {
@@ -54,11 +61,14 @@ impl Writing {
         // A busy host must not lose its standby by that. A process that is killed is noticed at once.
         let dead_after = ["--dead-after", "20s"];
         let options = [&["--standby", &there, "--disk", &disk, "--audit", self.audit], &dead_after[..]];
-        options.concat().into_iter().map(Into::into).collect()
+        let more = self.more[side as usize].iter().flat_map(|disk| ["--disk", disk]);
+        options.concat().into_iter().chain(more).map(Into::into).collect()
     }
 
     fn standby(&self, side: Side) -> Process {
-        let options = self.options(side);
+        // The primary says what kind of disk it is.
+        let of_disk = |option: String| option.replace(",readonly", "").replace(",shared", "");
+        let options: Vec<_> = self.options(side).into_iter().map(of_disk).collect();
         self.world.standby_with(side, &options.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
@@ -99,6 +109,15 @@ impl Writing {
 fn compared(primary: &mut Process) -> (u64, u64) {
     let counts = |event: &Event| match event {
         Event::Stats(stats) => Some((stats.audit.disk_bytes, stats.audit.disk_rounds)),
+        _ => None,
+    };
+    primary.events().filter_map(counts).last().unwrap_or_default()
+}
+
+/// Bytes of disks that were left out of a round.
+fn left_out(primary: &mut Process) -> u64 {
+    let counts = |event: &Event| match event {
+        Event::Stats(stats) => Some(stats.audit.disk_left_out),
         _ => None,
     };
     primary.events().filter_map(counts).last().unwrap_or_default()
@@ -171,9 +190,11 @@ fn a_guest_that_writes_to_its_disk_all_the_time_never_differs_and_after_takeover
         wait_round(&mut primary);
         writing.wait_written(side);
         let (bytes, rounds) = compared(&mut primary);
-        println!("{bytes} bytes compared in {rounds} rounds");
-        // Nearly all of it, although most chunks are written in nearly every epoch.
-        assert!(bytes > SIZE, "{bytes} in {rounds} rounds");
+        let left_out = left_out(&mut primary);
+        println!("{bytes} bytes compared in {rounds} rounds, {left_out} left out");
+        // All of it, although most chunks are written in nearly every epoch; and what is not says so.
+        assert!(bytes + left_out >= rounds * SIZE, "{bytes} in {rounds} rounds, {left_out} left out");
+        assert!(left_out <= bytes / 20, "{left_out} of {bytes}");
         assert!(!primary.has(differs) && !standby.has(differs), "{}", standby.log());
         primary.kill();
         standby.wait_takeover();
@@ -182,6 +203,75 @@ fn a_guest_that_writes_to_its_disk_all_the_time_never_differs_and_after_takeover
     }
     primary.wait_protected();
     assert!(!primary.has(differs) && !standby.has(differs), "{}", standby.log());
+}
+
+/// Discards, and writes of zeroes, are writes. A guest that crashes and restarts leaves a write in flight behind.
+#[test]
+fn a_guest_that_discards_and_restarts_never_differs_and_what_differs_is_found() {
+    let Some(world) = World::new() else { return };
+    let place = world.dir().to_path_buf();
+    let habits = Habits { discards: true, life: Some(3000) };
+    let writing = Writing::with(world, [&place, &place], "100", habits);
+    let mut standby = writing.standby(Side::B);
+    let mut primary = writing.run(Side::A);
+    primary.wait_protected();
+    let restarts = |primary: &mut Process| {
+        primary.events().filter(|event| matches!(event, Event::GuestRestarted { .. })).count()
+    };
+    let before = restarts(&mut primary);
+    wait_until("the guest restarts", || restarts(&mut primary) > before + 1);
+    wait_round(&mut primary);
+    assert!(!standby.has(differs), "{}", standby.log());
+    let (bytes, rounds) = compared(&mut primary);
+    let left_out = left_out(&mut primary);
+    println!("{bytes} bytes compared in {rounds} rounds, {left_out} left out");
+    assert!(bytes + left_out >= rounds * SIZE && left_out <= bytes / 20);
+    let at = SIZE - 4097;
+    writing.flip(Side::B, at);
+    let place = Place::Disk { disk: 0, offset: at / CHUNK * CHUNK, bytes: CHUNK };
+    primary.wait_for("told", |e| matches!(e, Event::AuditDiffers { place: it, .. } if *it == place));
+    primary.wait_protected();
+    wait_round(&mut primary);
+    primary.kill();
+    standby.wait_takeover();
+    writing.wait_written(Side::B);
+    assert_eq!(standby.events().filter(|event| differs(event)).count(), 1, "{}", standby.log());
+}
+
+/// What only the primary's image has, or what both hosts write to, is nobody's to compare.
+#[test]
+fn a_read_only_disk_and_a_shared_one_beside_it_are_not_compared() {
+    let Some(world) = World::new() else { return };
+    let place = world.dir().to_path_buf();
+    let mut writing = Writing::new(world, [&place, &place], "100");
+    let of = |name: &str| place.join(name);
+    for name in ["shared.img", "read-only-a.img", "read-only-b.img"] {
+        fs::write(of(name), vec![7; 3 * CHUNK as usize]).unwrap();
+    }
+    for side in Side::BOTH {
+        let read_only = of(&format!("read-only-{}.img", side.letter()));
+        writing.more[side as usize] = vec![
+            format!("path={},readonly", read_only.display()),
+            format!("path={},shared", of("shared.img").display()),
+        ];
+    }
+    let mut standby = writing.standby(Side::B);
+    let mut primary = writing.run(Side::A);
+    primary.wait_protected();
+    // Neither of them is read: what differs stays unnoticed.
+    fs::write(of("read-only-b.img"), vec![8; 3 * CHUNK as usize]).unwrap();
+    fs::write(of("shared.img"), vec![9; 3 * CHUNK as usize]).unwrap();
+    wait_round(&mut primary);
+    let (bytes, rounds) = compared(&mut primary);
+    assert!(
+        bytes >= rounds * SIZE - left_out(&mut primary) && bytes < (rounds + 1) * SIZE,
+        "{bytes} in {rounds}"
+    );
+    assert!(!primary.has(differs) && !standby.has(differs), "{}", standby.log());
+    // The disk that is written is compared all the same.
+    writing.flip(Side::B, SIZE - 4097);
+    primary.wait_for("told", |e| matches!(e, Event::AuditDiffers { place: Place::Disk { disk: 0, .. }, .. }));
+    assert!(!standby.ended());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use outlive::events::Event;
 
-use crate::support::{Process, Side, World, crashing_kernel, wait_until};
+use crate::support::{Habits, Process, Side, WRITTEN, World, crashing_kernel, wait_until, writer_with};
 
 const SIZE: u64 = 16 << 20;
 const MENU: &str = "set default=0\n\
@@ -16,11 +16,15 @@ const MENU: &str = "set default=0\n\
                     menuentry 'second' {\n  linux /boot/kernel root=/dev/vda number=2\n}\n\
                     menuentry 'none' {\n  linux /boot/text root=/dev/vda number=3\n}\n";
 
-/// A disk with a menu of three entries, the last of which is no kernel.
+/// A disk with a menu of three entries, the last of which is no kernel. That of the others crashes at once.
 fn disk(world: &World, name: &str) -> Option<PathBuf> {
+    disk_with(world, name, &crashing_kernel())
+}
+
+fn disk_with(world: &World, name: &str, kernel: &[u8]) -> Option<PathBuf> {
     let (tree, image) = (world.dir().join(format!("{name}.tree")), world.dir().join(format!("{name}.img")));
     fs::create_dir_all(tree.join("boot/grub")).unwrap();
-    fs::write(tree.join("boot/kernel"), crashing_kernel()).unwrap();
+    fs::write(tree.join("boot/kernel"), kernel).unwrap();
     fs::write(tree.join("boot/text"), "no kernel").unwrap();
     fs::write(tree.join("boot/grub/grub.cfg"), MENU).unwrap();
     File::create(&image).unwrap().set_len(SIZE).unwrap();
@@ -107,4 +111,38 @@ fn after_a_takeover_the_disk_of_the_new_host_is_read() {
     change(&other, b"set default=0", b"set default=1");
     wait_booted(&mut standby, "second", SECOND, 1);
     standby.kill();
+}
+
+/// A guest that writes to another disk, and crashes, is seen to run again: it is not enough that a restart is told of.
+#[test]
+fn a_guest_whose_disk_has_no_kernel_any_more_runs_again_with_its_last_one() {
+    let Some(world) = World::new() else { return };
+    let kernel = writer_with(Habits { life: Some(300), ..Habits::default() });
+    let Some(image) = disk_with(&world, "a", &kernel) else { return };
+    let written = world.dir().join("written.img");
+    File::create(&written).unwrap().set_len(WRITTEN).unwrap();
+    let (first, second) =
+        (format!("path={}", written.display()), format!("path={},serial=boots", image.display()));
+    let options = ["--boot", "disk=boots", "--append", "panic=7", "--disk", &first, "--disk", &second];
+    let mut vm = world.run_with(Side::A, &options);
+    wait_booted(&mut vm, "first", FIRST, 2);
+    let last = |event: &Event| matches!(event, Event::BootsLastKernel { .. });
+    // A write that was in flight at the crash may come once.
+    let runs = |vm: &mut Process| {
+        for _ in 0..3 {
+            let before = fs::read(&written).unwrap();
+            wait_until("the guest writes", || fs::read(&written).unwrap() != before);
+        }
+        assert!(!vm.ended(), "{}", vm.log());
+    };
+    // The default is no kernel; then there is no file system.
+    change(&image, b"set default=0", b"set default=2");
+    wait_until("its last kernel", || count(&mut vm, last) >= 1);
+    runs(&mut vm);
+    change(&image, b"\x53\xef\x01\x00", &[0; 4]);
+    let before = count(&mut vm, last);
+    // That of the restart that was under way, and the next one.
+    wait_until("its last kernel once more", || count(&mut vm, last) >= before + 2);
+    runs(&mut vm);
+    vm.kill();
 }

@@ -16,8 +16,6 @@ use crate::disk::apply::Applier;
 use crate::disk::image::{ChunkReader, Store};
 use crate::disk::{chunk_sum, overlay};
 
-/// Time between two words to the primary.
-const TELL: Duration = Duration::from_millis(100);
 /// How far a comparison may be ahead of the rate at which disks are read: checkpoints come in bunches.
 const AHEAD: Duration = Duration::from_millis(500);
 
@@ -25,25 +23,34 @@ const AHEAD: Duration = Duration::from_millis(500);
 pub(super) struct Comparing {
     rate: DiskRate,
     so_far: DiskAudited,
-    /// When the primary was told, and of how many chunks.
-    told: (Instant, u64),
+    /// What the primary was told.
+    told: DiskAudited,
+    /// Something of the checkpoint was left out.
+    left_out: bool,
     chunk: Vec<u8>,
 }
 
 impl Comparing {
     pub(super) fn new() -> Self {
-        let (rate, told) = (DiskRate::start(), (Instant::now(), 0));
-        Self { rate, so_far: DiskAudited::default(), told, chunk: vec![0; DISK_CHUNK] }
+        let (so_far, told) = Default::default();
+        Self { rate: DiskRate::start(), so_far, told, left_out: false, chunk: vec![0; DISK_CHUNK] }
+    }
+
+    /// Begins with the sums of a checkpoint. It counts as compared even if they are left out, so that the primary knows
+    /// that they are.
+    pub(super) fn begin(&mut self, checkpoint: u64) {
+        self.left_out = false;
+        self.so_far.checkpoint = checkpoint;
     }
 
     /// Compares chunks of a disk with the sum that they have at the checkpoint that came last, while `may_go_on`.
-    /// Returns those that differ. A primary may want more than this host gives; the rest is left out.
+    /// Returns those that differ. A primary may want more than this host gives; the rest of the checkpoint's sums is
+    /// left out then, so that the primary knows from their number which ones they are.
     ///
     /// # Errors
     /// The image cannot be read. The error says of which.
     pub(super) fn compare(
         &mut self,
-        checkpoint: u64,
         disk: &ReplicaDisk,
         applier: &Applier<impl Store>,
         range: &AuditRange,
@@ -52,7 +59,7 @@ impl Comparing {
     ) -> io::Result<Option<ChunkRange>> {
         let began = thread_time();
         let may_go_on = || may_go_on() && !budget.is_used_up();
-        let differs = self.differs(checkpoint, disk, applier, range, may_go_on);
+        let differs = self.differs(disk, applier, range, may_go_on);
         let spent = thread_time().saturating_sub(began);
         budget.spend(spent);
         self.so_far.spent_ns += spent.as_nanos() as u64;
@@ -64,7 +71,6 @@ impl Comparing {
 
     fn differs(
         &mut self,
-        checkpoint: u64,
         disk: &ReplicaDisk,
         applier: &Applier<impl Store>,
         range: &AuditRange,
@@ -73,7 +79,8 @@ impl Comparing {
         let ChunkRange { disk: index, first, count } = range.chunks;
         let mut reader = ChunkReader::new(&disk.file, disk.bytes);
         for number in first..first + u64::from(count) {
-            if self.rate.wait() > AHEAD || !may_go_on() {
+            self.left_out |= self.rate.wait() > AHEAD || !may_go_on();
+            if self.left_out {
                 break;
             }
             let (offset, len) = reader.range(number);
@@ -91,7 +98,6 @@ impl Comparing {
             for records in applier.waiting() {
                 overlay(chunk, index, offset, records.iter());
             }
-            self.so_far.checkpoint = checkpoint;
             self.so_far.chunks += 1;
             // Several have a sum of zeroes.
             if chunk_sum(number, chunk) != range.sum {
@@ -101,14 +107,10 @@ impl Comparing {
         Ok(None)
     }
 
-    /// What to tell the primary, and how many chunks it has not heard of, if it is time or cannot wait.
-    pub(super) fn due(&mut self, now: bool) -> Option<(DiskAudited, u64)> {
-        let (at, chunks) = self.told;
-        let more = self.so_far.chunks - chunks;
-        if !now && (more == 0 || at.elapsed() < TELL) {
-            return None;
-        }
-        self.told = (Instant::now(), self.so_far.chunks);
-        Some((self.so_far, more))
+    /// What to tell the primary, which waits for an answer to each checkpoint's sums, and how many chunks it has not
+    /// heard of.
+    pub(super) fn due(&mut self) -> Option<(DiskAudited, u64)> {
+        let told = std::mem::replace(&mut self.told, self.so_far);
+        (told != self.so_far).then(|| (self.so_far, self.so_far.chunks - told.chunks))
     }
 }

@@ -404,15 +404,16 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         ranges: &[AuditRange],
         budget: &Arc<Budget>,
     ) -> Result<(), ReplicaError> {
+        self.comparing.begin(number);
         for range in ranges {
             let disk = self.disks.get(usize::from(range.chunks.disk)).and_then(Option::as_ref);
             let disk = disk.ok_or(ReplicaError::NotReplicated(range.chunks.disk))?;
             let Some(applier) = self.applier.as_ref() else { break };
             let may_go_on = || !self.queue.is_urgent();
-            let compared = self.comparing.compare(number, disk, applier, range, budget, may_go_on);
+            let compared = self.comparing.compare(disk, applier, range, budget, may_go_on);
             if let Some(chunks) = compared.map_err(unread(&disk.path))? {
                 let why = ReplicaError::Audit { checkpoint: number, chunks, image: disk.path.clone() };
-                self.report(true);
+                self.report();
                 // If the primary's image is lost too, this one is better with all writes than without the last.
                 // Whether that succeeds changes nothing.
                 self.settle().ok();
@@ -420,13 +421,13 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 return Err(why);
             }
         }
-        self.report(false);
+        self.report();
         Ok(())
     }
 
-    /// Tells how far the audit is, if it is time.
-    fn report(&mut self, now: bool) {
-        if let Some((audited, more)) = self.comparing.due(now) {
+    /// Tells how far the audit is.
+    fn report(&mut self) {
+        if let Some((audited, more)) = self.comparing.due() {
             (self.tell)(DiskEvent::Audited(audited, more));
         }
     }

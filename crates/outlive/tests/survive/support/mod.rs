@@ -51,7 +51,9 @@ pub(crate) use small::Small;
 pub(crate) use start::{Log, Readers};
 pub(crate) use tracer::{Held, flip_program_bit, take_all_memory, take_program_memory};
 pub(crate) use witness::{MemoryLoad, Witnesses};
-pub(crate) use writer::{WRITTEN, crashing as crashing_kernel, kernel as writer_kernel};
+pub(crate) use writer::{
+    Habits, WRITTEN, crashing as crashing_kernel, kernel as writer_kernel, kernel_with as writer_with,
+};
 
 /// How long anything may take before a test gives up; far longer than on a host that is not overloaded.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(150);

@@ -73,6 +73,19 @@ impl DiskOptions {
     }
 }
 
+/// What the write log has of the changes to a part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PartLog {
+    /// All of them.
+    Has,
+    /// All but those of requests in flight. The newest of these has this number; requests are counted from 1 in the
+    /// order in which they are taken from the driver.
+    Waits(u64),
+    /// Not all, and it will not get them: it is not in mode [`Log`](super::LogMode::Log), or a write has failed since
+    /// its marks were last taken.
+    Lacks,
+}
+
 /// Why a disk cannot be made.
 #[derive(Debug, Error)]
 pub enum BlockError {
@@ -233,14 +246,18 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared().core().model.add_changing(chunks);
     }
 
-    /// Whether the contents of this part of the disk are those of the write log: no write to it is in flight, the
-    /// log is in mode `Log`, and no write to it has failed since the log's marks were last taken. Whoever has read
-    /// the part *before* it asks has then read nothing that the log does not have, or will have when the running
-    /// epoch ends.
-    pub fn is_steady(&self, offset: u64, len: u64) -> bool {
+    /// Whether the write log has every change to this part of the disk, of the requests up to the number `last`.
+    /// Whoever has read the part *before* it asks for all of them ([`u64::MAX`]) and hears [`PartLog::Has`] has read
+    /// nothing that the log does not have, or will have when the running epoch ends. If it hears
+    /// [`PartLog::Waits`], the same is true as soon as it hears `Has` for that number: what has begun since was not
+    /// there to be read.
+    pub fn part_log(&self, offset: u64, len: u64, last: u64) -> PartLog {
         // The requests first: what fails is marked before it leaves the table.
-        !self.shared().core().model.is_changing(offset, len)
-            && self.model().log.has_all(self.model().index, offset, len)
+        let changes = self.shared().core().model.newest_change(offset, len, last);
+        if !self.model().log.has_all(self.model().index, offset, len) {
+            return PartLog::Lacks;
+        }
+        changes.map_or(PartLog::Has, PartLog::Waits)
     }
 
     /// Whether the host's disk has failed requests of which the guest has not heard.

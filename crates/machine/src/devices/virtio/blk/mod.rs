@@ -61,7 +61,7 @@ mod tests;
 
 pub use chunks::{CHUNK, ChunkSet};
 pub use config::SectorSize;
-pub use device::{BlockDevice, BlockError, DiskOptions};
+pub use device::{BlockDevice, BlockError, DiskOptions, PartLog};
 pub use disk::Disk;
 pub use engine::EngineKind;
 pub use hold::ReleasedWrites;

@@ -137,13 +137,15 @@ impl Requests {
         }
     }
 
-    /// Whether a request in the table changes this part of the disk, whatever its stage.
-    pub(super) fn is_changing(&self, offset: u64, len: u64) -> bool {
-        let mut changes = self.table.iter().filter(|(_, entry)| entry.job.kind.changes());
-        changes.any(|(_, entry)| {
+    /// The number of the newest request in the table that changes this part of the disk, whatever its stage. Requests
+    /// with numbers above `last` do not count.
+    pub(super) fn newest_change(&self, offset: u64, len: u64, last: u64) -> Option<u64> {
+        let changes = self.table.iter().filter(|(_, entry)| entry.job.kind.changes() && entry.number <= last);
+        let hits = changes.filter(|(_, entry)| {
             let span = &entry.job.span;
             span.offset < offset.saturating_add(len) && offset < span.end()
-        })
+        });
+        hits.map(|(_, entry)| entry.number).max()
     }
 
     /// The driver wants nothing any more: requests that the disk has not begun are dropped; those that it has

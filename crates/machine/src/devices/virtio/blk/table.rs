@@ -40,6 +40,8 @@ pub(super) enum Stage {
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) stage: Stage,
+    /// Which request of the disk it is: a later one has a greater number.
+    pub(super) number: u64,
     pub(super) queue: u16,
     pub(super) head: u16,
     /// The driver has reset the device: nobody is told when this is done.
@@ -66,6 +68,8 @@ pub(super) struct Table {
     order: Vec<u16>,
     /// The heads in flight of each queue.
     heads: [u128; MAX_QUEUES],
+    /// How many requests were ever in flight.
+    admitted: u64,
     /// Whether the disk is shared: reads then wait for overlapping writes, too.
     reads_wait: bool,
 }
@@ -74,6 +78,7 @@ impl Table {
     pub(super) fn new(reads_wait: bool) -> Self {
         let entry = || Entry {
             stage: Stage::Free,
+            number: 0,
             queue: 0,
             head: 0,
             orphan: false,
@@ -90,6 +95,7 @@ impl Table {
             free: (0..MAX_IN_FLIGHT as u16).rev().collect(),
             order: Vec::with_capacity(MAX_IN_FLIGHT),
             heads: [0; MAX_QUEUES],
+            admitted: 0,
             reads_wait,
         }
     }
@@ -140,8 +146,10 @@ impl Table {
         let waits = self.iter().filter(|(_, earlier)| earlier.holds_up(job, self.reads_wait)).count() as u16;
         self.order.push(token);
         self.heads[usize::from(queue)] |= 1 << head;
+        self.admitted += 1;
+        let number = self.admitted;
         let entry = self.get_mut(token);
-        (entry.stage, entry.queue, entry.head) = (stage, queue, head);
+        (entry.stage, entry.queue, entry.head, entry.number) = (stage, queue, head, number);
         (entry.waits, entry.tag, entry.orphan) = (waits, tag, false);
         Some(token)
     }

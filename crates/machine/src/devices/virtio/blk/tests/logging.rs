@@ -2,7 +2,7 @@
 
 use outlive_epoch::image::{DISK_RECORD_LEN, DiskOp, DiskRecord, RecordBuf};
 
-use super::super::{CHUNK, ChunkSet, LogMode, MAX_RECORD};
+use super::super::{CHUNK, ChunkSet, LogMode, MAX_RECORD, PartLog};
 use super::driver::{T_DISCARD, T_WRITE_ZEROES};
 use super::*;
 
@@ -250,45 +250,56 @@ fn a_buffer_is_not_shipped_twice() {
 
 /// What the audit asks before it compares a part of the disk.
 #[test]
-fn a_part_is_steady_once_its_writes_are_in_the_log_and_never_after_a_failed_one() {
+fn the_log_has_a_part_once_its_writes_are_complete_and_never_after_a_failed_one() {
     let (images, memory) = (Images::in_memory(), memory());
     let rig = Rig::manual(&memory, &DiskOptions::new(images.sparse("disk", 4 << 16)));
     let driver = rig.boot();
     rig.device.go_live(false);
     let chunk = 1u64 << 16;
-    let steady = || [0, 1, 2, 3].map(|at| rig.device.is_steady(at * chunk, chunk));
-    assert_eq!(steady(), [false; 4], "nothing is logged");
+    let all = |at: u64| rig.device.part_log(at * chunk, chunk, u64::MAX);
+    let logged = || [0, 1, 2, 3].map(all);
+    let (has, lacks) = ([PartLog::Has; 4], [PartLog::Lacks; 4]);
+    assert_eq!(logged(), lacks, "nothing is logged");
     rig.log.set_mode(LogMode::Track);
-    assert_eq!(steady(), [false; 4]);
+    assert_eq!(logged(), lacks);
     // No room for any of the records.
     rig.log.swap(&mut RecordBuf::with_capacity(DISK_RECORD_LEN - 1));
     rig.log.set_mode(LogMode::Log);
-    assert_eq!(steady(), [true; 4]);
+    assert_eq!(logged(), has);
 
     // Across two chunks; a discard of a third; a read.
     driver.write(0, 0, 126, &[1; 2048]);
     driver.ranges(0, 1, T_DISCARD, &[(300, 8, 0)]);
     driver.read(0, 2, 400, 512);
     rig.turn();
-    assert_eq!(steady(), [false, false, false, true]);
-    assert!(rig.device.is_steady(0, 126 * 512) && !rig.device.is_steady(0, 126 * 512 + 1));
+    let wait = [PartLog::Waits(1), PartLog::Waits(1), PartLog::Waits(2), PartLog::Has];
+    assert_eq!(logged(), wait);
+    let of_first = |len| rig.device.part_log(0, len, u64::MAX);
+    assert_eq!((of_first(126 * 512), of_first(126 * 512 + 1)), (PartLog::Has, PartLog::Waits(1)));
+    // What has begun since does not count.
+    driver.write(0, 4, 127, &[3; 512]);
+    rig.turn();
+    let up_to = |last| rig.device.part_log(0, chunk, last);
+    assert_eq!([up_to(u64::MAX), up_to(1), up_to(0)], [PartLog::Waits(4), PartLog::Waits(1), PartLog::Has]);
     // The disk is done, but the log has no room.
     rig.engine().complete_all();
     rig.turn();
     assert_eq!(driver.used(0), 1, "the read");
-    assert_eq!(steady(), [false, false, false, true]);
+    assert_eq!([logged()[1], up_to(1)], [PartLog::Waits(1); 2]);
     take(&rig.log);
+    rig.turn();
+    assert_eq!(up_to(1), PartLog::Has);
     rig.run();
-    assert_eq!(steady(), [true; 4]);
+    assert_eq!(logged(), has);
 
     // The host's disk fails, and the guest hears of it.
     driver.write(0, 3, 256, &[2; 512]);
     rig.turn();
     rig.engine().complete(0, Some(Err(libc::EIO)));
     rig.turn();
-    assert_eq!(steady(), [true, true, false, true]);
+    assert_eq!(logged(), [PartLog::Has, PartLog::Has, PartLog::Lacks, PartLog::Has]);
     // A synchronisation takes the marks, and brings the chunk to the other host.
     let mut marks = rig.log.empty_chunks(0).unwrap();
     assert!(rig.log.swap_chunks(0, &mut marks));
-    assert_eq!(steady(), [true; 4]);
+    assert_eq!(logged(), has);
 }
