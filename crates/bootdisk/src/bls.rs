@@ -12,6 +12,8 @@ use crate::{Entry, ReadError};
 const ENTRY: u64 = 64 << 10;
 /// Most entries.
 const ENTRIES: usize = 256;
+/// What a word or a line of an entry costs in bytes beside its letters.
+const LINE: usize = 64;
 /// Where entries are, from the root of a file system.
 const DIRECTORIES: [&str; 2] = ["/loader/entries", "/boot/loader/entries"];
 
@@ -62,6 +64,13 @@ impl Bls {
         (!entry.linux.is_empty()).then_some(entry)
     }
 
+    /// What it takes in bytes.
+    fn cost(&self) -> usize {
+        let lines = self.initrds.iter().chain(&self.options);
+        let kept = [&self.id, &self.title, &self.version, &self.machine, &self.sort_key, &self.linux];
+        lines.chain(kept).map(|text| LINE + 2 * text.len()).sum()
+    }
+
     /// The order of a menu: what comes first is booted by default.
     fn order(&self, other: &Self) -> Ordering {
         let failed = self.failed.cmp(&other.failed);
@@ -81,16 +90,20 @@ impl Bls {
         &self,
         volumes: &Volumes,
         volume: usize,
-        expand: &dyn Fn(&str) -> String,
+        expand: &dyn Fn(&str) -> Result<String, ReadError>,
     ) -> Result<Entry, ReadError> {
-        let place = |path: &str| place(volumes, volume, &expand(path));
-        let initrds = self.initrds.iter().map(|path| expand(path));
-        let initrds: Vec<String> =
-            initrds.flat_map(|it| it.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).collect();
-        let options: Vec<String> = self.options.iter().map(|it| expand(it)).collect();
+        let place = |path: &str| place(volumes, volume, path);
+        let mut initrds = Vec::new();
+        for path in &self.initrds {
+            for path in expand(path)?.split_whitespace() {
+                volumes.source().think(LINE + path.len())?;
+                initrds.push(path.to_owned());
+            }
+        }
+        let options = self.options.iter().map(|it| expand(it)).collect::<Result<Vec<_>, _>>()?;
         Ok(Entry {
             title: self.title.clone(),
-            kernel: Some(place(&self.linux)?),
+            kernel: Some(place(&expand(&self.linux)?)?),
             initrds: initrds.iter().map(|path| place(path)).collect::<Result<_, _>>()?,
             command_line: options.join(" ").split_whitespace().collect::<Vec<_>>().join(" "),
         })
@@ -113,7 +126,10 @@ pub(crate) fn entries(files: &Files) -> Result<Vec<Bls>, ReadError> {
         let names = files.names(directory)?;
         for name in names.iter().filter(|name| name.ends_with(".conf")).take(ENTRIES) {
             let text = files.read(&format!("{directory}/{name}"), ENTRY)?.unwrap_or_default();
-            found.extend(Bls::parse(name, &String::from_utf8_lossy(&text)));
+            if let Some(entry) = Bls::parse(name, &String::from_utf8_lossy(&text)) {
+                files.source().think(entry.cost())?;
+                found.push(entry);
+            }
         }
         if !found.is_empty() {
             found.sort_by(Bls::order);
@@ -134,7 +150,7 @@ pub(crate) fn choose(volumes: &Volumes) -> Result<Option<Entry>, ReadError> {
             // Variables are GRUB's, and nobody has set any.
             let expand = |text: &str| {
                 let words = text.split_whitespace().filter(|word| !word.starts_with('$'));
-                words.collect::<Vec<_>>().join(" ")
+                Ok(words.collect::<Vec<_>>().join(" "))
             };
             return entry.entry(volumes, volume, &expand).map(Some);
         }

@@ -1,29 +1,38 @@
 //! Files of an ext2, ext3 or ext4 file system, by ext4-view.
 //!
 //! That crate is for file systems that may be damaged, not for ones that are made to harm: it believes sizes, and a
-//! few of its checks can be made to panic or to take very long. So it sees the disk through [`Window`], which shows it
-//! a superblock that was looked at before, and only paths whose links were followed here.
+//! few of its checks can be made to panic or to take very long. So it sees the disk through [`Window`], a journal only
+//! after [`journal::refuse`], and only short paths whose links were followed and whose directories were measured here.
 
 use std::rc::Rc;
 
-use ext4_view::{Ext4, Ext4Error, Ext4Read};
+use ext4_view::{Ext4, Ext4Error, Metadata};
 
+use crate::error::short;
 use crate::partitions::Partition;
 use crate::source::Source;
-use crate::{Disk, ReadError};
+use crate::window::{SUPERBLOCK_AT, Window};
+use crate::{Disk, ReadError, journal};
 
 /// Links that are followed for one path, as Linux does.
 const LINKS: usize = 40;
 /// Longest path.
 const PATH: usize = 4096;
+/// Most directories on the way to a file.
+const DEEP: usize = 16;
+/// Longest directory in bytes: one with 100,000 names. All of it may have to be looked through for one name.
+const DIRECTORY: u64 = 8 << 20;
+/// What a look at a name costs beside the directories on its way.
+const LOOK: u64 = 512;
 /// Entries of a directory that are looked at.
 const NAMES: usize = 10_000;
+/// What a name costs in bytes of memory beside its letters.
+const NAME: usize = 64;
 /// Larger blocks than pages cannot be mounted by the kernels that are looked for.
 const BLOCK: u64 = 4096;
 /// Groups of a file system of 128 TiB.
 const GROUPS: u64 = 1 << 20;
 
-const SUPERBLOCK_AT: u64 = 1024;
 const SUPERBLOCK: usize = 1024;
 /// Offsets in the superblock.
 const COMPATIBLE: usize = 0x5c;
@@ -64,15 +73,22 @@ impl Files {
         let mut superblock = source.peek(partition.start + SUPERBLOCK_AT, SUPERBLOCK)?;
         let block = check(&superblock).map_err(|why| wrong(why.into()))?;
         clear(&mut superblock, READ_ONLY, METADATA_SUMS);
-        let window = |superblock: &[u8]| {
-            let (start, bytes) = (partition.start, partition.bytes);
-            Window { source: source.clone(), start, bytes, superblock: superblock.to_vec(), block }
-        };
+        let seen = Rc::default();
+        let window = |superblock: &[u8]| Window::new(source, partition, superblock, block, &seen);
         let is_dirty = word(&superblock, COMPATIBLE) & HAS_JOURNAL != 0
             && word(&superblock, INCOMPATIBLE) & NEEDS_RECOVERY != 0;
-        let mut journal = if is_dirty { Journal::Used } else { Journal::Clean };
+        let mut journal = Journal::Clean;
+        if is_dirty {
+            let refused = journal::refuse(&mut window(&superblock), &superblock)?;
+            journal = refused.map_or(Journal::Used, |why| Journal::Ignored(why.into()));
+        }
+        if matches!(journal, Journal::Ignored(_)) {
+            clear(&mut superblock, COMPATIBLE, HAS_JOURNAL);
+        }
         let mut opened = Ext4::load(Box::new(window(&superblock)));
-        if let (Err(why @ (Ext4Error::Corrupt(_) | Ext4Error::Incompatible(_))), true) = (&opened, is_dirty) {
+        if let (Err(why @ (Ext4Error::Corrupt(_) | Ext4Error::Incompatible(_))), Journal::Used) =
+            (&opened, &journal)
+        {
             journal = Journal::Ignored(why.to_string());
             clear(&mut superblock, COMPATIBLE, HAS_JOURNAL);
             opened = Ext4::load(Box::new(window(&superblock)));
@@ -83,6 +99,11 @@ impl Files {
         Ok(Self { fs, source: source.clone(), partition: partition.clone(), journal, uuid, label })
     }
 
+    /// The disk, with its budgets.
+    pub(crate) fn source(&self) -> &Source {
+        &self.source
+    }
+
     /// Whether there is a file, not a directory, behind the path.
     pub(crate) fn is_file(&self, path: &str) -> Result<bool, ReadError> {
         Ok(self.length(path)?.is_some())
@@ -90,26 +111,27 @@ impl Files {
 
     /// Whether there is a directory.
     pub(crate) fn is_directory(&self, path: &str) -> Result<bool, ReadError> {
-        Ok(self.resolve(path)?.is_some_and(|(_, what)| what.is_dir()))
+        Ok(self.resolve(path)?.is_some_and(|found| found.what.is_dir()))
     }
 
     /// Length of a file in bytes. `None` if there is none.
     pub(crate) fn length(&self, path: &str) -> Result<Option<u64>, ReadError> {
-        let found = self.resolve(path)?;
-        Ok(found.filter(|(_, what)| what.file_type().is_regular_file()).map(|(_, what)| what.len()))
+        let found = self.resolve(path)?.map(|found| found.what);
+        Ok(found.filter(|what| what.file_type().is_regular_file()).map(|what| what.len()))
     }
 
     /// A file's contents. `None` if there is none.
     pub(crate) fn read(&self, path: &str, limit: u64) -> Result<Option<Vec<u8>>, ReadError> {
-        let Some((real, what)) = self.resolve(path)? else { return Ok(None) };
+        let Some(At { way, what, walk }) = self.resolve(path)? else { return Ok(None) };
         if !what.file_type().is_regular_file() {
             return Ok(None);
         }
         if what.len() > limit {
             return Err(ReadError::TooLarge { path: path.to_owned(), bytes: what.len(), limit });
         }
+        self.source.walk(walk)?;
         let mut contents = vec![0; what.len() as usize];
-        let mut file = self.fs.open(real.as_str()).map_err(|error| self.file_error(path, error))?;
+        let mut file = self.fs.open(way.as_str()).map_err(|error| self.file_error(path, error))?;
         let mut read = 0;
         while read < contents.len() {
             match file.read_bytes(&mut contents[read..]).map_err(|error| self.file_error(path, error))? {
@@ -124,88 +146,146 @@ impl Files {
 
     /// The names in a directory, in no order; none if there is no such directory.
     pub(crate) fn names(&self, path: &str) -> Result<Vec<String>, ReadError> {
-        let Some((real, what)) = self.resolve(path)? else { return Ok(Vec::new()) };
+        let Some(At { way, what, walk }) = self.resolve(path)? else { return Ok(Vec::new()) };
         if !what.is_dir() {
             return Ok(Vec::new());
         }
-        let entries = self.fs.read_dir(real.as_str()).map_err(|error| self.file_error(path, error))?;
+        self.source.walk(walk.saturating_add(self.measured(path, &what)?))?;
+        let entries = self.fs.read_dir(way.as_str()).map_err(|error| self.file_error(path, error))?;
         let mut names = Vec::new();
         for entry in entries.take(NAMES) {
-            self.source.in_time()?;
             let entry = entry.map_err(|error| self.file_error(path, error))?;
             // A name that is no text is none of a kernel's.
-            names.extend(entry.file_name().as_str().ok().map(str::to_owned));
+            let Ok(name) = entry.file_name().as_str().map(str::to_owned) else { continue };
+            self.source.think(NAME + name.len())?;
+            names.push(name);
         }
         Ok(names)
     }
 
-    /// The path without links, and what is there.
-    fn resolve(&self, path: &str) -> Result<Option<(String, ext4_view::Metadata)>, ReadError> {
+    /// What is at a path.
+    fn resolve(&self, path: &str) -> Result<Option<At>, ReadError> {
         let long = || self.file_error(path, Ext4Error::PathTooLong);
+        if path.len() > PATH {
+            return Err(long());
+        }
         let mut todo: Vec<String> = parts(path).rev().map(str::to_owned).collect();
-        let mut done: Vec<String> = Vec::new();
+        let mut way = Way::default();
         let mut links = 0;
-        let mut found = self.look("/", path)?;
+        let mut found = self.look(&way, None, path)?;
         while let Some(part) = todo.pop() {
             if part == ".." {
-                done.pop();
-                found = self.look(&joined(&done), path)?;
+                way.leave();
+                found = self.look(&way, None, path)?;
                 continue;
             }
-            let at = format!("{}/{part}", joined(&done).trim_end_matches('/'));
-            if at.len() > PATH || todo.len() > PATH {
-                return Err(long());
-            }
-            if !found.as_ref().is_some_and(ext4_view::Metadata::is_dir) {
-                return Ok(None);
-            }
-            let Some(there) = self.look(&at, path)? else { return Ok(None) };
+            let Some(directory) = found.as_ref().filter(|found| found.is_dir()) else { return Ok(None) };
+            way.walk = way.before().saturating_add(self.measured(path, directory)?);
+            let Some(there) = self.look(&way, Some(&part), path)? else { return Ok(None) };
             if !there.is_symlink() {
-                done.push(part);
+                way.enter(part);
                 found = Some(there);
+                if way.parts.len() > DEEP {
+                    return Err(long());
+                }
                 continue;
             }
             links += 1;
             if links > LINKS || there.len() > PATH as u64 {
                 return Err(long());
             }
-            let target = self.fs.read_link(at.as_str()).map_err(|error| self.file_error(path, error))?;
+            self.source.walk(way.walk)?;
+            let target = self.fs.read_link(way.to(Some(&part)).as_str());
+            let target = target.map_err(|error| self.file_error(path, error))?;
             let Ok(target) = target.to_str() else { return Ok(None) };
             if target.starts_with('/') {
-                done.clear();
+                way = Way::default();
             }
             todo.extend(parts(target).rev().map(str::to_owned));
-            found = self.look(&joined(&done), path)?;
+            if todo.len() > PATH {
+                return Err(long());
+            }
+            found = self.look(&way, None, path)?;
         }
-        Ok(found.map(|found| (joined(&done), found)))
+        let (walk, way) = (way.before(), way.to(None));
+        Ok(found.map(|what| At { way, what, walk }))
     }
 
-    /// What is at a path without links.
-    fn look(&self, at: &str, path: &str) -> Result<Option<ext4_view::Metadata>, ReadError> {
-        self.source.in_time()?;
-        match self.fs.symlink_metadata(at) {
+    /// The length of a directory that is to be looked through, in bytes.
+    fn measured(&self, path: &str, directory: &Metadata) -> Result<u64, ReadError> {
+        let bytes = directory.len();
+        if bytes > DIRECTORY {
+            let why = format!("a directory on its way has {bytes} bytes, and {DIRECTORY} are the limit");
+            return Err(self.wrong_file(path, why));
+        }
+        Ok(bytes)
+    }
+
+    /// What is at the end of a way without links, or there of this name.
+    fn look(&self, way: &Way, name: Option<&str>, path: &str) -> Result<Option<Metadata>, ReadError> {
+        let walk = if name.is_some() { way.walk } else { way.before() };
+        self.source.walk(LOOK.saturating_add(walk))?;
+        let at = way.to(name);
+        if at.len() > PATH {
+            return Err(self.file_error(path, Ext4Error::PathTooLong));
+        }
+        match self.fs.symlink_metadata(at.as_str()) {
             Ok(found) => Ok(Some(found)),
             Err(Ext4Error::NotFound | Ext4Error::NotADirectory | Ext4Error::MalformedPath) => Ok(None),
             Err(error) => Err(self.file_error(path, error)),
         }
     }
 
+    fn wrong_file(&self, path: &str, why: String) -> ReadError {
+        ReadError::File { path: short(path).into_owned(), partition: self.partition.to_string(), why }
+    }
+
     fn file_error(&self, path: &str, error: Ext4Error) -> ReadError {
-        own(error).unwrap_or_else(|error| ReadError::File {
-            path: path.to_owned(),
-            partition: self.partition.to_string(),
-            why: error.to_string(),
-        })
+        own(error).unwrap_or_else(|error| self.wrong_file(path, error.to_string()))
+    }
+}
+
+/// Where a path leads.
+struct At {
+    /// The path without links.
+    way: String,
+    what: Metadata,
+    /// Bytes of the directories on the way, which are looked through each time.
+    walk: u64,
+}
+
+/// A way without links, from the root of a file system.
+#[derive(Default)]
+struct Way {
+    /// Each part, with the bytes of the directories that are looked through up to it.
+    parts: Vec<(String, u64)>,
+    /// The same for a part that is not there yet.
+    walk: u64,
+}
+
+impl Way {
+    /// Bytes of the directories that are looked through to its end.
+    fn before(&self) -> u64 {
+        self.parts.last().map_or(0, |(_, walk)| *walk)
+    }
+
+    fn enter(&mut self, part: String) {
+        self.parts.push((part, self.walk));
+    }
+
+    fn leave(&mut self) {
+        self.parts.pop();
+    }
+
+    fn to(&self, name: Option<&str>) -> String {
+        let parts: Vec<&str> = self.parts.iter().map(|(part, _)| part.as_str()).chain(name).collect();
+        format!("/{}", parts.join("/"))
     }
 }
 
 /// The components of a path.
 fn parts(path: &str) -> impl DoubleEndedIterator<Item = &str> {
     path.split('/').filter(|part| !part.is_empty() && *part != ".")
-}
-
-fn joined(parts: &[String]) -> String {
-    format!("/{}", parts.join("/"))
 }
 
 /// An error of ours that went through the crate.
@@ -240,48 +320,6 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 fn clear(bytes: &mut [u8], at: usize, bits: u32) {
     let value = word(bytes, at) & !bits;
     bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-}
-
-/// The partition, as ext4-view may see it.
-struct Window {
-    source: Rc<Source>,
-    start: u64,
-    bytes: u64,
-    superblock: Vec<u8>,
-    block: u64,
-}
-
-impl Ext4Read for Window {
-    fn read(
-        &mut self,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
-        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= self.bytes);
-        let start = self.start.checked_add(offset).filter(|_| end.is_some());
-        let start = start.ok_or_else(|| ReadError::Disk(std::io::ErrorKind::UnexpectedEof.into()))?;
-        self.source.read(start, buffer)?;
-        for (at, byte) in (SUPERBLOCK_AT..).zip(&self.superblock) {
-            if let Some(place) = at.checked_sub(offset).and_then(|at| buffer.get_mut(at as usize)) {
-                *place = *byte;
-            }
-        }
-        if offset.is_multiple_of(self.block) {
-            buffer.chunks_mut(self.block as usize).for_each(hide_deep_extents);
-        }
-        Ok(())
-    }
-}
-
-/// Hides a node of an extent tree that no file of a gigabyte has. Five levels of nodes whose entries all lead to one
-/// node below would be walked for years, without a read that the budget could stop.
-fn hide_deep_extents(block: &mut [u8]) {
-    let half = |at: usize| block.get(at..at + 2).map_or(0, |it| u16::from_le_bytes([it[0], it[1]]));
-    let (entries, most, depth) = (half(2), half(4), half(6));
-    let fits = 12 * (usize::from(most) + 1) <= block.len() && entries <= most;
-    if half(0) == 0xf30a && fits && (3..=5).contains(&depth) {
-        block[0] = 0;
-    }
 }
 
 /// A disk in memory.

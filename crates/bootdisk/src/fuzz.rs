@@ -33,7 +33,8 @@ fn patch(bytes: &mut [u8], mut data: &[u8]) {
 
 /// A disk as it is.
 pub fn look(bytes: Vec<u8>) {
-    let limits = Limits { kernel: 1 << 20, initrd: 1 << 20, rest: 16 << 20, until: None };
+    let limits =
+        Limits { kernel: 1 << 20, initrd: 1 << 20, rest: 16 << 20, memory: 8 << 20, ..Limits::default() };
     let length = bytes.len();
     match read(Box::new(bytes), &limits) {
         Ok(boot) => assert!(boot.kernel.len() <= 1 << 20 && boot.initrd.len() <= 1 << 20),

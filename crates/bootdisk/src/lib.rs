@@ -8,13 +8,15 @@
 //!    entries of the Boot Loader Specification); such entries without a `grub.cfg`; the newest `vmlinuz-*`.
 //!
 //! **Nothing on the disk is believed.** A guest can write whatever it likes, so each size is bounded before anything
-//! is allocated ([`Limits`]), all reads together have a budget, scripts have a number of steps, and nothing here
-//! panics. What cannot be read is an error with a reason.
+//! is allocated ([`Limits`]), all reads together have a budget, and so has what configurations are made into. Every
+//! step looks whether there is time and whether anybody still waits, and nothing here panics. What cannot be read is an
+//! error with a reason.
 //!
 //! ```text
 //! source.rs      the disk, and how much of it may be read
 //! partitions.rs  partition tables                        volumes.rs   partitions with their file systems
 //! probe.rs       which file system it is                 files.rs     files of an ext file system
+//! window.rs      what ext4-view sees of a partition      journal.rs   whether it may read the journal
 //! grub/          grub.cfg: words, syntax, commands       bls.rs       entries of the Boot Loader Specification
 //! newest.rs      the newest kernel without any entry     versions.rs  which version is newer
 //! ```
@@ -28,16 +30,18 @@ mod files;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod grub;
+mod journal;
 mod newest;
 mod partitions;
 mod probe;
 mod source;
 mod versions;
 mod volumes;
+mod window;
 
 use std::io;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use command_line::extend;
 pub use error::ReadError;
@@ -55,6 +59,11 @@ pub trait Disk {
     /// # Errors
     /// Of the disk.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Whether anybody still waits for what is read. Asked at every step, so it must not take long.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// How much is read, and for how long.
@@ -66,13 +75,30 @@ pub struct Limits {
     pub initrd: u64,
     /// Bytes of all reads beyond these two: tables, directories, journals, configurations.
     pub rest: u64,
+    /// Bytes of memory for everything that boot loaders' configurations are made into. What was let go again counts,
+    /// so this bounds how long they can be carried out, too.
+    pub memory: u64,
+    /// How long all this may take without the time in which the disk answers.
+    pub own_time: Duration,
     /// When reading is given up.
     pub until: Option<Instant>,
 }
 
+/// Enough for a configuration of a megabyte, carried out once; distributions' ones need a hundredth.
+const MEMORY: u64 = 64 << 20;
+/// Usually it is a tenth of a second.
+const OWN_TIME: Duration = Duration::from_secs(60);
+
 impl Default for Limits {
     fn default() -> Self {
-        Self { kernel: 256 << 20, initrd: 1 << 30, rest: 512 << 20, until: None }
+        Self {
+            kernel: 256 << 20,
+            initrd: 1 << 30,
+            rest: 512 << 20,
+            memory: MEMORY,
+            own_time: OWN_TIME,
+            until: None,
+        }
     }
 }
 
@@ -167,7 +193,12 @@ fn load(
         initrd.append(&mut volumes.read(place, left)?);
     }
     let partition = volumes.partition(place);
-    let found = Found { entry: entry.title, kernel: place.path.clone(), partition, notes };
+    let found = Found {
+        entry: error::short(&entry.title).into_owned(),
+        kernel: place.path.clone(),
+        partition,
+        notes,
+    };
     Ok(Boot { kernel, initrd, command_line: entry.command_line, found })
 }
 

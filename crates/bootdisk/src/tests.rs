@@ -444,6 +444,8 @@ fn a_file_system_that_was_not_unmounted_is_read_with_its_journal() {
     assert!(boot.found.notes[0].contains("its journal was read"), "{:?}", boot.found.notes);
 }
 
+mod bombs;
+
 /// The guest can write whatever it likes.
 mod hostile {
     use std::sync::OnceLock;

@@ -31,7 +31,10 @@ pub(crate) struct Volume {
 }
 
 /// All of them.
-pub(crate) struct Volumes(Vec<Volume>);
+pub(crate) struct Volumes {
+    all: Vec<Volume>,
+    source: Rc<Source>,
+}
 
 /// A directory with kernels in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +62,7 @@ impl Volumes {
             };
             volumes.push(Volume { partition, kind, files, error });
         }
-        Ok(Self(volumes))
+        Ok(Self { all: volumes, source: source.clone() })
     }
 
     /// What the log should say of the file systems.
@@ -76,7 +79,7 @@ impl Volumes {
                 volume.partition
             )),
         };
-        self.0.iter().filter_map(note).collect()
+        self.all.iter().filter_map(note).collect()
     }
 
     /// Why nothing was found.
@@ -87,22 +90,27 @@ impl Volumes {
             (None, Kind::Unknown) => format!("{} has no known file system", volume.partition),
             (None, kind) => format!("{} is {kind}, which cannot be read", volume.partition),
         };
-        let said: Vec<String> = self.0.iter().take(MOST).map(say).collect();
+        let said: Vec<String> = self.all.iter().take(MOST).map(say).collect();
         ReadError::Nothing(if said.is_empty() { "it has no partitions".into() } else { said.join("; ") })
     }
 
     fn readable(&self) -> impl Iterator<Item = (usize, &Files)> {
-        self.0.iter().enumerate().filter_map(|(number, volume)| Some((number, volume.files.as_ref()?)))
+        self.all.iter().enumerate().filter_map(|(number, volume)| Some((number, volume.files.as_ref()?)))
+    }
+
+    /// The disk, with its budgets.
+    pub(crate) fn source(&self) -> &Source {
+        &self.source
     }
 
     /// The file system of a volume.
     pub(crate) fn files(&self, volume: usize) -> Option<&Files> {
-        self.0.get(volume)?.files.as_ref()
+        self.all.get(volume)?.files.as_ref()
     }
 
     /// The number of its partition; 0 is the whole disk.
     pub(crate) fn partition(&self, place: &Place) -> u32 {
-        self.0.get(place.volume).map_or(0, |volume| volume.partition.number)
+        self.all.get(place.volume).map_or(0, |volume| volume.partition.number)
     }
 
     /// A file's contents; it must be there.
@@ -111,7 +119,7 @@ impl Volumes {
         let contents = files.map(|files| files.read(&place.path, limit)).transpose()?.flatten();
         contents.ok_or_else(|| ReadError::File {
             path: place.path.clone(),
-            partition: self.0.get(place.volume).map_or_else(String::new, |it| it.partition.to_string()),
+            partition: self.all.get(place.volume).map_or_else(String::new, |it| it.partition.to_string()),
             why: "there is no such file".into(),
         })
     }
@@ -138,7 +146,7 @@ impl Volumes {
 
     /// GRUB's name of a volume's device. There is one disk.
     pub(crate) fn device(&self, volume: usize) -> String {
-        let partition = self.0.get(volume).map(|volume| &volume.partition);
+        let partition = self.all.get(volume).map(|volume| &volume.partition);
         match partition.map(|it| (it.table, it.number)) {
             None | Some((Table::None, _)) => "hd0".into(),
             Some((Table::Gpt, number)) => format!("hd0,gpt{number}"),
@@ -156,7 +164,7 @@ impl Volumes {
         }
         let number = part.trim_start_matches(|letter: char| letter.is_ascii_alphabetic());
         let number: u32 = if part.is_empty() { 0 } else { number.parse().ok()? };
-        self.0.iter().position(|volume| volume.partition.number == number)
+        self.all.iter().position(|volume| volume.partition.number == number)
     }
 
     /// The directories that may have kernels, in the order in which they are looked at: those that `/etc/fstab` mounts
@@ -182,7 +190,7 @@ impl Volumes {
         }
         if let [only] = mounted[..]
             && within.is_empty()
-            && let Some(volume) = self.0.get(only).filter(|volume| volume.files.is_none())
+            && let Some(volume) = self.all.get(only).filter(|volume| volume.files.is_none())
         {
             let (partition, kind) = (volume.partition.to_string(), volume.kind.to_string());
             return Err(ReadError::BootKind { partition, kind });
@@ -215,7 +223,7 @@ impl Volumes {
     fn of_spec(&self, spec: &str) -> Option<usize> {
         let (kind, value) = spec.split_once('=').unwrap_or(("", spec));
         let value = value.trim_matches('"');
-        let by = |test: &dyn Fn(&Partition) -> bool| self.0.iter().position(|it| test(&it.partition));
+        let by = |test: &dyn Fn(&Partition) -> bool| self.all.iter().position(|it| test(&it.partition));
         match kind {
             "UUID" => self.of_uuid(value),
             "LABEL" => self.of_label(value),

@@ -7,6 +7,7 @@ use super::menu::{self, Body, Item};
 use super::syntax::{self, Command, Script};
 use super::test_command::{Look, test};
 use super::words::Word;
+use crate::error::short;
 use crate::volumes::{Place, Volumes};
 use crate::{Entry, ReadError, bls};
 
@@ -22,6 +23,12 @@ const MENUS: usize = 8;
 const BLOCK: u64 = 64 << 10;
 /// Files that are sourced, all together.
 const SOURCED: u32 = 16;
+/// Most notes for the log.
+const NOTES: usize = 16;
+/// What a command costs in bytes, whatever it is: what it keeps is small, but each is work.
+const COMMAND: usize = 64;
+/// What the lines of an environment block are made into, for each letter.
+const LINES: usize = 64;
 
 /// What GRUB says of itself and of the machine.
 const FEATURES: [&str; 9] = [
@@ -127,8 +134,8 @@ impl<'a> Grub<'a> {
         for _ in 0..MENUS {
             let (step, rest) = menu::step(way);
             if !menu::has(&self.items, &step) {
-                self.notes
-                    .push(format!("no entry is named '{step}', as the default says; the first one is taken"));
+                let step = short(&step);
+                self.note(format!("no entry is named '{step}', as the default says; the first one is taken"));
             }
             let Some(item) = menu::find(&self.items, &step).cloned() else {
                 return Ok(self.entry.kernel.is_some().then(|| std::mem::take(&mut self.entry)));
@@ -146,7 +153,7 @@ impl<'a> Grub<'a> {
                     return Ok(Some(std::mem::take(&mut self.entry)));
                 }
                 Body::Bls { volume, entry } => {
-                    let expand = |text: &str| self.environment.expand_text(text);
+                    let expand = |text: &str| self.environment.expand_text(text, self.volumes.source());
                     return entry.entry(self.volumes, *volume, &expand).map(Some);
                 }
             }
@@ -163,7 +170,7 @@ impl<'a> Grub<'a> {
                 break;
             }
             self.steps += 1;
-            done = self.command(command, arguments);
+            done = self.volumes.source().think(COMMAND).and_then(|()| self.command(command, arguments));
             self.status = *done.as_ref().unwrap_or(&false);
             if done.is_err() {
                 break;
@@ -192,7 +199,8 @@ impl<'a> Grub<'a> {
                 Ok(true)
             }
             Command::For { name, words, body } => {
-                for value in self.environment.expand(words, arguments) {
+                for value in self.expand(words, arguments)? {
+                    self.volumes.source().think(COMMAND + name.len() + value.len())?;
                     self.environment.set(name, &value);
                     self.run_with(body, arguments)?;
                 }
@@ -200,16 +208,27 @@ impl<'a> Grub<'a> {
             }
             Command::Function { name, body } => {
                 if self.functions.len() < ITEMS {
+                    self.volumes.source().think(COMMAND + 2 * name.len())?;
                     self.functions.insert(name.clone(), body.clone());
                 }
                 Ok(true)
             }
             Command::Entry { submenu, words, body } => {
-                let words = self.environment.expand(words, arguments);
+                let words = self.expand(words, arguments)?;
                 let body = if *submenu { Body::Submenu(body.clone()) } else { Body::Entry(body.clone()) };
                 self.add(Item::new(words, body));
                 Ok(true)
             }
+        }
+    }
+
+    fn expand(&self, words: &[Word], arguments: &[String]) -> Result<Vec<String>, ReadError> {
+        self.environment.expand(words, arguments, self.volumes.source())
+    }
+
+    fn note(&mut self, note: String) {
+        if self.notes.len() < NOTES {
+            self.notes.push(note);
         }
     }
 
@@ -223,7 +242,7 @@ impl<'a> Grub<'a> {
     fn simple(&mut self, words: &[Word], arguments: &[String]) -> Result<bool, ReadError> {
         let status = if self.status { "0" } else { "1" };
         self.environment.set("?", status);
-        let words = self.environment.expand(words, arguments);
+        let words = self.expand(words, arguments)?;
         let Some((name, arguments)) = words.split_first() else { return Ok(true) };
         if let Some(function) = self.functions.get(name).cloned() {
             return self.run_with(&function, arguments);
@@ -302,13 +321,15 @@ impl<'a> Grub<'a> {
             }
         }
         let Some(text) = self.contents(&path, BLOCK)? else { return Ok(false) };
+        self.volumes.source().think(text.len().saturating_mul(LINES))?;
         for (name, value) in parse_block(&text) {
             if !names.is_empty() && !names.contains(&&name) {
                 continue;
             }
             if name == "next_entry" {
                 if !value.is_empty() {
-                    self.notes.push(format!(
+                    let value = short(&value);
+                    self.note(format!(
                         "the choice of '{value}' for one boot (grub-reboot) is not followed: it could not be taken back"
                     ));
                 }
@@ -326,9 +347,7 @@ impl<'a> Grub<'a> {
             return Ok(false);
         }
         let Some(text) = self.contents(path, super::CONFIGURATION)? else { return Ok(false) };
-        let understood = syntax::parse(&text);
-        let script =
-            understood.map_err(|why| ReadError::Configuration { path: path.clone(), why: why.into() })?;
+        let script = syntax::parse(&text, self.volumes.source()).map_err(|fault| fault.of(path))?;
         if command == "configfile" {
             self.items.clear();
             if let Some(place) = self.place(path) {

@@ -2,13 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use super::words::{Part, Word};
+use super::words::{Part, Token, Word, tokens};
+use crate::ReadError;
+use crate::source::Source;
 
 /// Longest value, and most variables.
 const VALUE: usize = 4096;
 const VARIABLES: usize = 1024;
 /// Longest text that the variables of one command make of it.
 const EXPANDED: usize = 64 << 10;
+/// What a word costs in bytes beside its letters: its place in a list, which may grow by doubling, and its text's.
+const WORD: usize = 112;
+/// What a part of a word costs: nothing is kept of it, but each is work.
+const PART: usize = 32;
 
 /// Variables.
 #[derive(Debug, Default)]
@@ -34,16 +40,28 @@ impl Environment {
     }
 
     /// Words with their variables put in. `arguments` are those of a function.
-    pub(super) fn expand(&self, words: &[Word], arguments: &[String]) -> Vec<String> {
+    ///
+    /// # Errors
+    /// More than there may be.
+    pub(super) fn expand(
+        &self,
+        words: &[Word],
+        arguments: &[String],
+        source: &Source,
+    ) -> Result<Vec<String>, ReadError> {
         let mut expanded = Vec::new();
         let mut left = EXPANDED;
         for word in words {
+            source.think(WORD)?;
             let mut current = word.quoted.then(String::new);
             for part in &word.parts {
                 match part {
-                    Part::Text(text) => add(&mut current, text, &mut left),
+                    Part::Text(text) => {
+                        source.think(PART + 2 * text.len())?;
+                        add(&mut current, text, &mut left);
+                    }
                     Part::Variable { name, quoted } => {
-                        let value = self.value(name, arguments);
+                        let value = self.value(name, arguments, source)?;
                         if *quoted {
                             add(&mut current, &value, &mut left);
                             continue;
@@ -54,6 +72,7 @@ impl Environment {
                             add(&mut current, first, &mut left);
                         }
                         for piece in pieces {
+                            source.think(WORD)?;
                             expanded.extend(current.take());
                             add(&mut current, piece, &mut left);
                         }
@@ -62,32 +81,48 @@ impl Environment {
             }
             expanded.extend(current);
         }
-        expanded
+        Ok(expanded)
     }
 
-    fn value(&self, name: &str, arguments: &[String]) -> String {
-        match (name, name.parse::<usize>()) {
-            ("@" | "*", _) => arguments.join(" "),
-            ("#", _) => arguments.len().to_string(),
-            (_, Ok(number)) => {
-                number.checked_sub(1).and_then(|it| arguments.get(it)).cloned().unwrap_or_default()
+    /// The value, which is copied, and copied once more into a word.
+    fn value(&self, name: &str, arguments: &[String], source: &Source) -> Result<String, ReadError> {
+        let cost = |bytes: usize| source.think(PART + name.len() + 4 * bytes);
+        let value = match (name, name.parse::<usize>()) {
+            ("@" | "*", _) => {
+                cost(arguments.iter().map(|it| it.len() + 1).sum())?;
+                return Ok(arguments.join(" "));
             }
-            _ => self.get(name).to_owned(),
-        }
+            ("#", _) => {
+                cost(0)?;
+                return Ok(arguments.len().to_string());
+            }
+            (_, Ok(number)) => {
+                number.checked_sub(1).and_then(|it| arguments.get(it)).map_or("", String::as_str)
+            }
+            _ => self.get(name),
+        };
+        cost(value.len())?;
+        Ok(value.to_owned())
     }
 
     /// A text with its variables put in, as entries have it that are no scripts.
-    pub(super) fn expand_text(&self, text: &str) -> String {
-        let words =
-            super::words::tokens(&text.replace(['\'', '"', '\\', ';', '#', '\n'], " ")).unwrap_or_default();
+    ///
+    /// # Errors
+    /// More than there may be.
+    pub(super) fn expand_text(&self, text: &str, source: &Source) -> Result<String, ReadError> {
+        source.think(PART + 4 * text.len())?;
+        if !text.contains('$') {
+            return Ok(text.to_owned());
+        }
+        let plain = text.replace(['\'', '"', '\\', ';', '#', '\n'], " ");
+        let words = tokens(&plain, source).map_err(|fault| fault.of("an entry"))?.into_iter();
         let words: Vec<Word> = words
-            .into_iter()
             .filter_map(|token| match token {
-                super::words::Token::Word(word) => Some(word),
-                super::words::Token::End => None,
+                Token::Word(word) => Some(word),
+                Token::End => None,
             })
             .collect();
-        if text.contains('$') { self.expand(&words, &[]).join(" ") } else { text.to_owned() }
+        Ok(self.expand(&words, &[], source)?.join(" "))
     }
 }
 

@@ -3,6 +3,9 @@
 use super::syntax::Script;
 use crate::bls::Bls;
 
+/// Most arguments behind a title that are kept.
+const ARGUMENTS: usize = 64;
+
 /// What an entry does.
 #[derive(Clone, Debug)]
 pub(super) enum Body {
@@ -37,7 +40,8 @@ impl Item {
                 _ => match word.split_once('=') {
                     Some(("--id", id)) => item.id = id.to_owned(),
                     Some(("--class" | "--users" | "--hotkey" | "--source", _)) => {}
-                    _ => item.arguments.push(word),
+                    _ if item.arguments.len() < ARGUMENTS => item.arguments.push(word),
+                    _ => {}
                 },
             }
         }

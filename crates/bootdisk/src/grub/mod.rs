@@ -28,9 +28,8 @@ pub(crate) fn choose(volumes: &Volumes, notes: &mut Vec<String>) -> Result<Optio
         for name in NAMES {
             let path = format!("{prefix}{name}");
             let Some(text) = files.read(&path, CONFIGURATION)? else { continue };
-            let understood = syntax::parse(&String::from_utf8_lossy(&text));
-            let script =
-                understood.map_err(|why| ReadError::Configuration { path: path.clone(), why: why.into() })?;
+            let understood = syntax::parse(&String::from_utf8_lossy(&text), volumes.source());
+            let script = understood.map_err(|fault| fault.of(&path))?;
             let mut grub = Grub::new(volumes, volume, &path);
             grub.run(&script)?;
             let entry = grub.choose()?;
@@ -46,11 +45,11 @@ pub(crate) fn choose(volumes: &Volumes, notes: &mut Vec<String>) -> Result<Optio
 /// A script on a disk without any file.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz(text: &str) {
-    let limits = crate::Limits::default();
+    let limits = crate::Limits { memory: 4 << 20, ..crate::Limits::default() };
     let source = std::rc::Rc::new(crate::source::Source::new(Box::new(vec![0; 4096]), &limits));
     let Ok(volumes) = Volumes::open(&source) else { return };
     environment::parse_block(text);
-    let Ok(script) = syntax::parse(text) else { return };
+    let Ok(script) = syntax::parse(text, &source) else { return };
     let mut grub = Grub::new(&volumes, 0, "/boot/grub/grub.cfg");
     if grub.run(&script).is_ok() {
         let _ = grub.choose();

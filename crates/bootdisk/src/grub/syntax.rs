@@ -2,7 +2,8 @@
 
 use std::rc::Rc;
 
-use super::words::{Token, Word, tokens};
+use super::words::{Fault, Token, Word, tokens};
+use crate::source::Source;
 
 /// How deep blocks may be within each other.
 const DEPTH: usize = 32;
@@ -45,11 +46,11 @@ pub(super) type Script = Rc<[Command]>;
 /// Parses a script.
 ///
 /// # Errors
-/// What is wrong with it.
-pub(super) fn parse(text: &str) -> Result<Script, &'static str> {
-    let mut parser = Parser { tokens: tokens(text)?.into_iter().peekable(), depth: 0, commands: 0 };
+/// What is wrong with it, or more than there may be. A command costs no more than its words do.
+pub(super) fn parse(text: &str, source: &Source) -> Result<Script, Fault> {
+    let mut parser = Parser { tokens: tokens(text, source)?.into_iter().peekable(), depth: 0, commands: 0 };
     let script = parser.script(&[])?;
-    if parser.tokens.peek().is_some() { Err("a block ends that has not begun") } else { Ok(script) }
+    if parser.tokens.peek().is_some() { Err("a block ends that has not begun".into()) } else { Ok(script) }
 }
 
 struct Parser {

@@ -3,6 +3,47 @@
 use std::iter::Peekable;
 use std::str::Chars;
 
+use crate::ReadError;
+use crate::source::Source;
+
+/// What a token costs in bytes: its place in a list and in a command, which may grow by doubling, and its first part.
+const TOKEN: usize = 320;
+/// What a part costs beside its letters.
+const PART: usize = 112;
+/// What a letter costs: a text grows by doubling.
+const LETTER: usize = 4;
+
+/// Why there are no tokens, or no script.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// What is wrong with the text.
+    Syntax(&'static str),
+    /// Limits, or the disk.
+    Read(ReadError),
+}
+
+impl From<&'static str> for Fault {
+    fn from(why: &'static str) -> Self {
+        Self::Syntax(why)
+    }
+}
+
+impl From<ReadError> for Fault {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error)
+    }
+}
+
+impl Fault {
+    /// Of the configuration at this path.
+    pub(super) fn of(self, path: &str) -> ReadError {
+        match self {
+            Self::Syntax(why) => ReadError::Configuration { path: path.to_owned(), why: why.into() },
+            Self::Read(error) => error,
+        }
+    }
+}
+
 /// A part of a word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Part {
@@ -51,14 +92,16 @@ pub(super) enum Token {
 /// Splits a script into tokens.
 ///
 /// # Errors
-/// A quote that does not end.
-pub(super) fn tokens(text: &str) -> Result<Vec<Token>, &'static str> {
+/// A quote that does not end, or more than there may be.
+pub(super) fn tokens(text: &str, source: &Source) -> Result<Vec<Token>, Fault> {
+    source.think(text.len().saturating_mul(LETTER))?;
     let mut tokens = Vec::new();
     let mut letters = text.chars().peekable();
     while let Some(&letter) = letters.peek() {
         match letter {
             '\n' | ';' => {
                 letters.next();
+                source.think(TOKEN)?;
                 tokens.push(Token::End);
             }
             _ if letter.is_whitespace() => {
@@ -68,7 +111,10 @@ pub(super) fn tokens(text: &str) -> Result<Vec<Token>, &'static str> {
             '\\' if continues(&letters) => {
                 letters.nth(1);
             }
-            _ => tokens.push(Token::Word(word(&mut letters)?)),
+            _ => {
+                source.think(TOKEN)?;
+                tokens.push(Token::Word(word(&mut letters, source)?));
+            }
         }
     }
     Ok(tokens)
@@ -79,7 +125,7 @@ fn continues(letters: &Peekable<Chars<'_>>) -> bool {
     letters.clone().nth(1) == Some('\n')
 }
 
-fn word(letters: &mut Peekable<Chars<'_>>) -> Result<Word, &'static str> {
+fn word(letters: &mut Peekable<Chars<'_>>, source: &Source) -> Result<Word, Fault> {
     let mut word = Word::default();
     while let Some(&letter) = letters.peek() {
         match letter {
@@ -98,7 +144,7 @@ fn word(letters: &mut Peekable<Chars<'_>>) -> Result<Word, &'static str> {
             '"' => {
                 letters.next();
                 word.quoted = true;
-                in_quotes(letters, &mut word)?;
+                in_quotes(letters, &mut word, source)?;
             }
             '\\' => {
                 letters.next();
@@ -112,7 +158,7 @@ fn word(letters: &mut Peekable<Chars<'_>>) -> Result<Word, &'static str> {
             }
             '$' => {
                 letters.next();
-                variable(letters, &mut word, false);
+                variable(letters, &mut word, false, source)?;
             }
             _ => {
                 letters.next();
@@ -123,7 +169,7 @@ fn word(letters: &mut Peekable<Chars<'_>>) -> Result<Word, &'static str> {
     Ok(word)
 }
 
-fn in_quotes(letters: &mut Peekable<Chars<'_>>, word: &mut Word) -> Result<(), &'static str> {
+fn in_quotes(letters: &mut Peekable<Chars<'_>>, word: &mut Word, source: &Source) -> Result<(), Fault> {
     loop {
         match letters.next().ok_or("a quote does not end")? {
             '"' => return Ok(()),
@@ -135,14 +181,21 @@ fn in_quotes(letters: &mut Peekable<Chars<'_>>, word: &mut Word) -> Result<(), &
                     word.push(letter);
                 }
             },
-            '$' => variable(letters, word, true),
+            '$' => variable(letters, word, true, source)?,
             letter => word.push(letter),
         }
     }
 }
 
 /// What follows a dollar.
-fn variable(letters: &mut Peekable<Chars<'_>>, word: &mut Word, quoted: bool) {
+fn variable(
+    letters: &mut Peekable<Chars<'_>>,
+    word: &mut Word,
+    quoted: bool,
+    source: &Source,
+) -> Result<(), ReadError> {
+    // It, and the text behind it.
+    source.think(2 * PART)?;
     let is_name = |it: &char| it.is_ascii_alphanumeric() || *it == '_';
     let mut name = String::new();
     if letters.next_if_eq(&'{').is_some() {
@@ -164,4 +217,5 @@ fn variable(letters: &mut Peekable<Chars<'_>>, word: &mut Word, quoted: bool) {
     } else {
         word.parts.push(Part::Variable { name, quoted });
     }
+    Ok(())
 }

@@ -144,7 +144,11 @@ pub(crate) fn start(
     elsewhere::look(&start, &active.standbys, &active.security())?;
     let vm = start.provenance.vm;
     let machine_events = Relay::new();
-    let guest = Guest::read(options, held)?;
+    let guest = Guest::read(options, held, &stops);
+    if guest.is_err() && stops.was_used() {
+        return Err(StartError::Stopped);
+    }
+    let guest = guest?;
     let built_in = (!guest.is_linux()).then_some(options.ip.address);
     let mac = vm::mac_of(options.net.as_ref(), vm, built_in);
     let console = Arc::new(Console::open(active.console.as_ref(), stops.sender())?);

@@ -2,15 +2,16 @@
 //! longer than for a disk.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use outlive_bootdisk::{Found, Limits, ReadError};
 use outlive_machine::{DiskBoot, FirmwareError, Image, LinuxBoot, Machine};
 
-/// How long the end of the machine waits for a read that is under way: until then the thread has the image.
+/// How long the end of the machine waits for the image: for a disk that does not answer, never for what is made of its
+/// answers.
 const LAST: Duration = Duration::from_secs(10);
 /// Time between two looks at the thread.
 const LOOK: Duration = Duration::from_millis(2);
@@ -48,26 +49,59 @@ pub(crate) struct FromDisk {
     pub(crate) found: Found,
 }
 
-/// An image, as long as somebody wants what it has.
-struct ImageDisk {
-    image: Arc<Image>,
-    wanted: Arc<AtomicBool>,
+/// An image that can be taken away from who reads it.
+#[derive(Default)]
+struct Lent(Mutex<Option<Arc<Image>>>);
+
+impl Lent {
+    /// Held during a read of it.
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Image>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes it back, unless it is being read.
+    fn take_back(&self) -> bool {
+        let lent = match self.0.try_lock() {
+            Ok(lent) => Some(lent),
+            Err(TryLockError::Poisoned(lent)) => Some(lent.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        lent.map(|mut lent| *lent = None).is_some()
+    }
 }
 
-impl outlive_bootdisk::Disk for ImageDisk {
+/// An image, as long as somebody wants what it has.
+struct ImageDisk<W> {
+    lent: Arc<Lent>,
+    bytes: u64,
+    wanted: W,
+}
+
+impl<W: Fn() -> bool> ImageDisk<W> {
+    fn new(image: Arc<Image>, wanted: W) -> Self {
+        Self { bytes: image.bytes(), lent: Arc::new(Lent(Mutex::new(Some(image)))), wanted }
+    }
+}
+
+impl<W: Fn() -> bool> outlive_bootdisk::Disk for ImageDisk<W> {
     fn bytes(&self) -> u64 {
-        self.image.bytes()
+        self.bytes
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        if !self.wanted.load(Ordering::Relaxed) {
-            return Err(io::Error::other("nobody waits for it any more"));
+        match &*self.lent.lock() {
+            Some(image) => image.read_at(buffer, offset),
+            None => Err(io::Error::other("nobody waits for it any more")),
         }
-        self.image.read_at(buffer, offset)
+    }
+
+    fn is_wanted(&self) -> bool {
+        (self.wanted)()
     }
 }
 
-/// Reads what an image boots. The kernel and its initrd are not larger than the guest's memory, in bytes.
+/// Reads what an image boots, as long as it is `wanted`. The kernel and its initrd are not larger than the guest's
+/// memory, in bytes.
 ///
 /// # Errors
 /// See [`BootDiskError`].
@@ -76,12 +110,13 @@ pub(crate) fn read_boot(
     from: &DiskBoot,
     memory: u64,
     until: Option<Instant>,
+    wanted: impl Fn() -> bool + 'static,
 ) -> Result<FromDisk, BootDiskError> {
-    read(ImageDisk { image, wanted: Arc::new(AtomicBool::new(true)) }, from, memory, until)
+    read(ImageDisk::new(image, wanted), from, memory, until)
 }
 
 fn read(
-    disk: ImageDisk,
+    disk: ImageDisk<impl Fn() -> bool + 'static>,
     from: &DiskBoot,
     memory: u64,
     until: Option<Instant>,
@@ -103,6 +138,7 @@ fn read(
 pub(crate) struct BootReader {
     thread: Option<JoinHandle<()>>,
     wanted: Arc<AtomicBool>,
+    lent: Arc<Lent>,
 }
 
 impl BootReader {
@@ -124,11 +160,13 @@ impl BootReader {
         let disk = machine.disks().iter().find(|disk| disk.index() == from.disk);
         let image = disk.ok_or(BootDiskError::NoDisk(from.disk))?.image();
         let wanted = Arc::new(AtomicBool::new(true));
-        let (disk, memory) = (ImageDisk { image, wanted: wanted.clone() }, machine.ram().bytes());
+        let of_thread = wanted.clone();
+        let disk = ImageDisk::new(image, move || of_thread.load(Ordering::Relaxed));
+        let (lent, memory) = (disk.lent.clone(), machine.ram().bytes());
         let thread = outlive_machine::spawn(THREAD, move || tell(read(disk, &from, memory, until)));
         let thread =
             thread.map_err(|error| BootDiskError::NoThread(format!("cannot start a thread: {error}")))?;
-        (self.thread, self.wanted) = (Some(thread), wanted);
+        (self.thread, self.wanted, self.lent) = (Some(thread), wanted, lent);
         Ok(())
     }
 
@@ -142,9 +180,9 @@ impl BootReader {
 impl Drop for BootReader {
     fn drop(&mut self) {
         self.give_up();
-        let Some(thread) = self.thread.take() else { return };
         let until = Instant::now() + LAST;
-        while !thread.is_finished() {
+        // Not the thread: what it is at may take as long as it likes without the image.
+        while !self.lent.take_back() {
             if Instant::now() >= until {
                 return tracing::warn!("a disk does not end the last read of its kernel");
             }

@@ -12,7 +12,7 @@ use outlive_machine::{
 };
 
 use super::boot_disk::{BootDiskError, FromDisk, read_boot};
-use super::{NoRandom, Remedied};
+use super::{NoRandom, Remedied, Stops};
 use crate::cli::RunOptions;
 use crate::disk::Held;
 use crate::process;
@@ -83,13 +83,13 @@ pub(crate) enum Guest {
 }
 
 impl Guest {
-    /// Reads what the options name.
+    /// Reads what the options name. An order to stop ends the look at a guest's disk.
     ///
     /// # Errors
     /// See [`GuestError`].
-    pub(crate) fn read(options: &RunOptions, held: &Held) -> Result<Self, GuestError> {
+    pub(crate) fn read(options: &RunOptions, held: &Held, stops: &Stops) -> Result<Self, GuestError> {
         if let Some(disk) = options.boot_disk() {
-            return Self::of_disk(options, held, disk);
+            return Self::of_disk(options, held, disk, stops);
         }
         let Some(kernel) = &options.kernel else { return Self::built_in(options) };
         let memory = options.memory_bytes();
@@ -99,7 +99,7 @@ impl Guest {
         Ok(Self::Linux(Box::new(boot)))
     }
 
-    fn of_disk(options: &RunOptions, held: &Held, disk: usize) -> Result<Self, GuestError> {
+    fn of_disk(options: &RunOptions, held: &Held, disk: usize, stops: &Stops) -> Result<Self, GuestError> {
         let spec = &options.disks[disk];
         let image = match held.at(&spec.path) {
             Some(locked) => Image::of_locked(locked, spec.sectors)?,
@@ -107,7 +107,9 @@ impl Guest {
         };
         let from = DiskBoot { disk: disk as u16, append: options.append.clone().unwrap_or_default() };
         let until = Some(Instant::now() + READ);
-        let read = read_boot(Arc::new(image), &from, options.memory_bytes(), until);
+        let stops = stops.clone();
+        let wanted = move || !stops.was_used();
+        let read = read_boot(Arc::new(image), &from, options.memory_bytes(), until, wanted);
         let read = read.map_err(|source| GuestError::Disk { image: spec.path.clone(), source })?;
         Ok(Self::OfDisk(Box::new(read)))
     }

@@ -38,7 +38,7 @@ fn the_operators_words_come_behind_the_disks() {
     let Some(image) = image(directory.path(), "linux /boot/vmlinuz-6.1 root=/dev/sda1 quiet\n") else {
         return;
     };
-    let read = read_boot(image, &from("root=/dev/vda1"), 1 << 20, None).unwrap();
+    let read = read_boot(image, &from("root=/dev/vda1"), 1 << 20, None, || true).unwrap();
     assert_eq!(read.boot.command_line(), "root=/dev/sda1 quiet console=ttyS0 root=/dev/vda1");
     assert_eq!(read.boot.disk(), Some(&from("root=/dev/vda1")));
 }
@@ -47,16 +47,16 @@ fn the_operators_words_come_behind_the_disks() {
 fn a_kernel_without_an_entry_needs_a_root() {
     let directory = tempfile::tempdir().unwrap();
     let Some(image) = image(directory.path(), "") else { return };
-    let error = read_boot(image.clone(), &from(""), 1 << 20, None).err().unwrap().to_string();
+    let error = read_boot(image.clone(), &from(""), 1 << 20, None, || true).err().unwrap().to_string();
     assert!(error.contains("name it with --append root="), "{error}");
-    assert!(read_boot(image, &from("root=/dev/vda"), 1 << 20, None).is_ok());
+    assert!(read_boot(image, &from("root=/dev/vda"), 1 << 20, None, || true).is_ok());
 }
 
 #[test]
 fn nothing_larger_than_the_guests_memory_is_read() {
     let directory = tempfile::tempdir().unwrap();
     let Some(image) = image(directory.path(), "linux /boot/vmlinuz-6.1 root=/dev/vda\n") else { return };
-    let error = read_boot(image, &from(""), 5, None).err().unwrap().to_string();
+    let error = read_boot(image, &from(""), 5, None, || true).err().unwrap().to_string();
     assert!(error.contains("has 6 bytes, and 5 are the limit"), "{error}");
 }
 
@@ -67,12 +67,26 @@ fn a_read_that_nobody_wants_ends_and_its_image_is_free() {
     File::create(&path).unwrap().write_all(&[0; 65536]).unwrap();
     let image = Arc::new(Image::open(&path, false, false, None).unwrap());
     image.file().write_all_at(b"\x53\xef", 1080).unwrap();
-    let wanted = Arc::new(AtomicBool::new(false));
-    let disk = ImageDisk { image, wanted };
+    let disk = ImageDisk::new(image, || false);
     let (tell, told) = channel();
     std::thread::spawn(move || {
         tell.send(read(disk, &from(""), 1 << 20, None).err().map(|it| it.to_string()))
     });
     assert!(told.recv().unwrap().unwrap().contains("nobody waits for it any more"));
     assert!(Image::open(&path, false, false, None).is_ok(), "it is no longer locked");
+}
+
+/// A script that has not ended holds up nobody: not the machine's end, and not who needs the image next.
+#[test]
+fn a_reader_that_ends_leaves_a_thinking_thread_without_the_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    File::create(&path).unwrap().write_all(&[0; 65536]).unwrap();
+    let disk = ImageDisk::new(Arc::new(Image::open(&path, false, false, None).unwrap()), || true);
+    let reader = BootReader { lent: disk.lent.clone(), ..BootReader::default() };
+    let mut sector = [0; 512];
+    outlive_bootdisk::Disk::read_at(&disk, &mut sector, 0).unwrap();
+    drop(reader);
+    assert!(Image::open(&path, false, false, None).is_ok(), "it is no longer locked");
+    assert!(outlive_bootdisk::Disk::read_at(&disk, &mut sector, 0).is_err());
 }
