@@ -7,7 +7,7 @@ use outlive_epoch::{
 
 use crate::common::{Content, GENERATION, granules, incoming};
 
-const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
+const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None, hand_over: false };
 
 fn begin(pages: u32) -> CheckpointBegin {
     CheckpointBegin { generation: GENERATION, number: 1, pages, state_bytes: 0, disk_bytes: 0, flags: BASE }

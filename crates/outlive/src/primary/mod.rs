@@ -13,6 +13,7 @@ mod driver;
 mod elsewhere;
 mod hand_over;
 mod hold;
+mod known;
 mod inbox;
 mod launch;
 mod links;
@@ -52,6 +53,8 @@ pub(crate) use elsewhere::Elsewhere;
 pub(crate) use hand_over::{HandOverError, Waiting, ask as ask_to_hand_over};
 pub(crate) use inbox::Queue;
 pub(crate) use launch::run;
+#[cfg(test)]
+pub(crate) use tests::hello as test_hello;
 
 /// Why a VM cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -241,6 +244,8 @@ pub(crate) fn start(
         uplink,
         standing,
         books: Books::default(),
+        since: None,
+        shelf: vm::Shelf::default(),
     })
 }
 

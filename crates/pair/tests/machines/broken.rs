@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use outlive_epoch::LeaveReason;
 use outlive_pair::PrimaryAction::{
-    self, Claim, Endure, Exit, Fence, GiveAway, HandOver, Hangup, Keep, ReleaseAll, StopGuest,
+    self, Claim, Endure, Exit, Fence, GiveAway, HandOver, Hangup, Keep, ReleaseAll, Ship, StopGuest,
 };
-use outlive_pair::PrimaryEvent::{Broken as Breaks, Claimed, Leave, LinkLost, Mended, StandbyReaches, Tick};
+use outlive_pair::PrimaryEvent::{Broken as Breaks, Captured, Claimed, Leave, LinkLost, Mended, StandbyReaches, Tick};
 use outlive_pair::{
     Broken, ClaimResult, ExitReason, Kept, Link, LossReason, OutputMode, PrimaryEvent, PrimaryStatus,
+    Wanted,
 };
 
 use super::primary::{Host, LINK};
@@ -148,12 +149,27 @@ fn a_vm_whose_operator_has_asked_for_its_stop_stays() {
 #[test]
 fn an_operator_hands_a_protected_vm_over_and_it_stays_where_nobody_takes_it() {
     let mut host = Host::protected_at(1);
-    let handed = host.acts(PrimaryEvent::HandOver);
-    assert_eq!(handed, [HandOver, Hangup { link: LINK }]);
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [HandOver]);
+    assert_eq!(host.machine.wanted_capture(), Wanted::HandOver);
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Undecided }]);
+    assert!(host.machine.guest_may_run());
+    let last = host.acts(Captured { link: LINK, base: false, stays: true });
+    assert!(matches!(last[1], Ship(ticket) if ticket.flags.hand_over), "{last:?}");
+    assert!(!host.machine.guest_may_run(), "its memory is that of the last checkpoint");
+    assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);
+    // Not before the standby has all of it.
+    assert_eq!(host.acts(PrimaryEvent::OutputLeft), []);
+    let number = host.machine.epoch() - 1;
+    let stamp = Duration::from_millis(host.now);
+    let ack = PrimaryEvent::Ack { link: LINK, generation: 4, checkpoint: number, stamp };
+    assert_eq!(host.acts(ack), [PrimaryAction::Release { through: number }, PrimaryAction::LetGo]);
+    assert_eq!(host.machine.status(), PrimaryStatus::Protected);
+    assert_eq!(host.acts(PrimaryEvent::OutputLeft), [Hangup { link: LINK }]);
     assert_eq!(
         (host.machine.status(), host.machine.output()),
         (PrimaryStatus::Arbitrating, OutputMode::Hold)
     );
+    assert!(!host.machine.guest_may_run());
     // The standby asks first.
     assert_eq!(host.acts(Tick), []);
     assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Undecided }]);
@@ -161,6 +177,8 @@ fn an_operator_hands_a_protected_vm_over_and_it_stays_where_nobody_takes_it() {
     assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
     assert_eq!(host.win()[0], ReleaseAll { generation: 5 });
     assert_eq!(host.machine.output(), OutputMode::PassThrough);
+    assert!(host.machine.guest_may_run(), "it goes on where it stood still");
+    assert_eq!(host.machine.handed_over(), None);
     assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Unprotected }]);
 }
 

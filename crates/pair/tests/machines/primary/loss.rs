@@ -88,7 +88,7 @@ fn a_standby_that_leaves_before_it_has_the_base_costs_no_generation() {
             pauses.push(host.now - before);
             host.acts(Connected { link });
             host.acts(Accepted { link, dead_after: ms(500) });
-            host.acts(Captured { link, base: true });
+            host.acts(Captured { link, base: true, stays: false });
             let leave = Leave { link, reason };
             assert_eq!(host.acts(leave), [Hangup { link }, ReleaseAll { generation: 4 }]);
         }
