@@ -402,12 +402,13 @@ impl Primary {
         if !self.is_live() {
             return;
         }
-        self.ends_instead(out);
         if ask_guest && !std::mem::replace(&mut self.guest_asked, true) {
-            return out.push(Action::AskGuest);
+            out.push(Action::AskGuest);
+        } else {
+            self.end = Some(EndReason::Stopped);
+            out.push(Action::StopGuest);
         }
-        self.end = Some(EndReason::Stopped);
-        out.push(Action::StopGuest);
+        self.ends_instead(out);
     }
 
     fn say_end(&self, link: Link, reason: EndReason, out: &mut Vec<Action>) {

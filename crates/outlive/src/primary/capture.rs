@@ -14,6 +14,7 @@ use super::driver::SharedDriver;
 use super::pool::Pool;
 use super::ports::Commit;
 use crate::cli::Ending;
+use crate::events::Event;
 use crate::link::CheckpointPart;
 
 /// How long the VM waits for a buffer at a time, in the pause of a checkpoint that is larger than one buffer.
@@ -159,6 +160,9 @@ impl Coordinator {
         }
         match decided.ticket {
             Some(ticket) => {
+                if ticket.flags.hand_over {
+                    self.with.events.emit(Event::StandsStill { checkpoint: ticket.number });
+                }
                 let totals = (decided.sent_parts == 0).then_some((report.pages, staging.state().len()));
                 self.with.driver.ship(Box::new(CheckpointPart { ticket, totals, last: true, staging }));
                 self.on_their_way.push_back((ticket.number, ended));

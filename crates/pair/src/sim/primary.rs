@@ -184,7 +184,7 @@ impl World {
         let clock = self.clock(life.0);
         match effect {
             Effect::Dial { link, address } => {
-                self.may_lose_track(life);
+                self.may_lose_track(life, 30);
                 let target = (life.0 + 1 + address) % self.hosts.len();
                 let delay = self.rng.range(100, 2000);
                 self.after(delay, Happening::Dialled { life, link, target });
@@ -195,7 +195,7 @@ impl World {
                 let hello =
                     Introduction { vm: vm_of(generation), generation, slots, dead_after, shared_storage };
                 self.send(conn, 0, Msg::Hello(hello, since));
-                self.may_lose_track(life);
+                self.may_lose_track(life, 8);
             }
             Effect::StartBase { link, needs } => {
                 self.base_begins(life, needs);
@@ -261,6 +261,10 @@ impl World {
                 let kept = self.keeps_memory(life);
                 self.stop_process(life.0, true);
                 self.hosts[life.0].kept = kept;
+                if kept.is_some() && !self.truth.ended {
+                    // The process stays, as a standby.
+                    self.start_standby(life.0);
+                }
             }
             Effect::Note(PrimaryNote::Protected { .. }) => {
                 self.stats.protected += 1;
@@ -276,9 +280,9 @@ impl World {
     }
 
     /// The writes since a hand-over are known for a while only: there may be too many.
-    fn may_lose_track(&mut self, life: Life) {
+    fn may_lose_track(&mut self, life: Life, one_in: u64) {
         let known = self.primary_of(life).is_some_and(|p| p.known_since.is_some());
-        if !known || !self.rng.one_in(4) {
+        if !known || !self.rng.one_in(one_in) {
             return;
         }
         if let Some(p) = self.primary_of(life) {

@@ -192,3 +192,55 @@ fn a_vm_that_ends_or_whose_standby_is_cut_off_is_not_handed_over() {
     host.acts(PrimaryEvent::Stop { ask_guest: true });
     assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Stopping }]);
 }
+
+/// The operator changes his mind, the guest ends, or the standby goes: each is as if nobody had asked.
+#[test]
+fn a_hand_over_can_be_left_at_each_step() {
+    let mut host = settled();
+    host.acts(PrimaryEvent::HandOver);
+    let stopped = host.acts(PrimaryEvent::Stop { ask_guest: true });
+    assert_eq!(stopped, [PrimaryAction::AskGuest, Keep { why: Kept::Stopping }]);
+    assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
+
+    let mut host = settled();
+    host.acts(PrimaryEvent::HandOver);
+    host.acts(PrimaryEvent::End { reason: outlive_epoch::EndReason::PowerOff });
+    assert_eq!(host.machine.wanted_capture(), Wanted::Last(outlive_epoch::EndReason::PowerOff));
+    let last = host.acts(Captured { link: LINK, base: false, stays: true });
+    assert!(matches!(last[1], Ship(ticket) if !ticket.flags.hand_over), "it has ended: {last:?}");
+
+    // The link is lost while the guest stands still: it may be the standby's already.
+    let mut host = settled();
+    host.acts(PrimaryEvent::HandOver);
+    host.acts(Captured { link: LINK, base: false, stays: true });
+    host.acts(LinkLost { link: LINK, why: LossReason::Closed });
+    assert!(host.machine.stands_still() && !host.machine.guest_may_run());
+    host.win();
+    assert!(host.machine.guest_may_run() && !host.machine.stands_still());
+
+    // The standby leaves, and hands its right over: the guest goes on at once.
+    let mut host = settled();
+    host.acts(PrimaryEvent::HandOver);
+    host.acts(Captured { link: LINK, base: false, stays: true });
+    let left = host.acts(Leave { link: LINK, reason: LeaveReason::Released });
+    assert_eq!(left[1], Keep { why: Kept::NotTaken });
+    assert!(host.machine.guest_may_run());
+}
+
+/// What is kept is of the checkpoint at which the guest stood still, and of no other.
+#[test]
+fn the_moment_of_a_hand_over_is_known_only_once_another_host_has_the_vm() {
+    let mut host = settled();
+    host.hand_over();
+    let still = host.machine.epoch() - 1;
+    assert_eq!(host.machine.handed_over(), None);
+    let (generation, owner) = (5, "standby on b".to_owned());
+    host.acts(PrimaryEvent::Superseded { generation, owner });
+    assert_eq!(host.machine.handed_over(), Some(still));
+
+    // It was not handed over: it ran on until then.
+    let mut host = settled();
+    host.acts(LinkLost { link: LINK, why: LossReason::Closed });
+    host.acts(Claimed { generation: 5, result: ClaimResult::Lost { owner: "standby on b".into() } });
+    assert_eq!((host.machine.status(), host.machine.handed_over()), (PrimaryStatus::Over, None));
+}

@@ -84,6 +84,16 @@ impl Host {
     }
 
     /// The arbiter answers.
+    /// From protected to standing still: all is committed, its output has left, and the link is closed.
+    pub(crate) fn hand_over(&mut self) {
+        self.acts(PrimaryEvent::HandOver);
+        self.acts(Captured { link: LINK, base: false, stays: true });
+        let (checkpoint, stamp) = (self.machine.epoch() - 1, ms(self.now));
+        self.acts(PrimaryEvent::Ack { link: LINK, generation: 4, checkpoint, stamp });
+        let left = self.acts(PrimaryEvent::OutputLeft);
+        assert_eq!(left, [PrimaryAction::Hangup { link: LINK }]);
+    }
+
     pub(crate) fn win(&mut self) -> Vec<PrimaryAction> {
         self.claimed(ClaimResult::Won)
     }
