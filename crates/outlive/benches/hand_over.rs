@@ -175,7 +175,9 @@ fn rows(scale: &usize, text: &mut String) -> Option<()> {
         seen.iter().map(|client| client.lost).sum::<u64>(),
         seen.iter().filter(|client| client.broken.is_some()).count(),
     );
-    seen.iter().filter_map(|client| client.broken.as_ref()).for_each(|why| println!("a connection broke: {why}"));
+    seen.iter()
+        .filter_map(|client| client.broken.as_ref())
+        .for_each(|why| println!("a connection broke: {why}"));
     if all.is_empty() {
         println!("no hand-over succeeded");
         return None;

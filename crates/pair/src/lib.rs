@@ -137,9 +137,9 @@ mod planted;
 pub mod policy;
 mod primary;
 mod redial;
-mod since;
 #[cfg(test)]
 mod sim;
+mod since;
 mod standby;
 mod tail;
 

@@ -127,7 +127,8 @@ impl Primary {
             guest_asked: false,
             still: None,
             next_link: 0,
-            redial: Redial::new(config.standbys, now).expecting(config.handed.then_some(now + Timing::RETURN.1)),
+            redial: Redial::new(config.standbys, now)
+                .expecting(config.handed.then_some(now + Timing::RETURN.1)),
             said: None,
             faults: broken::Faults::none((config.checkpoint > 0).then_some(now)),
             alive_until: now + config.timing.dead_after,
@@ -212,7 +213,11 @@ impl Primary {
             State::Guarding(_, Guard { handing: Some(Handing::Asked), shipped, acked, .. })
                 if self.end.is_none() =>
             {
-                if shipped == acked { Wanted::HandOver } else { Wanted::Nothing }
+                if shipped == acked {
+                    Wanted::HandOver
+                } else {
+                    Wanted::Nothing
+                }
             }
             State::Guarding(..) => self.end.map_or(Wanted::Epoch, Wanted::Last),
             _ => Wanted::Nothing,

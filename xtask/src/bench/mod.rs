@@ -111,12 +111,9 @@ impl Bench {
         match self {
             Bench::Dirty => dirty::plots(rows),
             Bench::Migrate => migrate::plots(rows),
-            Bench::Guest
-            | Bench::Wire
-            | Bench::Pause
-            | Bench::Link
-            | Bench::Clients
-            | Bench::HandOver => Vec::new(),
+            Bench::Guest | Bench::Wire | Bench::Pause | Bench::Link | Bench::Clients | Bench::HandOver => {
+                Vec::new()
+            }
         }
     }
 }
@@ -126,7 +123,9 @@ pub(crate) fn run(workspace: &Workspace, options: &BenchOptions) -> Result<(), S
     let all = [Bench::Dirty, Bench::Wire, Bench::Pause, Bench::Guest];
     let chosen = options.what.as_ref().map_or(&all[..], std::slice::from_ref);
     if options.count.is_some() && options.what != Some(Bench::HandOver) {
-        return Err(StepError::Unusable("--count goes with hand-over: cargo xtask bench hand-over --count N".into()));
+        return Err(StepError::Unusable(
+            "--count goes with hand-over: cargo xtask bench hand-over --count N".into(),
+        ));
     }
     // Problems are reported before the minutes of measuring, not after them.
     if chosen.iter().any(|what| what.runs_vms()) {

@@ -28,7 +28,9 @@ pub struct CheckpointFlags {
 
 impl CheckpointFlags {
     fn to_wire(self) -> u32 {
-        u32::from(self.base_final) | u32::from(self.hand_over) << 1 | self.end.map_or(0, |end| (end as u32) << 8)
+        u32::from(self.base_final)
+            | u32::from(self.hand_over) << 1
+            | self.end.map_or(0, |end| (end as u32) << 8)
     }
 
     fn from_wire(word: u32) -> Option<Self> {

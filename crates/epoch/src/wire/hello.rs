@@ -10,7 +10,8 @@ use super::kind::SectionKind;
 use super::version::{ProtocolVersion, VersionRange};
 use crate::image::limits::{MAX_ANCESTORS, MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT, MAX_VCPU_CONSTANT};
 use crate::image::{
-    Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, Moment, VcpuConstant, VmId, Wiring,
+    Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, Moment, VcpuConstant, VmId,
+    Wiring,
 };
 
 /// What the primary promises not to exceed. The standby sizes its staging accordingly, or refuses.
@@ -312,10 +313,8 @@ fn parse_extras(mut fields: Fields<'_>) -> Result<Extras, WireError> {
             // In another form it is unknown, and the standby gets a whole base.
             EXTRA_SINCE => {
                 let moment = RawMoment::ref_from_bytes(bytes).ok().filter(|_| version.get() == 1);
-                extras.since = moment.map(|raw| Moment {
-                    generation: raw.generation.get(),
-                    checkpoint: raw.checkpoint.get(),
-                });
+                extras.since = moment
+                    .map(|raw| Moment { generation: raw.generation.get(), checkpoint: raw.checkpoint.get() });
             }
             _ => {}
         }

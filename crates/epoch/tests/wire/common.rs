@@ -2,8 +2,8 @@
 
 use outlive_epoch::{
     Ancestor, AuditRange, AuditSpan, CheckpointBegin, CheckpointFlags, ChunkRange, DeviceFlags, DeviceInfo,
-    DeviceKind, DiskOp, DiskRecord, DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Moment,
-    Layout, Limits, Lineage, Message, PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion,
+    DeviceKind, DiskOp, DiskRecord, DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits,
+    Layout, Limits, Lineage, Message, Moment, PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion,
     ReadError, RecordBuf, SectionReader, StateBuf, StateKind, StateSection, TailBuf, TailFrame,
     UncheckedRecords, VersionRange, VmId,
 };
@@ -311,7 +311,11 @@ pub(crate) fn small_stream() -> (Vec<u8>, Vec<Content>) {
 /// The same in any version, as if the standby had accepted that.
 pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
     let base_final = CheckpointFlags { base_final: true, end: None, hand_over: false };
-    let last = CheckpointFlags { base_final: false, end: Some(outlive_epoch::EndReason::PowerOff), hand_over: false };
+    let last = CheckpointFlags {
+        base_final: false,
+        end: Some(outlive_epoch::EndReason::PowerOff),
+        hand_over: false,
+    };
     let mut contents = vec![Content::new(40, base_final, &[5, 0x10_0003, 10]), Content::new(41, last, &[15])];
     if version >= ProtocolVersion::V4 {
         contents[1].pages.extend([(0x10_0003, Some(granules())), (16, Some(vec![0; 8]))]);

@@ -1,8 +1,8 @@
 //! Two releases agree on a version of the stream.
 
 use outlive_epoch::{
-    Accept, Encoder, HEADER_LEN, Hello, MAX_VCPU_CONSTANT, Message, Peer, Preface, ProtocolVersion,
-    Moment, ReadError, Refuse, RefuseCode, SectionHeader, SectionKind, SectionReader, VcpuConstant, VersionRange,
+    Accept, Encoder, HEADER_LEN, Hello, MAX_VCPU_CONSTANT, Message, Moment, Peer, Preface, ProtocolVersion,
+    ReadError, Refuse, RefuseCode, SectionHeader, SectionKind, SectionReader, VcpuConstant, VersionRange,
     WireError, Wiring,
 };
 

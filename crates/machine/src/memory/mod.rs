@@ -194,7 +194,8 @@ impl Ram {
 
     /// Whether it is the memory of a VM with so many bytes, and so many to boot from.
     pub fn is_of(&self, bytes: u64, firmware_bytes: u64) -> bool {
-        let same = || ranges(bytes).is_ok_and(|ranges| self.firmware == firmware_range(&ranges, firmware_bytes));
+        let same =
+            || ranges(bytes).is_ok_and(|ranges| self.firmware == firmware_range(&ranges, firmware_bytes));
         self.bytes == bytes && same()
     }
 

@@ -213,13 +213,7 @@ impl Base {
 
 impl Coordinator {
     /// Begins protection: allocates everything that checkpoints need (invariant 5).
-    pub(super) fn start_base(
-        &mut self,
-        link: Link,
-        pool: Arc<Pool>,
-        version: ProtocolVersion,
-        needs: Needs,
-    ) {
+    pub(super) fn start_base(&mut self, link: Link, pool: Arc<Pool>, version: ProtocolVersion, needs: Needs) {
         let known = match needs {
             Needs::Rest => self.with.known.take().map(Known::into_pages),
             Needs::Everything => None,

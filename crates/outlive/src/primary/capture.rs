@@ -247,7 +247,8 @@ pub(super) struct InsidePause<'a> {
 impl InPause for InsidePause<'_> {
     fn counted(&mut self, pages: usize) {
         self.pages = pages;
-        (self.decided.ticket, self.decided.after) = self.driver.captured(self.of.link, self.of.base, self.of.stays);
+        (self.decided.ticket, self.decided.after) =
+            self.driver.captured(self.of.link, self.of.base, self.of.stays);
     }
 
     fn spill(&mut self, staging: &mut Outgoing) -> Result<(), SpillError> {

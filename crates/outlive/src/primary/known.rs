@@ -49,7 +49,9 @@ impl Coordinator {
     pub(super) fn look_at_known(&mut self) {
         let Some(known) = &self.with.known else { return };
         if self.protection.is_none() && (known.until <= Instant::now() || known.pages.len() > known.most) {
-            tracing::info!("the host from which the VM came has not come back: its next standby gets a whole copy");
+            tracing::info!(
+                "the host from which the VM came has not come back: its next standby gets a whole copy"
+            );
             self.forget_writes();
         }
     }

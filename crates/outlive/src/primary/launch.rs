@@ -176,7 +176,9 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     }
     let tail = machine.net().filter(|_| options.frame_tail.is_on());
     let tail = tail.map(|net| FrameTail { input: net.input_tail().clone(), output: net.output().clone() });
-    let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone()).copying(tail).knowing(since);
+    let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone())
+        .copying(tail)
+        .knowing(since);
     let driver = SharedDriver::new(
         Primary::new(config, clock.now()),
         ports,

@@ -114,7 +114,14 @@ fn connect(
     let report = reporter(link, pool.clone(), Arc::downgrade(driver), plan);
     let (clock, pulse) = (driver.clock(), driver.pulse().clone());
     let sender = Sender::start(writer, closer, clock, pulse, plan.heartbeat, introduction, report)?;
-    driver.connected(Connection { link, sender, address: address.to_owned(), pool, version: None, holds: false });
+    driver.connected(Connection {
+        link,
+        sender,
+        address: address.to_owned(),
+        pool,
+        version: None,
+        holds: false,
+    });
     let (receiving, older) = (driver.clone(), older.clone());
     let received = outlive_machine::spawn("receiver", move || {
         let theirs = Cell::new(introduction);

@@ -92,7 +92,8 @@ fn to_and_fro(hosts: &mut [Process; 2], times: usize) -> (u64, Vec<u64>) {
 fn a_host_that_has_handed_the_vm_over_comes_back_with_its_memory() {
     let Some(world) = World::new() else { return };
     let [here, there] = [Side::A, Side::B].map(|side| side.addr().to_string());
-    let compares = ["--self-check", "20", "--audit", "100"];
+    // A busy host must not lose its standby by that.
+    let compares = ["--self-check", "20", "--audit", "100", "--dead-after", "20s"];
     let standby = world.staying_standby_with(Side::B, &[&["--standby", &here], &compares[..]].concat());
     let runs = ["--standby", &there, "--listen", &here];
     let active = world.run_with(Side::A, &[&runs, &compares[..]].concat());
@@ -102,6 +103,7 @@ fn a_host_that_has_handed_the_vm_over_comes_back_with_its_memory() {
     let load = MemoryLoad::start(&world, 2000, 50_000);
     let (first, later) = to_and_fro(&mut hosts, 6);
     println!("the first base had {first} pages, the later ones {later:?}");
+    assert!(hosts.iter().all(|host| host.log().contains("it gets what was written since")));
     load.finish(&world);
     witnesses.hear_all();
     witnesses.finish(&world);
@@ -111,7 +113,7 @@ fn a_host_that_has_handed_the_vm_over_comes_back_with_its_memory() {
 #[test]
 fn a_host_that_comes_back_with_its_memory_has_its_disk_too() {
     let Some(world) = World::new() else { return };
-    let (active, standby) = writing(&world, &["--self-check", "20", "--audit", "100"]);
+    let (active, standby) = writing(&world, &["--self-check", "20", "--audit", "100", "--dead-after", "20s"]);
     let mut hosts = [active, standby];
     let (first, later) = to_and_fro(&mut hosts, 4);
     println!("the first base had {first} pages, the later ones {later:?}");
@@ -123,7 +125,7 @@ fn a_host_that_comes_back_with_its_memory_has_its_disk_too() {
 fn a_standby_without_the_memory_gets_all_of_it() {
     let Some(world) = World::new() else { return };
     let [here, there] = [Side::A, Side::B].map(|side| side.addr().to_string());
-    let compares = ["--self-check", "20"];
+    let compares = ["--self-check", "20", "--dead-after", "20s"];
     let mut new = world.staying_standby_with(Side::B, &[&["--standby", &here], &compares[..]].concat());
     let mut old = world.run_with(Side::A, &[&["--standby", &there], &compares[..]].concat());
     old.wait_protected();

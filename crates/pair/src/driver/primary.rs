@@ -183,7 +183,13 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
     ///
     /// From here on output belongs to the next epoch, whatever the answer.
     /// `link` and `base` say what was wanted when the pause began, and `stays` whether the vCPUs stay stopped after it.
-    pub fn captured(&mut self, now: Duration, link: Link, base: bool, stays: bool) -> (Option<Ticket>, After) {
+    pub fn captured(
+        &mut self,
+        now: Duration,
+        link: Link,
+        base: bool,
+        stays: bool,
+    ) -> (Option<Ticket>, After) {
         self.captured = None;
         let after = self.handle(now, Event::Captured { link, base, stays });
         (self.captured.take(), after)

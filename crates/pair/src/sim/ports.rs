@@ -11,8 +11,8 @@ use super::valve::Valve;
 use super::world::Msg;
 use crate::planted::Bug;
 use crate::{
-    Broken, ExitReason, Forgotten, Kept, Link, Needs, PrimaryNote, PrimaryPorts, StandbyExit, StandbyNote, StandbyPorts,
-    Since, TakeOver, Ticket,
+    Broken, ExitReason, Forgotten, Kept, Link, Needs, PrimaryNote, PrimaryPorts, Since, StandbyExit,
+    StandbyNote, StandbyPorts, TakeOver, Ticket,
 };
 
 /// An action that fails the next time.

@@ -82,8 +82,14 @@ impl World {
     ) {
         let now = self.clock(host);
         let standbys = self.hosts.len() - 1;
-        let config =
-            PrimaryConfig { generation, checkpoint, handed, standbys, slots: self.slots, timing: self.timing };
+        let config = PrimaryConfig {
+            generation,
+            checkpoint,
+            handed,
+            standbys,
+            slots: self.slots,
+            timing: self.timing,
+        };
         let moment = handed.then_some(Moment { generation: generation.wrapping_sub(1), checkpoint });
         let since = Since::began(moment).with(Planted(self.bug));
         let mut machine = Primary::new(config, now);
@@ -491,7 +497,6 @@ impl World {
         let machine = p.driver.machine();
         let Some(link) = machine.link() else { return };
         let (due, base) = match machine.wanted_capture() {
-
             _ if p.paused => (false, false),
             Wanted::Nothing => (false, false),
             Wanted::Base { link } => (p.base_ready == Some(link), true),

@@ -6,10 +6,11 @@ use outlive_epoch::LeaveReason;
 use outlive_pair::PrimaryAction::{
     self, Claim, Endure, Exit, Fence, GiveAway, HandOver, Hangup, Keep, ReleaseAll, Ship, StopGuest,
 };
-use outlive_pair::PrimaryEvent::{Broken as Breaks, Captured, Claimed, Leave, LinkLost, Mended, StandbyReaches, Tick};
+use outlive_pair::PrimaryEvent::{
+    Broken as Breaks, Captured, Claimed, Leave, LinkLost, Mended, StandbyReaches, Tick,
+};
 use outlive_pair::{
-    Broken, ClaimResult, ExitReason, Kept, Link, LossReason, OutputMode, PrimaryEvent, PrimaryStatus,
-    Wanted,
+    Broken, ClaimResult, ExitReason, Kept, Link, LossReason, OutputMode, PrimaryEvent, PrimaryStatus, Wanted,
 };
 
 use super::primary::{Host, LINK};
