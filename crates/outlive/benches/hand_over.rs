@@ -178,6 +178,9 @@ fn rows(scale: &usize, text: &mut String) -> Option<()> {
     seen.iter()
         .filter_map(|client| client.broken.as_ref())
         .for_each(|why| println!("a connection broke: {why}"));
+    if std::env::var_os("OUTLIVE_LOGS").is_some() {
+        hosts.iter().for_each(|host| println!("{}", host.log()));
+    }
     if all.is_empty() {
         println!("no hand-over succeeded");
         return None;

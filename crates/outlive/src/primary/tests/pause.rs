@@ -179,7 +179,7 @@ fn allocations_of_a_pause(coordinator: &mut Coordinator) -> (u64, bool) {
         it.with.driver.wanted() == Wanted::Epoch && it.protection.as_ref().unwrap().pool.has_free()
     });
     let protection = coordinator.protection.as_ref().unwrap();
-    let (pool, of) = (protection.pool.clone(), Of { link: protection.link, base: false });
+    let (pool, of) = (protection.pool.clone(), Of { link: protection.link, base: false, stays: false });
     let (mut staging, driver) = (pool.take().unwrap(), coordinator.with.driver.clone());
     let here = thread::current().id();
     let inside = InsidePause::new(&driver, &pool, of);
