@@ -112,13 +112,17 @@ fn at(records: &[Record], wanted: impl Fn(&Event) -> bool) -> Option<u64> {
     records.iter().rev().find(|record| wanted(&record.event)).map(|record| record.t_us)
 }
 
-/// Hands the VM over, and waits until it is protected in this generation.
-fn hand_over(old: &mut Process, new: &mut Process, generation: u64) -> Result<Times, String> {
+/// Hands the VM over, and waits until it is protected again.
+fn hand_over(old: &mut Process, new: &mut Process) -> Result<Times, String> {
     let said = Command::new(PROGRAM).arg("hand-over").arg("--socket").arg(old.socket()).output();
     let said = said.map_err(|error| error.to_string())?;
     if !said.status.success() {
         return Err(String::from_utf8_lossy(&said.stderr).trim().to_owned());
     }
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let after = said.split_once("generation ").map_or("", |(_, rest)| rest);
+    let number = after.split(|c: char| !c.is_ascii_digit()).next().and_then(|it| it.parse::<u64>().ok());
+    let generation = number.ok_or(said)?;
     let is_protected = |e: &Event| matches!(e, Event::Protected { generation: it, .. } if *it == generation);
     let takes_over = |e: &Event| matches!(e, Event::Takeover { generation: it, .. } if *it == generation);
     new.wait_for("protected again", is_protected);
@@ -154,17 +158,21 @@ fn rows(scale: &usize, text: &mut String) -> Option<()> {
     let load = MemoryLoad::start(&world, 500, 20_000);
     let clients = Clients::start(&world);
     let (mut all, mut kept) = (Vec::new(), 0u64);
+    let mut owner = 0;
     for time in 0..count(*scale) {
         std::thread::sleep(REST);
         let [a, b] = &mut hosts;
-        // One that was refused leaves the VM where it is.
-        let (old, new) = if (all.len()).is_multiple_of(2) { (a, b) } else { (b, a) };
-        match hand_over(old, new, all.len() as u64 + 2) {
-            Ok(times) => all.push(times),
+        let (old, new) = if owner == 0 { (a, b) } else { (b, a) };
+        match hand_over(old, new) {
+            Ok(times) => {
+                all.push(times);
+                owner = 1 - owner;
+            }
+            // It stays where it is.
             Err(why) => {
                 println!("hand-over {time}: {why}");
                 kept += 1;
-                break;
+                std::thread::sleep(REST * 10);
             }
         }
     }
