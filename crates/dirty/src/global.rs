@@ -10,6 +10,10 @@ use crate::layout::{Gfn, MemoryLayout, PAGE_SIZE};
 use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::words::Words;
 
+/// The bits of [`GlobalLog::state`].
+const RECORDS: usize = 1;
+const WATCHED: usize = 2;
+
 /// Pages that were written outside any vCPU, by device models, `io_uring` and other kernel writes, and pages
 /// that did not fit into the list of a vCPU.
 ///
@@ -25,7 +29,10 @@ use crate::words::Words;
 /// was full (`overflow`), or its marker is still at work (`in_flight`); in the two latter cases the harvest
 /// searches the whole bitmap. So the list may lose and repeat hints at its limits, but never a page.
 pub struct GlobalLog {
-    enabled: AtomicBool,
+    /// What a mark must do; 0: nothing.
+    state: AtomicUsize,
+    /// Something was marked while the log was watched.
+    written: AtomicBool,
     bits: Bits,
     /// Frame number + 1, or 0 for an empty place.
     hints: Words,
@@ -62,7 +69,8 @@ impl GlobalLog {
 
     pub(crate) fn build(pages: u64, capacity: usize) -> GlobalLog {
         GlobalLog {
-            enabled: AtomicBool::new(false),
+            state: AtomicUsize::new(0),
+            written: AtomicBool::new(false),
             bits: Bits::reserve(pages).expect("address space for the bitmap of the global dirty list"),
             hints: Words::reserve(capacity).expect("address space for the global dirty list"),
             capacity,
@@ -77,7 +85,7 @@ impl GlobalLog {
 
     /// Records that a page has been written.
     pub fn mark(&self, gfn: Gfn) {
-        if self.enabled.load(Ordering::Acquire) {
+        if self.must_note() {
             self.record(gfn);
         }
     }
@@ -85,7 +93,7 @@ impl GlobalLog {
     /// Records that `len` bytes from guest physical address `gpa` have been written: the one function for
     /// writes through raw pointers and by the kernel (`io_uring`, `readv`). Call it after they are complete.
     pub fn mark_range(&self, gpa: u64, len: u64) {
-        if len == 0 || !self.enabled.load(Ordering::Acquire) {
+        if len == 0 || !self.must_note() {
             return;
         }
         let last = gpa.saturating_add(len - 1) / PAGE_SIZE;
@@ -98,6 +106,33 @@ impl GlobalLog {
         }
     }
 
+    /// Whether a mark must be recorded. Notes for [`watch`](Self::watch) that there was one.
+    fn must_note(&self) -> bool {
+        let state = self.state.load(Ordering::Acquire);
+        if state & WATCHED != 0 {
+            self.written.store(true, Ordering::Release);
+        }
+        state & RECORDS != 0
+    }
+
+    /// From now on [`is_unwritten`](Self::is_unwritten) says whether anything at all was marked, whether or not a
+    /// tracker is enabled: for a VM that stands still, and whose memory must be proven to be the same later.
+    pub fn watch(&self) {
+        self.written.store(false, Ordering::Release);
+        self.state.fetch_or(WATCHED, Ordering::AcqRel);
+    }
+
+    /// Ends [`watch`](Self::watch).
+    pub fn unwatch(&self) {
+        self.state.fetch_and(!WATCHED, Ordering::AcqRel);
+    }
+
+    /// Whether the log is watched, and nothing was marked since. A writer that has not returned may still come: ask
+    /// when none is left.
+    pub fn is_unwritten(&self) -> bool {
+        self.state.load(Ordering::Acquire) & WATCHED != 0 && !self.written.load(Ordering::Acquire)
+    }
+
     /// Whether the page is marked and not yet harvested.
     pub fn is_marked(&self, gfn: Gfn) -> bool {
         self.bits.peek(gfn)
@@ -105,7 +140,7 @@ impl GlobalLog {
 
     /// Whether marks are recorded, that is, a tracker is enabled.
     pub fn is_enabled(&self) -> bool {
-        self.enabled.load(Ordering::Acquire)
+        self.state.load(Ordering::Acquire) & RECORDS != 0
     }
 
     /// Frame numbers that the log covers.
@@ -214,7 +249,7 @@ impl GlobalLog {
         self.bits.clear_all();
         layout.slots().iter().for_each(|slot| self.bits.populate(slot));
         self.hints.populate(0..self.capacity);
-        self.enabled.store(true, Ordering::Release);
+        self.state.fetch_or(RECORDS, Ordering::AcqRel);
     }
 
     /// Takes the memory for a slot that comes later.
@@ -231,7 +266,7 @@ impl GlobalLog {
 
     /// Stops recording, forgets all marks and gives the memory back.
     pub(crate) fn disable(&self) {
-        self.enabled.store(false, Ordering::Release);
+        self.state.fetch_and(!RECORDS, Ordering::AcqRel);
         self.drain(|_| ());
         self.hints.clear_all();
         self.bits.clear_all();
@@ -261,6 +296,34 @@ mod tests {
         let mut pages = Vec::new();
         log.drain(|gfn| pages.push(gfn.0));
         pages
+    }
+
+    #[test]
+    fn a_watched_log_knows_of_each_mark_whether_it_records_or_not() {
+        let log = GlobalLog::new(64, 8);
+        assert!(!log.is_unwritten(), "nobody watches");
+        log.watch();
+        assert!(log.is_unwritten());
+        log.mark(Gfn(3));
+        assert!(!log.is_unwritten() && drained(&log).is_empty());
+        log.watch();
+        assert!(log.is_unwritten());
+        log.mark_range(4096, 0);
+        assert!(log.is_unwritten(), "nothing was written");
+        log.mark_range(4096, 1);
+        assert!(!log.is_unwritten());
+        log.enable(&layout());
+        log.watch();
+        log.disable();
+        assert!(log.is_unwritten(), "it outlives the tracker");
+        log.enable(&layout());
+        log.mark(Gfn(5));
+        assert!(!log.is_unwritten() && drained(&log) == [5]);
+        log.unwatch();
+        log.watch();
+        assert!(log.is_unwritten());
+        log.unwatch();
+        assert!(!log.is_unwritten());
     }
 
     #[test]

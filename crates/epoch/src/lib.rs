@@ -125,8 +125,9 @@ pub use codec::{CodecCounts, PageCodec, PageEntry, PageWriter, squeeze_zero_page
 pub use image::limits::*;
 pub use image::{
     Ancestor, DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskRecords, GRANULE,
-    GfnRange, Granules, Layout, LayoutError, Lineage, PAGE_SIZE, PageData, RecordBuf, RecordError, StateBuf,
-    StateKind, StateSection, StateVersions, UncheckedRecords, VcpuConstant, VmId, VmIdError, Wiring, is_zero,
+    GfnRange, Granules, Layout, LayoutError, Lineage, Moment, PAGE_SIZE, PageData, RecordBuf, RecordError,
+    StateBuf, StateKind, StateSection, StateVersions, UncheckedRecords, VcpuConstant, VmId, VmIdError,
+    Wiring, is_zero,
 };
 pub use incoming::{Checkpoint, Expect, Incoming, IncomingError, IncomingLimits};
 pub use wire::{

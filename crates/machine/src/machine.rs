@@ -180,11 +180,21 @@ impl Machine {
     /// # Errors
     /// [`CreateError`]; nothing is left behind then.
     pub fn new(host: Arc<Host>, options: &Options) -> Result<Self, CreateError> {
+        let ram = Ram::with_firmware(options.memory, options.firmware_bytes, options.max_dirty)?;
+        Self::with_memory(host, options, Arc::new(ram))
+    }
+
+    /// The same with memory that a machine had before, and that nobody else has ([`Ram::is_of`] these options): its
+    /// contents stay.
+    ///
+    /// # Errors
+    /// [`CreateError`]; nothing is left behind then.
+    pub fn with_memory(host: Arc<Host>, options: &Options, ram: Arc<Ram>) -> Result<Self, CreateError> {
+        ram.log().unwatch();
         if options.vcpus == 0 || options.vcpus > MAX_VCPUS {
             return Err(HostError::Vcpus(options.vcpus).into());
         }
         let count = usize::from(options.vcpus);
-        let ram = Arc::new(Ram::with_firmware(options.memory, options.firmware_bytes, options.max_dirty)?);
         let vm = Arc::new(host.create_vm()?);
         // Before the first vCPU: the ring cannot be switched on later.
         let backend = DirtyBackend::probe(fd_of(host.kvm()), fd_of(&*vm), options.tracker, count)?;

@@ -62,7 +62,7 @@
 //!         Greeting --> Alone: refused, lost
 //!         BaseSync --> Alone: link lost (nobody else can run the VM)
 //!         BaseSync --> Guarding: base-final captured, output held
-//!         Guarding --> Arbitrating: link lost, standby left
+//!         Guarding --> Arbitrating: link lost, standby left, handed over (the last checkpoint is committed and its output has left)
 //!         Guarding --> Alone: standby left and has handed its right over
 //!         Arbitrating --> Alone: won g+1, output released
 //!         Arbitrating --> Alone: standby has handed its right over before the arbiter was asked
@@ -139,6 +139,7 @@ mod primary;
 mod redial;
 #[cfg(test)]
 mod sim;
+mod since;
 mod standby;
 mod tail;
 
@@ -153,6 +154,7 @@ pub use primary::{
     Broken, ExitReason, Kept, OutputMode, Primary, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote,
     PrimaryStatus, Ticket, Wanted,
 };
+pub use since::{Forgotten, Kept as KeptMemory, Needs, Since};
 pub use standby::{
     Introduction, Standby, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote,
     StandbyStatus, Unwelcome,
@@ -234,6 +236,10 @@ impl Timing {
     /// The longest pause between two attempts to reach a standby that gives the same answer again and again,
     /// in pauses of [`retry`](Self::retry): 5 s with the usual one.
     pub const LONGEST_RETRY: u32 = 25;
+
+    /// The pause between attempts to reach the host that has handed the VM over, which comes back as its standby, and for
+    /// how long it is waited for like this.
+    pub const RETURN: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(2));
 
     /// The usual wait for the answer to Hello.
     pub const GREETING: Duration = Duration::from_secs(5);

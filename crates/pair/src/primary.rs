@@ -47,6 +47,18 @@ struct Guard {
     contact: Duration,
     /// Whether the last checkpoint has been captured.
     last: bool,
+    /// How far the VM is on its way to the standby, if its operator wants it there.
+    handing: Option<Handing>,
+}
+
+/// How far a hand-over is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
+enum Handing {
+    /// What was captured before is still being committed. The guest runs.
+    Asked,
+    /// The last checkpoint is captured, and the guest stands still.
+    Captured,
 }
 
 #[derive(Debug)]
@@ -88,6 +100,8 @@ pub struct Primary {
     end: Option<EndReason>,
     /// Whether the guest was asked to shut itself down.
     guest_asked: bool,
+    /// The checkpoint at which the guest stands still, because it is being handed over.
+    still: Option<u64>,
     next_link: u64,
     redial: Redial,
     /// The last note about dialling, so that it is given once and not five times a second.
@@ -111,8 +125,10 @@ impl Primary {
             state: State::Alone { dial_at: now },
             end: None,
             guest_asked: false,
+            still: None,
             next_link: 0,
-            redial: Redial::new(config.standbys, now),
+            redial: Redial::new(config.standbys, now)
+                .expecting(config.handed.then_some(now + Timing::RETURN.1)),
             said: None,
             faults: broken::Faults::none((config.checkpoint > 0).then_some(now)),
             alive_until: now + config.timing.dead_after,
@@ -192,14 +208,42 @@ impl Primary {
             State::Guarding(_, guard) if guard.last || guard.shipped - guard.acked >= self.config.slots => {
                 Wanted::Nothing
             }
+            // While the guest stands still nothing else must be on its way.
+            State::Guarding(_, Guard { handing: Some(Handing::Captured), .. }) => Wanted::Nothing,
+            State::Guarding(_, Guard { handing: Some(Handing::Asked), shipped, acked, .. })
+                if self.end.is_none() =>
+            {
+                if shipped == acked {
+                    Wanted::HandOver
+                } else {
+                    Wanted::Nothing
+                }
+            }
             State::Guarding(..) => self.end.map_or(Wanted::Epoch, Wanted::Last),
             _ => Wanted::Nothing,
         }
     }
 
-    /// Whether vCPUs may run, as far as this machine knows: the VM has not ended and was not lost.
+    /// Whether vCPUs may run, as far as this machine knows: the VM has not ended, was not lost, and does not stand
+    /// still for its hand-over.
     pub fn guest_may_run(&self) -> bool {
+        self.is_live() && (self.still.is_none() || planted!(self.bug, RunsOnWhileHandedOver))
+    }
+
+    /// The VM has not ended and was not lost.
+    fn is_live(&self) -> bool {
         self.end.is_none() && !matches!(self.state, State::Over { .. })
+    }
+
+    /// Whether the guest stands still because it is being handed over.
+    pub fn stands_still(&self) -> bool {
+        self.is_live() && self.still.is_some()
+    }
+
+    /// The checkpoint at which the VM was handed over to the host that has it now: its memory here is that of this
+    /// checkpoint, if its vCPUs have not run since.
+    pub fn handed_over(&self) -> Option<u64> {
+        self.still.filter(|_| matches!(self.state, State::Over { fenced: true }))
     }
 
     /// The connection in use.
@@ -249,7 +293,7 @@ impl Primary {
             Event::Tick | Event::LongWork { .. } => {}
             Event::End { reason } => self.end = self.end.or(Some(reason)),
             Event::Stop { ask_guest } => self.stop(ask_guest, out),
-            Event::Captured { link, base } => self.captured(link, base, out),
+            Event::Captured { link, base, stays } => self.captured(link, base, stays, out),
             Event::HoldFailed { link, why } => self.hold_failed(link, why, out),
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
             Event::Superseded { generation, owner } => self.superseded(generation, owner, out),
@@ -269,6 +313,11 @@ impl Primary {
             Event::Mended { what } => self.mended(what),
             Event::StandbyReaches { link, reaches } => self.standby_reaches(link, reaches),
             Event::HandOver => self.hand_over(out),
+            Event::OutputLeft => self.output_left(out),
+        }
+        if !matches!(self.state, State::Guarding(..) | State::Arbitrating { .. } | State::Over { .. }) {
+            // Nobody else can have the VM.
+            self.still = None;
         }
         if !in_pause {
             self.look_at_faults(out);
@@ -355,14 +404,16 @@ impl Primary {
 
     /// The operator's stop: a guest that can shut down is asked to do so, once.
     fn stop(&mut self, ask_guest: bool, out: &mut Vec<Action>) {
-        if !self.guest_may_run() {
+        if !self.is_live() {
             return;
         }
         if ask_guest && !std::mem::replace(&mut self.guest_asked, true) {
-            return out.push(Action::AskGuest);
+            out.push(Action::AskGuest);
+        } else {
+            self.end = Some(EndReason::Stopped);
+            out.push(Action::StopGuest);
         }
-        self.end = Some(EndReason::Stopped);
-        out.push(Action::StopGuest);
+        self.ends_instead(out);
     }
 
     fn say_end(&self, link: Link, reason: EndReason, out: &mut Vec<Action>) {
@@ -453,10 +504,10 @@ impl Primary {
 
     /// A checkpoint was captured. This is called inside the pause, so its answer holds for every frame after
     /// it.
-    fn captured(&mut self, wanted: Link, base: bool, out: &mut Vec<Action>) {
+    fn captured(&mut self, wanted: Link, base: bool, stays: bool, out: &mut Vec<Action>) {
         let any = planted!(self.bug, CaptureForAnyLink);
         let (number, end, generation) = (self.checkpoint + 1, self.end, self.generation);
-        let (link, base_final) = match &mut self.state {
+        let (link, flags) = match &mut self.state {
             State::BaseSync(attached) if (attached.link == wanted && base) || any => {
                 // The standby can only take over after it has heard of this capture: the lease starts now.
                 let guard = Guard {
@@ -465,6 +516,7 @@ impl Primary {
                     acked: number - 1,
                     contact: self.now,
                     last: end.is_some(),
+                    handing: None,
                 };
                 let attached =
                     Attached { link: attached.link, beat_at: attached.beat_at, heard: attached.heard };
@@ -473,7 +525,7 @@ impl Primary {
                 if !planted!(self.bug, NoHoldAtBaseFinal) {
                     out.push(Action::HoldOutput { link, epoch: number + 1 });
                 }
-                (link, true)
+                (link, CheckpointFlags { base_final: true, end, hand_over: false })
             }
             State::Guarding(attached, guard)
                 if guard.shipped - guard.acked >= self.config.slots
@@ -491,8 +543,13 @@ impl Primary {
             State::Guarding(attached, guard) => {
                 guard.shipped = number;
                 guard.last = end.is_some();
+                let hand_over = stays && !guard.last && guard.handing == Some(Handing::Asked);
+                if hand_over {
+                    guard.handing = Some(Handing::Captured);
+                    self.still = Some(number);
+                }
                 out.push(Action::BeginEpoch { link: attached.link, epoch: number + 1 });
-                (attached.link, false)
+                (attached.link, CheckpointFlags { base_final: false, end, hand_over })
             }
             _ => {
                 out.push(Action::DropCapture);
@@ -500,7 +557,6 @@ impl Primary {
             }
         };
         self.checkpoint = number;
-        let flags = CheckpointFlags { base_final, end };
         out.push(Action::Ship(Ticket { link, generation, number, flags }));
         if planted!(self.bug, ReleaseBeforeAck) {
             out.push(Action::Release { through: number });
@@ -541,6 +597,9 @@ impl Primary {
         let first = guard.acked < guard.base;
         guard.acked = checkpoint;
         out.push(Action::Release { through: checkpoint });
+        if guard.handing == Some(Handing::Captured) && guard.acked == guard.shipped {
+            out.push(Action::LetGo);
+        }
         if first {
             out.push(Action::Note(Note::Protected { generation, checkpoint }));
         }

@@ -41,12 +41,19 @@ pub(crate) struct Redial {
     standbys: Vec<Standby>,
     /// The one that was last dialled.
     dialled: Option<usize>,
+    /// Until then one of them is expected at any moment.
+    expected: Option<Duration>,
 }
 
 impl Redial {
     pub(crate) fn new(standbys: usize, now: Duration) -> Self {
         let standby = Standby { not_before: now, pause: Duration::ZERO, last: Answer::Nothing };
-        Self { standbys: vec![standby; standbys], dialled: None }
+        Self { standbys: vec![standby; standbys], dialled: None, expected: None }
+    }
+
+    /// One of them comes until then, and is to be found at once.
+    pub(crate) fn expecting(self, expected: Option<Duration>) -> Self {
+        Self { expected, ..self }
     }
 
     /// The standby to dial now: the next one in turn that is due. `None` if none is due.
@@ -61,21 +68,24 @@ impl Redial {
 
     /// Takes the outcome of the last attempt. Returns when to dial next, whichever standby that will be.
     pub(crate) fn failed(&mut self, now: Duration, answer: Answer, timing: &Timing) -> Duration {
+        let soon = self.expected.is_some_and(|until| now < until) && answer != Answer::NoBase;
+        let retry = if soon { Timing::RETURN.0.min(timing.retry) } else { timing.retry };
         if let Some(standby) = self.dialled.and_then(|at| self.standbys.get_mut(at)) {
             let again = answer != Answer::Nothing && answer == standby.last;
             let longest = timing.retry * Timing::LONGEST_RETRY;
-            standby.pause = if again { (standby.pause * 2).min(longest) } else { timing.retry };
+            standby.pause = if again && !soon { (standby.pause * 2).min(longest) } else { retry };
             standby.not_before = now + standby.pause;
             standby.last = answer;
         }
         let due = self.standbys.iter().map(|standby| standby.not_before).min().unwrap_or(now);
-        due.max(now + timing.retry)
+        due.max(now + retry)
     }
 
     /// For the model; see `primary/age.rs`.
     #[cfg(test)]
     pub(crate) fn age(&mut self, move_back: &dyn Fn(&mut Duration)) {
         self.standbys.iter_mut().for_each(|standby| move_back(&mut standby.not_before));
+        self.expected.as_mut().map(move_back);
     }
 
     /// All are dialled at once, and earlier answers are forgotten: the situation is different now.

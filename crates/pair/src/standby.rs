@@ -62,6 +62,8 @@ struct Committed {
     checkpoint: u64,
     /// Set if the VM ended with it.
     end: Option<EndReason>,
+    /// The VM stood still after it, to be handed over to this side.
+    handed: bool,
     /// Whether memory is still being written. Until that is done, nothing else is acknowledged and nothing
     /// runs.
     applying: bool,
@@ -101,6 +103,8 @@ enum State {
         claim: Claim,
         checkpoint: u64,
         released: u64,
+        /// The VM is being handed over.
+        handed: bool,
         stop: bool,
         failed: Option<String>,
     },
@@ -412,7 +416,7 @@ impl Standby {
         if first {
             out.push(Action::Note(Note::Protected { generation, checkpoint }));
         }
-        let committed = Committed { checkpoint, end: flags.end, applying: true };
+        let committed = Committed { checkpoint, end: flags.end, handed: flags.hand_over, applying: true };
         if let State::Base(attached) | State::Committed { attached, .. } =
             std::mem::replace(&mut self.state, State::Over)
         {
@@ -460,12 +464,12 @@ impl Attached {
     /// Whether a checkpoint may come now: the base first, then one after the other, and no more at a time
     /// than the primary announced.
     fn is_due(&self, committed: Option<&Committed>, next: Staged) -> bool {
-        let last = self.staged.back().map(|last| (last.checkpoint, last.flags.end));
-        let last = last.or(committed.map(|last| (last.checkpoint, last.end)));
+        let last = self.staged.back().map(|it| (it.checkpoint, it.flags.end.is_some() || it.flags.hand_over));
+        let last = last.or(committed.map(|it| (it.checkpoint, it.end.is_some() || it.handed)));
         let follows = match last {
             None => next.flags.base_final,
-            Some((checkpoint, end)) => {
-                !next.flags.base_final && end.is_none() && Some(next.checkpoint) == checkpoint.checked_add(1)
+            Some((checkpoint, last)) => {
+                !next.flags.base_final && !last && Some(next.checkpoint) == checkpoint.checked_add(1)
             }
         };
         follows && (self.staged.len() as u64) < self.slots

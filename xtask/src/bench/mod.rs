@@ -21,6 +21,9 @@ pub(crate) struct BenchOptions {
     /// Also write every row to FILE, one JSON object a line
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// How many hand-overs [default: 200; with --quick 20]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    count: Option<u32>,
     /// Fewer cases, in less than a minute; draws no plots
     #[arg(long)]
     quick: bool,
@@ -42,6 +45,7 @@ Examples:
   cargo xtask bench wire --quick               how fast pages are written down for the standby
   cargo xtask bench guest                      what a guest that writes much notices; as root, in network namespaces
   cargo xtask bench clients                    what clients of a protected VM wait for, also when its host is killed
+  cargo xtask bench hand-over --count 50       what clients notice of hand-overs; as root, in network namespaces
   cargo xtask bench link                       what TLS costs, beside a plain link; as root, in network namespaces
   cargo xtask bench pause --quick              the pause of a checkpoint beside what KVM alone needs for it
 
@@ -71,6 +75,8 @@ enum Bench {
     /// The time of a request, the requests of many clients, and the longest wait around a kill, compared with the same
     /// guest unprotected
     Clients,
+    /// Downtime of hand-overs under load, the wait of clients, and the time without protection, compared with the goals
+    HandOver,
 }
 
 impl Bench {
@@ -83,13 +89,14 @@ impl Bench {
             Bench::Pause => "pause",
             Bench::Link => "link",
             Bench::Clients => "clients",
+            Bench::HandOver => "hand-over",
         }
     }
 
     fn package(self) -> &'static str {
         match self {
             Bench::Dirty | Bench::Migrate => "outlive-dirty",
-            Bench::Guest | Bench::Link | Bench::Clients => "outlive",
+            Bench::Guest | Bench::Link | Bench::Clients | Bench::HandOver => "outlive",
             Bench::Wire => "outlive-epoch",
             Bench::Pause => "outlive-machine",
         }
@@ -104,7 +111,9 @@ impl Bench {
         match self {
             Bench::Dirty => dirty::plots(rows),
             Bench::Migrate => migrate::plots(rows),
-            Bench::Guest | Bench::Wire | Bench::Pause | Bench::Link | Bench::Clients => Vec::new(),
+            Bench::Guest | Bench::Wire | Bench::Pause | Bench::Link | Bench::Clients | Bench::HandOver => {
+                Vec::new()
+            }
         }
     }
 }
@@ -113,6 +122,11 @@ impl Bench {
 pub(crate) fn run(workspace: &Workspace, options: &BenchOptions) -> Result<(), StepError> {
     let all = [Bench::Dirty, Bench::Wire, Bench::Pause, Bench::Guest];
     let chosen = options.what.as_ref().map_or(&all[..], std::slice::from_ref);
+    if options.count.is_some() && options.what != Some(Bench::HandOver) {
+        return Err(StepError::Unusable(
+            "--count goes with hand-over: cargo xtask bench hand-over --count N".into(),
+        ));
+    }
     // Problems are reported before the minutes of measuring, not after them.
     if chosen.iter().any(|what| what.runs_vms()) {
         kvm(Path::new("/dev/kvm"))?;
@@ -177,6 +191,9 @@ fn command(workspace: &Workspace, options: &BenchOptions, what: Bench, found: &P
     if options.quick {
         command.arg("--quick");
     }
+    if let Some(count) = options.count {
+        command.args(["--count", &count.to_string()]);
+    }
     command
 }
 
@@ -239,6 +256,9 @@ mod tests {
         let full = words(&parse(&["dirty"]).unwrap());
         assert!(full.ends_with(" bench --package outlive-dirty --bench dirty -- --json /f"), "{full}");
         assert!(words(&parse(&["dirty", "--quick"]).unwrap()).ends_with("--json /f --quick"));
+        let handed = words(&parse(&["hand-over", "--count", "50"]).unwrap());
+        assert!(handed.ends_with(" --package outlive --bench hand-over -- --json /f --count 50"), "{handed}");
+        assert!(parse(&["hand-over", "--count", "0"]).is_err());
         let full = words(&parse(&["migrate"]).unwrap());
         assert!(full.ends_with("--example migrate -- --gib 1,64,512 --rounds 8 --json /f"), "{full}");
         let wire = words(&parse(&["wire"]).unwrap());

@@ -9,6 +9,7 @@ pub(crate) mod granules;
 mod layout;
 pub mod limits;
 mod lineage;
+mod moment;
 mod page;
 mod state;
 mod vm;
@@ -18,6 +19,7 @@ pub use disk::{DISK_RECORD_LEN, DiskOp, DiskRecord, DiskRecords, RecordBuf, Reco
 pub use granules::{GRANULE, Granules};
 pub use layout::{GfnRange, Layout, LayoutError};
 pub use lineage::{Ancestor, Lineage};
+pub use moment::Moment;
 pub use page::{PAGE_SIZE, PageData, is_zero};
 pub use state::{StateBuf, StateKind, StateSection, StateVersions, VcpuConstant};
 pub use vm::{VmId, VmIdError};

@@ -23,12 +23,16 @@ pub struct Accept {
     /// The version of the stream that both sides write from now on. In an `Accept` of version 1 it is the
     /// version of the preface, 2.
     pub version: ProtocolVersion,
+    /// Whether the standby's memory is of the moment that the primary named
+    /// ([`Hello::since`](super::Hello::since)). Otherwise it is zero.
+    pub holds: bool,
 }
 
 /// The first version of the payload that has the version of the stream.
 const WITH_VERSION: u16 = 2;
 
-/// The host's name follows as a text, and the version of the stream.
+/// The host's name follows as a text, the version of the stream, and, if it is not 0, one byte: 1 if the standby's memory
+/// is of the moment that the primary named. An older primary has named none.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -41,19 +45,20 @@ impl Accept {
         let mut fields = Fields::new(SectionKind::Accept, payload);
         let head: &Head = fields.fixed()?;
         let host = fields.text(MAX_TEXT)?;
-        let stream = if version >= WITH_VERSION {
+        let (stream, holds) = if version >= WITH_VERSION {
             let number = fields.fixed::<U32>()?.get();
             let stream = ProtocolVersion::from_wire(number).ok_or_else(|| {
                 fields.malformed("a version of the stream that was not offered", number.into())
             })?;
+            let holds = fields.len() > 0 && *fields.fixed::<u8>()? == 1;
             fields.skip_later();
-            stream
+            (stream, holds)
         } else {
             fields.end()?;
-            ProtocolVersion::V2
+            (ProtocolVersion::V2, false)
         };
         let (generation, dead_after_us) = (head.generation.get(), head.dead_after_us.get());
-        Ok(Self { generation, dead_after_us, host, version: stream })
+        Ok(Self { generation, dead_after_us, host, version: stream, holds })
     }
 }
 
@@ -71,6 +76,7 @@ impl Encoder {
             put_text(out, &accept.host);
             if version >= WITH_VERSION {
                 out.extend_from_slice(U32::new(accept.version as u32).as_bytes());
+                out.extend(accept.holds.then_some(1));
             }
         });
         self.speak(accept.version);

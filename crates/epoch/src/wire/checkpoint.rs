@@ -10,25 +10,34 @@ use super::fields::Fields;
 use super::kind::SectionKind;
 use super::open::{Open, Totals};
 
-/// What is special about a checkpoint. On the wire a `u32`: bit 0 base_final, bits 8..16 the end reason or 0.
+/// The first version of the beginning that may have the flag hand_over.
+const WITH_HAND_OVER: u16 = 3;
+
+/// What is special about a checkpoint. On the wire a `u32`: bit 0 base_final, bit 1 hand_over, bits
+/// 8..16 the end reason or 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct CheckpointFlags {
     /// The first checkpoint: together with the base pages it makes the standby's first whole copy.
     pub base_final: bool,
     /// The last checkpoint: the VM has ended in order.
     pub end: Option<EndReason>,
+    /// The VM was stopped for it and does not run on at the primary: it is being handed over to the standby. From
+    /// version 8 of the stream on; in an older one nobody is told.
+    pub hand_over: bool,
 }
 
 impl CheckpointFlags {
     fn to_wire(self) -> u32 {
-        u32::from(self.base_final) | self.end.map_or(0, |end| (end as u32) << 8)
+        u32::from(self.base_final)
+            | u32::from(self.hand_over) << 1
+            | self.end.map_or(0, |end| (end as u32) << 8)
     }
 
     fn from_wire(word: u32) -> Option<Self> {
         let number = (word >> 8) as u8;
         let end = EndReason::from_wire(number);
-        (word & !0xff01 == 0 && (number == 0 || end.is_some()))
-            .then_some(Self { base_final: word & 1 != 0, end })
+        let known = word & !0xff03 == 0 && (number == 0 || end.is_some());
+        known.then_some(Self { base_final: word & 1 != 0, end, hand_over: word & 2 != 0 })
     }
 }
 
@@ -64,11 +73,12 @@ struct Begin {
 pub(super) const BEGIN_LEN: usize = size_of::<Begin>();
 
 impl CheckpointBegin {
-    pub(super) fn parse(payload: &[u8]) -> Result<Self, WireError> {
+    pub(super) fn parse(version: u16, payload: &[u8]) -> Result<Self, WireError> {
         let mut fields = Fields::new(SectionKind::CheckpointBegin, payload);
         let begin: &Begin = fields.fixed()?;
         let word = begin.flags.get();
         let flags = CheckpointFlags::from_wire(word)
+            .filter(|flags| !flags.hand_over || version >= WITH_HAND_OVER)
             .ok_or_else(|| fields.malformed("unknown checkpoint flags", word.into()))?;
         fields.end()?;
         Ok(Self {
@@ -140,12 +150,14 @@ impl Encoder {
         begin: &CheckpointBegin,
     ) -> Result<(), EncodeError> {
         self.outside_checkpoint("a checkpoint inside another one")?;
+        let told = self.version_of(SectionKind::CheckpointBegin) >= WITH_HAND_OVER;
+        let flags = CheckpointFlags { hand_over: begin.flags.hand_over && told, ..begin.flags };
         let payload = Begin {
             generation: begin.generation.into(),
             number: begin.number.into(),
             pages: begin.pages.into(),
             state_bytes: begin.state_bytes.into(),
-            flags: begin.flags.to_wire().into(),
+            flags: flags.to_wire().into(),
             disk_bytes: begin.disk_bytes.into(),
         };
         let CheckpointBegin { number, pages, state_bytes, disk_bytes, .. } = *begin;

@@ -10,7 +10,8 @@ use super::kind::SectionKind;
 use super::version::{ProtocolVersion, VersionRange};
 use crate::image::limits::{MAX_ANCESTORS, MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT, MAX_VCPU_CONSTANT};
 use crate::image::{
-    Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, VcpuConstant, VmId, Wiring,
+    Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, Moment, VcpuConstant, VmId,
+    Wiring,
 };
 
 /// What the primary promises not to exceed. The standby sizes its staging accordingly, or refuses.
@@ -71,6 +72,9 @@ pub struct Hello {
     pub microcode: u64,
     /// What the host must be able to do; `None` from an older release.
     pub vcpu: Option<VcpuConstant>,
+    /// The moment from which the VM runs on at the primary, if it knows each page that was written since: a standby
+    /// whose memory is of that moment needs only those.
+    pub since: Option<Moment>,
 }
 
 /// The payload begins with this. Then follow the ranges of the layout and the devices, each list with its
@@ -126,6 +130,8 @@ struct RawExtra {
 
 /// The number of [`VcpuConstant`].
 const EXTRA_VCPU: u16 = 1;
+/// The number of a [`RawMoment`].
+const EXTRA_SINCE: u16 = 2;
 
 /// The first version of the payload that has the versions of the stream.
 const WITH_VERSIONS: u16 = 4;
@@ -139,6 +145,14 @@ const WIRED: u16 = 1 << 3;
 struct RawWiring {
     mtu: U16,
     vlan: U16,
+}
+
+/// [`Moment`].
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawMoment {
+    generation: U64,
+    checkpoint: U64,
 }
 
 /// A device; its serial number follows as a text.
@@ -198,7 +212,7 @@ impl Hello {
             let room = (SectionKind::Hello.limit() as usize).saturating_sub(out.len() - start);
             let fits = |vcpu: &&VcpuConstant| microcode + extra + vcpu.bytes.len() <= room;
             let vcpu = self.vcpu.as_ref().filter(fits);
-            if self.microcode != 0 || vcpu.is_some() {
+            if self.microcode != 0 || vcpu.is_some() || self.since.is_some() {
                 out.extend_from_slice(&self.microcode.to_le_bytes());
             }
             if let Some(VcpuConstant { version, bytes }) = vcpu {
@@ -206,6 +220,16 @@ impl Hello {
                 let extra = RawExtra { number, version, length: (bytes.len() as u32).into() };
                 out.extend_from_slice(extra.as_bytes());
                 out.extend_from_slice(bytes);
+            }
+            let length = extra + size_of::<RawMoment>();
+            let room = (SectionKind::Hello.limit() as usize).saturating_sub(out.len() - start);
+            // Without it the standby gets a whole base.
+            if let Some(Moment { generation, checkpoint }) = self.since.filter(|_| length <= room) {
+                let moment = RawMoment { generation: generation.into(), checkpoint: checkpoint.into() };
+                let length = (size_of::<RawMoment>() as u32).into();
+                let extra = RawExtra { number: EXTRA_SINCE.into(), version: 1.into(), length };
+                out.extend_from_slice(extra.as_bytes());
+                out.extend_from_slice(moment.as_bytes());
             }
         }
     }
@@ -226,14 +250,15 @@ impl Hello {
         let mut text = || fields.text(MAX_TEXT);
         let (name, host, tracker, vendor, arbiter) = (text()?, text()?, text()?, text()?, text()?);
         let lineage = parse_lineage(&mut fields)?;
-        let (versions, microcode, vcpu) = if version >= WITH_VERSIONS {
+        let (versions, microcode, extras) = if version >= WITH_VERSIONS {
             let versions = parse_versions(&mut fields)?;
             let microcode = if fields.len() > 0 { fields.fixed::<U64>()?.get() } else { 0 };
             (versions, microcode, parse_extras(fields)?)
         } else {
             fields.end()?;
-            (VersionRange::only(ProtocolVersion::V2), 0, None)
+            (VersionRange::only(ProtocolVersion::V2), 0, Extras::default())
         };
+        let Extras { vcpu, since } = extras;
         Ok(Self {
             vm: VmId(head.vm),
             generation: head.generation.get(),
@@ -260,25 +285,42 @@ impl Hello {
             versions,
             microcode,
             vcpu,
+            since,
         })
     }
 }
 
-/// Takes the extra that this release knows. What a later one has added, in whatever form, is skipped.
-fn parse_extras(mut fields: Fields<'_>) -> Result<Option<VcpuConstant>, WireError> {
-    let mut vcpu = None;
+/// What this release knows of what a later one than the first has added.
+#[derive(Default)]
+struct Extras {
+    vcpu: Option<VcpuConstant>,
+    since: Option<Moment>,
+}
+
+/// Takes the extras that this release knows. What a later one has added, in whatever form, is skipped.
+fn parse_extras(mut fields: Fields<'_>) -> Result<Extras, WireError> {
+    let mut extras = Extras::default();
     while let Ok(RawExtra { number, version, length }) = fields.fixed::<RawExtra>() {
         let length = length.get() as usize;
         if number.get() == EXTRA_VCPU && length > MAX_VCPU_CONSTANT {
             return Err(fields.malformed("the state of a vCPU is longer than its limit", length as u64));
         }
         let Ok(bytes) = fields.bytes(length) else { break };
-        if number.get() == EXTRA_VCPU {
-            vcpu = Some(VcpuConstant { version: version.get(), bytes: bytes.to_vec() });
+        match number.get() {
+            EXTRA_VCPU => {
+                extras.vcpu = Some(VcpuConstant { version: version.get(), bytes: bytes.to_vec() });
+            }
+            // In another form it is unknown, and the standby gets a whole base.
+            EXTRA_SINCE => {
+                let moment = RawMoment::ref_from_bytes(bytes).ok().filter(|_| version.get() == 1);
+                extras.since = moment
+                    .map(|raw| Moment { generation: raw.generation.get(), checkpoint: raw.checkpoint.get() });
+            }
+            _ => {}
         }
     }
     fields.skip_later();
-    Ok(vcpu)
+    Ok(extras)
 }
 
 fn parse_versions(fields: &mut Fields<'_>) -> Result<VersionRange, WireError> {

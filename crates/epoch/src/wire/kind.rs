@@ -161,7 +161,9 @@ impl SectionKind {
             }
             // Version 2 added the totals of disk writes. (In a stream of version 4 the beginning's number of
             // pages is a limit.)
-            Self::CheckpointBegin | Self::CheckpointEnd => 2,
+            Self::CheckpointEnd => 2,
+            // Version 3 added the flag of a hand-over.
+            Self::CheckpointBegin => 2 + u16::from(stream >= ProtocolVersion::V8),
             _ => 1,
         }
     }

@@ -120,7 +120,7 @@ impl<'a> Message<'a> {
             SectionKind::Accept => Self::Accept(Accept::parse(version, payload)?),
             SectionKind::Refuse => Self::Refuse(Refuse::parse(payload)?),
             SectionKind::BasePages => Self::BasePages(Pages::parse(kind, version, payload)?),
-            SectionKind::CheckpointBegin => Self::CheckpointBegin(CheckpointBegin::parse(payload)?),
+            SectionKind::CheckpointBegin => Self::CheckpointBegin(CheckpointBegin::parse(version, payload)?),
             SectionKind::Pages => Self::Pages(Pages::parse(kind, version, payload)?),
             SectionKind::State => {
                 let (checkpoint, state) = state::parse(payload)?;

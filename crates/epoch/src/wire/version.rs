@@ -54,11 +54,13 @@ pub enum ProtocolVersion {
     /// 7: sums of some pages, and of some chunks of disks, in a checkpoint, which the standby compares with its copy;
     /// it says how far it is, and may leave because its copy differs. The standby says whether it sees the arbiter.
     V7 = 7,
+    /// 8: the last checkpoint before a hand-over says so.
+    V8 = 8,
 }
 
 impl ProtocolVersion {
     /// The newest version that this release reads and writes.
-    pub const CURRENT: Self = Self::V7;
+    pub const CURRENT: Self = Self::V8;
     /// The oldest version that this release reads and writes.
     pub const OLDEST: Self = Self::V2;
     /// The newest version of the introduction: preface, `Hello` and `Accept`. Raising it costs a second
@@ -74,6 +76,7 @@ impl ProtocolVersion {
             5 => Some(Self::V5),
             6 => Some(Self::V6),
             7 => Some(Self::V7),
+            8 => Some(Self::V8),
             _ => None,
         }
     }
@@ -93,7 +96,7 @@ impl ProtocolVersion {
     pub fn state_versions(self) -> StateVersions {
         match self {
             Self::V2 | Self::V3 => StateVersions::NEWEST.with(StateKind::Vm, 1),
-            Self::V4 | Self::V5 | Self::V6 | Self::V7 => StateVersions::NEWEST,
+            Self::V4 | Self::V5 | Self::V6 | Self::V7 | Self::V8 => StateVersions::NEWEST,
         }
     }
 

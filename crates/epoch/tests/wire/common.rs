@@ -3,7 +3,7 @@
 use outlive_epoch::{
     Ancestor, AuditRange, AuditSpan, CheckpointBegin, CheckpointFlags, ChunkRange, DeviceFlags, DeviceInfo,
     DeviceKind, DiskOp, DiskRecord, DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits,
-    Layout, Limits, Lineage, Message, PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion,
+    Layout, Limits, Lineage, Message, Moment, PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion,
     ReadError, RecordBuf, SectionReader, StateBuf, StateKind, StateSection, TailBuf, TailFrame,
     UncheckedRecords, VersionRange, VmId,
 };
@@ -67,6 +67,7 @@ pub(crate) fn hello() -> Hello {
         versions: VersionRange::CURRENT,
         microcode: 0,
         vcpu: None,
+        since: None,
     }
 }
 
@@ -309,8 +310,12 @@ pub(crate) fn small_stream() -> (Vec<u8>, Vec<Content>) {
 
 /// The same in any version, as if the standby had accepted that.
 pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
-    let base_final = CheckpointFlags { base_final: true, end: None };
-    let last = CheckpointFlags { base_final: false, end: Some(outlive_epoch::EndReason::PowerOff) };
+    let base_final = CheckpointFlags { base_final: true, end: None, hand_over: false };
+    let last = CheckpointFlags {
+        base_final: false,
+        end: Some(outlive_epoch::EndReason::PowerOff),
+        hand_over: false,
+    };
     let mut contents = vec![Content::new(40, base_final, &[5, 0x10_0003, 10]), Content::new(41, last, &[15])];
     if version >= ProtocolVersion::V4 {
         contents[1].pages.extend([(0x10_0003, Some(granules())), (16, Some(vec![0; 8]))]);
@@ -326,11 +331,13 @@ pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
         let range = |disk, first, count, sum| AuditRange { chunks: ChunkRange { disk, first, count }, sum };
         contents[1].disk_audit = vec![range(1, 15, 1, 0xfedc_ba98_7654_3210), range(2, 0, 2, 0)];
     }
+    let since = (version >= ProtocolVersion::V8).then_some(Moment { generation: 2, checkpoint: 39 });
+    contents[1].flags.hand_over = since.is_some();
     let introduction = version.introduction();
     let mut out = Preface { version: introduction }.encode().to_vec();
     let mut encoder = Encoder::speaking(introduction);
     let versions = VersionRange { newest: version as u32, ..VersionRange::CURRENT };
-    encoder.hello(&mut out, &Hello { versions, ..hello() }).unwrap();
+    encoder.hello(&mut out, &Hello { versions, since, ..hello() }).unwrap();
     encoder.speak(version);
     let sums = [[0; 32], [0xb3; 32]];
     encoder.disk_sums(&mut out, &DiskSums { disk: 1, first: 14, count: 2, sums: Some(&sums) }).unwrap();

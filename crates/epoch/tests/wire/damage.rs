@@ -83,7 +83,7 @@ fn sections_lost_doubled_or_swapped_are_refused() {
 /// Totals and chain catch a peer that leaves sections out and numbers the others anew.
 #[test]
 fn a_checkpoint_with_sections_of_another_is_refused() {
-    let flags = CheckpointFlags { base_final: true, end: None };
+    let flags = CheckpointFlags { base_final: true, end: None, hand_over: false };
     let one = Content::new(7, flags, &[1, 2, 3, 4]);
     let mut other = one.clone();
     other.pages[1].1.as_mut().unwrap()[9] ^= 1;
@@ -110,7 +110,7 @@ proptest! {
         per_section in 1usize..30,
         state in proptest::collection::btree_map((0usize..6, 0u16..9), proptest::collection::vec(any::<u8>(), 0..200), 0..8),
     ) {
-        let flags = CheckpointFlags { base_final: true, end: None };
+        let flags = CheckpointFlags { base_final: true, end: None, hand_over: false };
         let mut content = Content::new(number, flags, &gfns.into_iter().collect::<Vec<_>>());
         content.state = state.into_iter().map(|((kind, index), bytes)| (StateKind::ALL[kind], 1, index, bytes)).collect();
         let mut stream = outlive_epoch::Preface::CURRENT.encode().to_vec();

@@ -29,8 +29,8 @@ fn check(name: &str, bytes: &[u8]) {
 #[test]
 fn the_primarys_stream_is_the_committed_one() {
     let (stream, contents) = crate::common::small_stream();
-    check("primary-v7.bin", &stream);
-    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v7.bin")).unwrap();
+    check("primary-v8.bin", &stream);
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v8.bin")).unwrap();
     assert_eq!(crate::common::receive(&golden), (contents, None));
 }
 
@@ -44,6 +44,7 @@ fn the_streams_of_the_versions_before_are_read_and_written() {
         ("primary-v4.bin", ProtocolVersion::V4),
         ("primary-v5.bin", ProtocolVersion::V5),
         ("primary-v6.bin", ProtocolVersion::V6),
+        ("primary-v7.bin", ProtocolVersion::V7),
     ] {
         let golden = std::fs::read(directory.join(name)).unwrap();
         let (stream, contents) = crate::common::stream_of(version);
@@ -85,13 +86,15 @@ fn the_standbys_stream_is_the_committed_one() {
     standbys_stream("standby-v5.bin", ProtocolVersion::V5);
     standbys_stream("standby-v6.bin", ProtocolVersion::V6);
     standbys_stream("standby-v7.bin", ProtocolVersion::V7);
+    standbys_stream("standby-v8.bin", ProtocolVersion::V8);
 }
 
 fn standbys_stream(name: &str, version: ProtocolVersion) {
     let introduction = version.introduction();
     let mut out = Preface { version: introduction }.encode().to_vec();
     let mut encoder = Encoder::speaking(introduction);
-    let accept = Accept { generation: 3, dead_after_us: 500_000, host: "host-b".into(), version };
+    let holds = version >= ProtocolVersion::V8;
+    let accept = Accept { generation: 3, dead_after_us: 500_000, host: "host-b".into(), version, holds };
     let ack = Ack { generation: 3, number: 40, stamp_us: 123_456 };
     encoder.accept(&mut out, &accept).unwrap();
     encoder.ack(&mut out, &ack);

@@ -1,7 +1,7 @@
 //! Two releases agree on a version of the stream.
 
 use outlive_epoch::{
-    Accept, Encoder, HEADER_LEN, Hello, MAX_VCPU_CONSTANT, Message, Peer, Preface, ProtocolVersion,
+    Accept, Encoder, HEADER_LEN, Hello, MAX_VCPU_CONSTANT, Message, Moment, Peer, Preface, ProtocolVersion,
     ReadError, Refuse, RefuseCode, SectionHeader, SectionKind, SectionReader, VcpuConstant, VersionRange,
     WireError, Wiring,
 };
@@ -35,7 +35,7 @@ fn answer(newest: ProtocolVersion, mut from: &[u8], to: &mut Vec<u8>) -> Option<
     let Message::Hello(hello) = Message::parse(&section).unwrap() else { panic!("no Hello") };
     match range(newest).common(hello.versions) {
         Ok(version) => {
-            let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version };
+            let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version, holds: false };
             encoder.accept(to, &accept).unwrap();
             reader.agree(version);
             Some((encoder, reader))
@@ -228,9 +228,50 @@ fn what_a_vcpu_is_restored_with_is_told_as_far_as_there_is_room() {
 }
 
 #[test]
+fn the_moment_that_a_vm_runs_on_from_is_told() {
+    let since = Some(Moment { generation: 7, checkpoint: 1 << 40 });
+    for vcpu in [None, Some(VcpuConstant { version: 1, bytes: vec![7; 100] })] {
+        let hello = Hello { since, vcpu, ..hello() };
+        assert_eq!(told(&hello), hello);
+    }
+    // In a form that this release does not know it is none: the standby gets a whole base.
+    let mut section = Vec::new();
+    Encoder::new().hello(&mut section, &Hello { since, ..hello() }).unwrap();
+    let version_at = section.len() - 16 - 6;
+    section[version_at] += 1;
+    let version = SectionKind::Hello.version_in(ProtocolVersion::INTRODUCTION);
+    match Message::parse_payload(SectionKind::Hello, version, &section[HEADER_LEN..]).unwrap() {
+        Message::Hello(told) => assert_eq!(*told, hello()),
+        _ => panic!("it was an introduction"),
+    }
+}
+
+/// In a stream that does not have the flag, the checkpoint is one like all others.
+#[test]
+fn a_hand_over_is_told_only_to_those_who_know_it() {
+    let flags = outlive_epoch::CheckpointFlags { hand_over: true, ..Default::default() };
+    for (stream, told) in [(ProtocolVersion::V7, false), (ProtocolVersion::V8, true)] {
+        let (mut encoder, mut out) = (Encoder::speaking(stream), Vec::new());
+        Content::new(3, flags, &[1]).encode(&mut encoder, &mut out, 2);
+        let mut reader = SectionReader::new(Peer::Primary);
+        reader.agree(stream);
+        let section = reader.read_section(&mut &out[..]).unwrap();
+        match Message::parse(&section).unwrap() {
+            Message::CheckpointBegin(begin) => assert_eq!(begin.flags.hand_over, told),
+            _ => panic!("it was the beginning of a checkpoint"),
+        }
+        // The flag in the beginning of an older stream is damage.
+        let old = SectionKind::CheckpointBegin.version_in(ProtocolVersion::V7);
+        let begin = &out[HEADER_LEN..HEADER_LEN + section.header().length as usize];
+        let parsed = Message::parse_payload(SectionKind::CheckpointBegin, old, begin);
+        assert_eq!(parsed.is_err(), told);
+    }
+}
+
+#[test]
 fn without_a_common_version_both_ranges_and_the_remedy_are_named() {
     for (versions, host) in [
-        (VersionRange { oldest: 8, newest: 9 }, "standby's"),
+        (VersionRange { oldest: 20, newest: 21 }, "standby's"),
         (VersionRange { oldest: 1, newest: 1 }, "primary's"),
     ] {
         let (there, _) = introduce(ProtocolVersion::INTRODUCTION, versions);
@@ -278,7 +319,7 @@ fn versions_that_make_no_sense_are_refused() {
     assert_eq!(parse(SectionKind::Hello, &hello[..hello.len() - 1]), Err(early.into()));
 
     let mut out = Vec::new();
-    let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version: V3 };
+    let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version: V3, holds: false };
     Encoder::new().accept(&mut out, &accept).unwrap();
     let mut accept = out[HEADER_LEN..].to_vec();
     assert_eq!(parse(SectionKind::Accept, &accept), Ok(()));

@@ -192,6 +192,13 @@ impl Ram {
         self.bytes
     }
 
+    /// Whether it is the memory of a VM with so many bytes, and so many to boot from.
+    pub fn is_of(&self, bytes: u64, firmware_bytes: u64) -> bool {
+        let same =
+            || ranges(bytes).is_ok_and(|ranges| self.firmware == firmware_range(&ranges, firmware_bytes));
+        self.bytes == bytes && same()
+    }
+
     /// Number of pages of the VM: those of its memory and of its boot image, if it has one.
     pub fn pages(&self) -> u64 {
         self.mapped.iter().map(|m| m.pages).sum()

@@ -353,6 +353,12 @@ pub enum Event {
         /// does not take it.
         kept: Option<String>,
     },
+    /// The guest stands still after this checkpoint, because it is being handed over. It runs again where `takeover` or
+    /// `won` follows.
+    StandsStill {
+        /// The checkpoint.
+        checkpoint: u64,
+    },
     /// It is well again.
     HostMended {
         /// Which part.

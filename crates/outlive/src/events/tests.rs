@@ -79,6 +79,7 @@ fn every_event() -> Vec<Event> {
         Event::PeerFenced { attempt: 2, took_ms: 700 },
         Event::HostMended { part: Part::Network },
         Event::HandOver { kept: None },
+        Event::StandsStill { checkpoint: 9 },
         Event::HandOver { kept: Some("why".into()) },
         Event::StandbySlow { behind_ms: 1_100, in_flight: 4 },
         Event::StandbyCaughtUp { slow_ms: 3_000 },

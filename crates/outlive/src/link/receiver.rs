@@ -15,8 +15,9 @@ use super::Reader;
 pub(crate) enum Heard {
     /// Its preface: it introduces itself in this version.
     Introduction(ProtocolVersion),
-    /// Both sides use this version of the stream from now on. Comes before the event.
-    Agreed(ProtocolVersion),
+    /// Both sides use this version of the stream from now on, and whether the standby holds the memory that was named
+    /// to it. Comes before the event.
+    Agreed(ProtocolVersion, bool),
     /// An event for the state machine.
     Event(PrimaryEvent),
     /// Its request for chunks of a disk: to the state machine only a sign of life.
@@ -69,7 +70,7 @@ fn next(
                 return Err(WireError::Malformed { kind, what, value: version as u64 }.into());
             }
             reader.agree(version);
-            tell(Heard::Agreed(version));
+            tell(Heard::Agreed(version, accept.holds));
             PrimaryEvent::Accepted { link, dead_after: Duration::from_micros(accept.dead_after_us) }
         }
         Message::Refuse(refuse) => PrimaryEvent::Refused { link, code: refuse.code, text: refuse.text },

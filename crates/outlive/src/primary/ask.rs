@@ -90,6 +90,7 @@ fn question() -> Hello {
         versions: VersionRange::CURRENT,
         microcode: 0,
         vcpu: None,
+        since: None,
     }
 }
 

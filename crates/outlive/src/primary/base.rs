@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use outlive_dirty::{EnableError, Gfn};
 use outlive_epoch::ProtocolVersion;
 use outlive_machine::{LogMode, Outgoing, OutgoingError, Ram};
-use outlive_pair::{Link, LossReason, PrimaryEvent, Wanted};
+use outlive_pair::{Forgotten, Link, LossReason, Needs, PrimaryEvent, Wanted};
 
 use super::brake::{Brake, Step};
 use super::converge::{Converge, Hopeless, Then};
 use super::coordinator::{Coordinator, Protection};
 use super::disks::{DiskBase, DiskBaseError, Next};
+use super::known::Known;
 use super::pool::Pool;
 use crate::disk::SyncReport;
 use crate::events::{Event, EventWriter};
@@ -42,6 +43,9 @@ enum BaseError {
     /// The tracking of dirty pages cannot begin.
     #[error(transparent)]
     Tracking(#[from] EnableError),
+    /// The standby relies on what is not known any more.
+    #[error(transparent)]
+    Forgotten(#[from] Forgotten),
 }
 
 /// One base synchronisation.
@@ -55,6 +59,8 @@ pub(crate) struct Base {
     reported: Instant,
     /// Pages that were taken from the tracker before their round, because a dirty ring was full.
     early: Vec<Gfn>,
+    /// What the standby needs of memory.
+    needs: Needs,
     /// The disks, if there are any to synchronise.
     disks: Option<DiskBase>,
     /// An empty list for the next round.
@@ -88,6 +94,7 @@ impl Base {
             events,
             reported: Instant::now(),
             early: Vec::new(),
+            needs: Needs::Everything,
             disks,
             spare: Vec::new(),
             converge: Converge::new(longest_pause, most),
@@ -97,6 +104,11 @@ impl Base {
             brake: None,
             rests_until: None,
         }
+    }
+
+    /// The same for a standby that needs this, with pages that were taken from the tracker before.
+    fn of(self, needs: Needs, early: Option<Vec<Gfn>>) -> Self {
+        Self { needs, early: early.unwrap_or_default(), ..self }
     }
 
     /// The disks.
@@ -201,8 +213,17 @@ impl Base {
 
 impl Coordinator {
     /// Begins protection: allocates everything that checkpoints need (invariant 5).
-    pub(super) fn start_base(&mut self, link: Link, pool: Arc<Pool>, version: ProtocolVersion) {
-        let prepared = self.prepare_base(link, &pool, version);
+    pub(super) fn start_base(&mut self, link: Link, pool: Arc<Pool>, version: ProtocolVersion, needs: Needs) {
+        let known = match needs {
+            Needs::Rest => self.with.known.take().map(Known::into_pages),
+            Needs::Everything => None,
+        };
+        // What is known counts for this base or for none.
+        self.forget_writes();
+        let prepared = match (needs, known) {
+            (Needs::Rest, None) => Err(Forgotten.into()),
+            (_, early) => self.prepare_base(link, &pool, version).map(|base| base.of(needs, early)),
+        };
         let base = match prepared {
             Ok(base) => base,
             Err(error) => return self.base_failed(link, &error),
@@ -245,6 +266,9 @@ impl Coordinator {
 
     /// The standby has the disks, if there are any: memory follows.
     fn begin_memory(&mut self, link: Link) {
+        if self.base_of(link).is_some_and(|base| base.needs == Needs::Rest) {
+            return self.begin_rest(link);
+        }
         if let Err(error) = self.with.machine.enable_tracking() {
             return self.base_failed(link, &error.into());
         }
@@ -255,6 +279,25 @@ impl Coordinator {
             tracing::warn!(%error, "sending untouched memory too");
             ram.gfns().collect()
         });
+        let now = self.with.driver.clock().now();
+        if let Some(base) = self.base_of(link) {
+            let job = base.begin_memory(gfns, &ram, now);
+            self.with.driver.send(link, job);
+        }
+    }
+
+    /// The standby's memory is that from which the VM runs on here: it needs what was written since. Tracking has been
+    /// on all the time, and stays on.
+    fn begin_rest(&mut self, link: Link) {
+        let Some(base) = self.base_of(link) else { return };
+        let mut gfns = std::mem::take(&mut base.early);
+        if let Err(error) = self.with.machine.take_dirty(&mut gfns) {
+            return self.capture_failed(&error);
+        }
+        gfns.sort_unstable();
+        gfns.dedup();
+        tracing::info!(pages = gfns.len(), "the standby has the VM's memory: it gets what was written since");
+        let ram = self.with.machine.ram().clone();
         let now = self.with.driver.clock().now();
         if let Some(base) = self.base_of(link) {
             let job = base.begin_memory(gfns, &ram, now);

@@ -14,6 +14,7 @@ use super::driver::SharedDriver;
 use super::pool::Pool;
 use super::ports::Commit;
 use crate::cli::Ending;
+use crate::events::Event;
 use crate::link::CheckpointPart;
 
 /// How long the VM waits for a buffer at a time, in the pause of a checkpoint that is larger than one buffer.
@@ -76,9 +77,11 @@ impl Coordinator {
                 Next::At(time) => Due::At(time),
                 Next::Nothing => Due::Nothing,
             },
-            Wanted::Last(_) if has_buffer() => Due::Now,
+            Wanted::Last(_) | Wanted::HandOver if has_buffer() => Due::Now,
             // The base is due when its last round is sent: see `base.rs`.
-            Wanted::Epoch | Wanted::Last(_) | Wanted::Base { .. } | Wanted::Nothing => Due::Nothing,
+            Wanted::Epoch | Wanted::Last(_) | Wanted::HandOver | Wanted::Base { .. } | Wanted::Nothing => {
+                Due::Nothing
+            }
         }
     }
 
@@ -116,7 +119,9 @@ impl Coordinator {
     /// Takes the wanted checkpoint, and hands it to the sender.
     pub(super) fn capture(&mut self, wanted: Wanted) -> Result<(), CaptureError> {
         let Some(Protection { link, pool, .. }) = &self.protection else { return Ok(()) };
-        let (of, pool) = (Of { link: *link, base: matches!(wanted, Wanted::Base { .. }) }, pool.clone());
+        let last = matches!(wanted, Wanted::Last(_) | Wanted::HandOver) || !self.with.driver.guest_may_run();
+        let base = matches!(wanted, Wanted::Base { .. });
+        let (of, pool) = (Of { link: *link, base, stays: last }, pool.clone());
         let Some(mut staging) = pool.take() else { return Ok(()) };
         self.captures += 1;
         if let Some(disks) = self.with.self_check.before(self.captures) {
@@ -125,7 +130,6 @@ impl Coordinator {
             self.with.driver.handle(PrimaryEvent::LongWork { within });
             self.with.machine.check_next(disks);
         }
-        let last = matches!(wanted, Wanted::Last(_)) || !self.with.driver.guest_may_run();
         let then = if last { Then::Stay } else { Then::Resume };
         let protected = self.with.driver.status() == PrimaryStatus::Protected;
         self.with.machine.set_stop_budget(protected.then_some(self.with.stop_budget));
@@ -141,6 +145,10 @@ impl Coordinator {
                 return Err(error);
             }
         };
+        if then == Then::Stay {
+            // Devices rest, so nothing was written since the pages were taken; see `vm/kept.rs`.
+            self.with.machine.ram().log().watch();
+        }
         self.full = FullLogs::default();
         // Not this thread's time: the guest runs on without waiting for it.
         let ended = self.with.driver.clock().now().saturating_sub(report.ended.elapsed());
@@ -152,6 +160,9 @@ impl Coordinator {
         }
         match decided.ticket {
             Some(ticket) => {
+                if ticket.flags.hand_over {
+                    self.with.events.emit(Event::StandsStill { checkpoint: ticket.number });
+                }
                 let totals = (decided.sent_parts == 0).then_some((report.pages, staging.state().len()));
                 self.with.driver.ship(Box::new(CheckpointPart { ticket, totals, last: true, staging }));
                 self.on_their_way.push_back((ticket.number, ended));
@@ -203,6 +214,8 @@ pub(super) struct Of {
     pub(super) link: Link,
     /// Whether it is to be the base.
     pub(super) base: bool,
+    /// Whether the vCPUs stay stopped after it.
+    pub(super) stays: bool,
 }
 
 /// What was decided in a pause.
@@ -234,7 +247,8 @@ pub(super) struct InsidePause<'a> {
 impl InPause for InsidePause<'_> {
     fn counted(&mut self, pages: usize) {
         self.pages = pages;
-        (self.decided.ticket, self.decided.after) = self.driver.captured(self.of.link, self.of.base);
+        (self.decided.ticket, self.decided.after) =
+            self.driver.captured(self.of.link, self.of.base, self.of.stays);
     }
 
     fn spill(&mut self, staging: &mut Outgoing) -> Result<(), SpillError> {

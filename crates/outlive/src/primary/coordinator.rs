@@ -19,10 +19,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::SignalsBlocked;
-use outlive_epoch::{Audited, DiskAudited, EndReason};
+use outlive_epoch::{Audited, DiskAudited, EndReason, VmId};
 use outlive_machine::{LogMode, Machine, MachineEvent, PowerRequest, ResetWay};
 use outlive_pair::policy::Policy;
-use outlive_pair::{ExitReason, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
+use outlive_pair::{ExitReason, KeptMemory, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
 
 use super::base::Base;
 use super::broken::Faults;
@@ -32,6 +32,7 @@ use super::driver::SharedDriver;
 use super::hand_over::UnderWay;
 use super::hold::{Held, LastEpoch};
 use super::inbox::{Inbox, Messages};
+use super::known::Known;
 use super::notes::Notes;
 use super::own_kernel::{self, Outcome, OwnKernel};
 use super::pool::Pool;
@@ -45,7 +46,7 @@ use crate::events::{Event, EventWriter, Part, Place};
 use crate::link::SenderReport;
 use crate::report::Reporter;
 use crate::status::Standing;
-use crate::vm::{BootDiskError, End};
+use crate::vm::{BootDiskError, End, Shelf};
 use crate::{audit, notify, process};
 
 /// How long an ending process lets its last messages go out.
@@ -89,6 +90,10 @@ pub(super) struct Setup {
     pub(super) replicates_disks: bool,
     /// What is known of the disks' images.
     pub(super) books: Books,
+    /// What was written since the VM was handed over to this host.
+    pub(super) known: Option<Known>,
+    /// Where the VM's memory stays when it is handed over, and whose it is.
+    pub(super) shelf: (Shelf, VmId),
     /// Keeps the sidecars of the disks' images.
     pub(super) sidecars: Arc<Sidecars>,
     /// Compares both copies now and then.
@@ -198,6 +203,7 @@ impl Coordinator {
         self.try_base_again();
         self.stop_if_due();
         self.look_at_disks();
+        self.look_at_known();
         if self.with.wants_protection {
             self.notes.remind();
         }
@@ -220,7 +226,9 @@ impl Coordinator {
         };
         let until = [waiting.deadline, epoch_ends].into_iter().flatten().min();
         let until = until.map(|until| until.saturating_sub(now));
-        let until_restart = self.restarts.due().map(|due| due.saturating_duration_since(Instant::now()));
+        // A guest that stands still for its hand-over restarts where it goes on.
+        let due = self.restarts.due().filter(|_| !self.with.driver.stands_still());
+        let until_restart = due.map(|due| due.saturating_duration_since(Instant::now()));
         let until_read = self.with.own_kernel.due().map(|due| due.saturating_duration_since(Instant::now()));
         let until_stop = self.stop_due.map(|due| due.saturating_duration_since(Instant::now()));
         let timeout =
@@ -234,7 +242,7 @@ impl Coordinator {
             Inbox::Wake => {}
             Inbox::Machine(event) => self.machine_event(event),
             Inbox::Sender(link, report) => self.sender_report(link, report),
-            Inbox::StartBase(link, pool, version) => self.start_base(link, pool, version),
+            Inbox::StartBase(link, pool, version, needs) => self.start_base(link, pool, version, needs),
             Inbox::DiskWant(link, want) => {
                 if let Some(disks) = self.base_of(link).and_then(Base::disks) {
                     disks.want(want);
@@ -269,6 +277,7 @@ impl Coordinator {
             Inbox::Endure(what, kept) => self.endure(what, kept),
             Inbox::HandOver(asked) => self.hand_over(asked),
             Inbox::HandsOver => self.hands_over(),
+            Inbox::LetGo => self.let_vm_go(),
             Inbox::Keeps(why) => self.keeps(why),
             Inbox::Stop(why) => self.stop(why),
             Inbox::Exit(reason) => return Some(self.exit(reason)),
@@ -288,6 +297,8 @@ impl Coordinator {
         if matches!(note, PrimaryNote::Won { .. } | PrimaryNote::RightHandedOver) {
             self.faults.given_away = None;
             self.not_handed_over();
+            // It may have stood still for the hand-over.
+            self.resume();
         }
         let protected = matches!(note, PrimaryNote::Protected { .. });
         self.notes.say(note, standby);
@@ -365,6 +376,9 @@ impl Coordinator {
 
     /// Restarts the guest, protected as before, if it is time.
     fn restart_if_due(&mut self) {
+        if self.with.driver.stands_still() {
+            return;
+        }
         if let Some(way) = self.with.own_kernel.too_late(Instant::now()) {
             let why = "its disk did not answer within --disk-timeout".to_owned();
             self.restart(way, Some(Err(BootDiskError::NoThread(why))));
@@ -436,6 +450,9 @@ impl Coordinator {
         {
             self.capture_failed(&error);
         }
+        if self.protection.is_none() {
+            self.keep_dirty();
+        }
     }
 
     fn end(&mut self, reason: EndReason) {
@@ -506,6 +523,7 @@ impl Coordinator {
     pub(super) fn resume(&mut self) {
         self.end_hold();
         if self.with.driver.guest_may_run() {
+            self.with.machine.ram().log().unwatch();
             self.with.machine.resume();
         }
     }
@@ -518,6 +536,7 @@ impl Coordinator {
         // Nothing has to be sent any more. Whoever ends the protection lets the guest run, if it may.
         self.end_hold();
         self.with.self_check.cancel();
+        self.forget_writes();
         self.with.machine.disable_tracking();
         self.with.machine.write_log().set_mode(LogMode::Off);
     }
@@ -547,6 +566,10 @@ impl Coordinator {
         // Its last report comes before the end.
         self.with.reporter.take();
         self.with.sidecars.written_within(FAREWELL).ok();
+        if let (Some(moment), ExitReason::Fenced { .. }) = (self.with.driver.handed_over(), &reason) {
+            let (shelf, vm) = &self.with.shelf;
+            shelf.put(KeptMemory { vm: *vm, moment }, self.with.machine.ram().clone());
+        }
         if let (Some(handed), ExitReason::Fenced { generation, owner }) = (handed, &reason) {
             handed.to(*generation, owner);
         }

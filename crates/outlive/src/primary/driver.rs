@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::ProtocolVersion;
+use outlive_epoch::{Moment, ProtocolVersion};
 use outlive_machine::Valve;
 use outlive_pair::{
     After, ClaimResult, Link, Primary, PrimaryDriver, PrimaryEvent, PrimaryStatus, Ticket, Wanted,
@@ -136,14 +136,14 @@ impl SharedDriver {
 
     /// Both sides of a link have agreed on a version of the stream. To be called before the acceptance is
     /// handled.
-    pub(super) fn agreed(&self, link: Link, version: ProtocolVersion) {
-        self.lock().ports_mut().agreed(link, version);
+    pub(super) fn agreed(&self, link: Link, version: ProtocolVersion, holds: bool) {
+        self.lock().ports_mut().agreed(link, version, holds);
     }
 
     /// A checkpoint is captured. Called inside the pause; what it leaves to do is done after the pause.
-    /// `link` and `base` say what was wanted when the pause began.
-    pub(super) fn captured(&self, link: Link, base: bool) -> (Option<Ticket>, After) {
-        self.lock().captured(self.clock.now(), link, base)
+    /// `link` and `base` say what was wanted when the pause began, and `stays` whether the vCPUs stay stopped.
+    pub(super) fn captured(&self, link: Link, base: bool, stays: bool) -> (Option<Ticket>, After) {
+        self.lock().captured(self.clock.now(), link, base, stays)
     }
 
     /// Queues a checkpoint, or a part of one, for the link of its ticket. If that link is no longer in use,
@@ -176,6 +176,25 @@ impl SharedDriver {
     /// Whether vCPUs may run.
     pub(super) fn guest_may_run(&self) -> bool {
         self.lock().machine().guest_may_run()
+    }
+
+    /// Whether the guest stands still because it is being handed over.
+    pub(super) fn stands_still(&self) -> bool {
+        self.lock().machine().stands_still()
+    }
+
+    /// The moment at which the VM was handed over to the host that has it now; see
+    /// [`Primary::handed_over`](outlive_pair::Primary::handed_over).
+    pub(super) fn handed_over(&self) -> Option<Moment> {
+        let driver = self.lock();
+        let machine = driver.machine();
+        let checkpoint = machine.handed_over()?;
+        Some(Moment { generation: machine.generation(), checkpoint })
+    }
+
+    /// From now on writes to the VM's memory may be missed.
+    pub(super) fn forgets_writes(&self) {
+        self.lock().ports_mut().forgets_writes();
     }
 
     /// Queues a job for the link, if it is still the one in use.

@@ -1,8 +1,9 @@
 //! `outlive hand-over`: an operator moves the VM to its standby, for example to empty this host.
 //!
-//! The decisions leave the VM to its standby as they do when something is broken here: the link closes, output is held,
-//! and this process keeps the VM until the arbiter has said who has it. If the standby does not come, the VM goes on
-//! here. This file asks them, and tells the operator what became of it.
+//! The VM runs until its last checkpoint here, and stands still from then on. Once the standby has committed that and the
+//! output before it has left, the link closes, and the standby takes the VM over; this process keeps it until the arbiter
+//! has said who has it. If the standby does not come, the VM goes on here, where it stood still. If it does, the memory
+//! stays here for the standby that this process is next (`vm/kept.rs`). This file asks them, and tells the operator what became of it.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -127,11 +128,17 @@ impl Coordinator {
     /// It is left to it. This process keeps it until the arbiter has said who has it.
     pub(super) fn hands_over(&mut self) {
         tracing::info!(
-            "an operator hands the VM over: it is left to its standby, and kept until that has it"
+            "an operator hands the VM over: it stands still after its next checkpoint, and is kept until its standby has it"
         );
         self.with.events.emit(Event::HandOver { kept: None });
         // Its standby is let ahead for seconds, and usually has it within milliseconds.
         self.with.rivals.iter().for_each(|rivals| rivals.hurry(true));
+    }
+
+    /// The standby has all of it. What is committed leaves first: it would be lost with the VM here.
+    pub(super) fn let_vm_go(&mut self) {
+        self.with.driver.finish_output();
+        self.with.driver.handle(PrimaryEvent::OutputLeft);
     }
 
     /// It stays.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::{ArbiterSight, Audited, DiskAudited, DiskWant, ProtocolVersion};
 use outlive_machine::MachineEvent;
-use outlive_pair::{Broken, ExitReason, Kept, Link, PrimaryNote};
+use outlive_pair::{Broken, ExitReason, Kept, Link, Needs, PrimaryNote};
 
 use super::hand_over::Asked;
 use super::pool::Pool;
@@ -129,8 +129,8 @@ pub(crate) enum Inbox {
     /// How far the disks are in the base synchronisation.
     DiskSync(Link, SyncReport),
     /// Begin base synchronisation for this link, with these buffers for its checkpoints, in this version of the
-    /// stream.
-    StartBase(Link, Arc<Pool>, ProtocolVersion),
+    /// stream, of this.
+    StartBase(Link, Arc<Pool>, ProtocolVersion, Needs),
     /// The link is no longer useful: end the protection that used it.
     Detached(Link),
     /// Log this.
@@ -149,8 +149,10 @@ pub(crate) enum Inbox {
     Endure(Broken, Kept),
     /// The operator wants the VM at its standby, and waits for the answer.
     HandOver(Asked),
-    /// It is left to it.
+    /// It is being handed over to it.
     HandsOver,
+    /// All of it is committed there.
+    LetGo,
     /// It stays.
     Keeps(Kept),
     /// End the process.

@@ -13,6 +13,7 @@ use super::capture;
 use super::coordinator::{Coordinator, Setup};
 use super::driver::SharedDriver;
 use super::inbox::{Inbox, inbox};
+use super::known::Known;
 use super::links::{self, Plan};
 use super::own_kernel::OwnKernel;
 use super::ports::Ports;
@@ -126,6 +127,8 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         standing,
         uplink,
         books,
+        since,
+        shelf,
         ..
     } = launch;
     let (queue, inbox) = inbox();
@@ -142,6 +145,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     let config = PrimaryConfig {
         generation: identity.generation,
         checkpoint: identity.checkpoint,
+        handed: since.is_some(),
         standbys: options.standbys.len(),
         slots: limits::SLOTS,
         timing,
@@ -173,7 +177,9 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     }
     let tail = machine.net().filter(|_| options.frame_tail.is_on());
     let tail = tail.map(|net| FrameTail { input: net.input_tail().clone(), output: net.output().clone() });
-    let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone()).copying(tail);
+    let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone())
+        .copying(tail)
+        .knowing(since);
     let driver = SharedDriver::new(
         Primary::new(config, clock.now()),
         ports,
@@ -228,6 +234,8 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         sidecars: sidecars.map_err(CoordinateError::NoThread)?,
         replicates_disks: !replicated.is_empty(),
         books,
+        known: since.map(|_| Known::begin(machine.ram().pages())),
+        shelf: (shelf.clone(), identity.provenance.vm),
         own_kernel: OwnKernel::new(queue.clone()),
         self_check: SelfCheck::new(options.self_check, &machine, queue),
         machine,
@@ -257,6 +265,8 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         // It has a part in the VM's memory, which must be free when this returns.
         End::Primary(_) | End::Standby(_) => drop(audit),
     }
+    // The machine is gone.
+    shelf.prove();
     if let (End::Primary(ExitReason::Ended(why)), Some(notes)) = (&end, end_notes) {
         notes.note(&why.to_string(), NOTE_PATIENCE);
     }

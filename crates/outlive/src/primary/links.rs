@@ -114,13 +114,20 @@ fn connect(
     let report = reporter(link, pool.clone(), Arc::downgrade(driver), plan);
     let (clock, pulse) = (driver.clock(), driver.pulse().clone());
     let sender = Sender::start(writer, closer, clock, pulse, plan.heartbeat, introduction, report)?;
-    driver.connected(Connection { link, sender, address: address.to_owned(), pool, version: None });
+    driver.connected(Connection {
+        link,
+        sender,
+        address: address.to_owned(),
+        pool,
+        version: None,
+        holds: false,
+    });
     let (receiving, older) = (driver.clone(), older.clone());
     let received = outlive_machine::spawn("receiver", move || {
         let theirs = Cell::new(introduction);
         link::receive(reader, link, |heard| match heard {
             Heard::Introduction(version) => theirs.set(version),
-            Heard::Agreed(version) => receiving.agreed(link, version),
+            Heard::Agreed(version, holds) => receiving.agreed(link, version, holds),
             Heard::Audited(audited) => receiving.tell(Inbox::Audited(audited)),
             Heard::Sees(sight) => receiving.tell(Inbox::StandbySees(link, sight)),
             Heard::DiskAudited(audited) => receiving.tell(Inbox::DiskAudited(audited)),

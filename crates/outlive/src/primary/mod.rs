@@ -14,6 +14,7 @@ mod elsewhere;
 mod hand_over;
 mod hold;
 mod inbox;
+mod known;
 mod launch;
 mod links;
 mod notes;
@@ -54,6 +55,8 @@ pub(crate) use inbox::Queue;
 pub(crate) use launch::run;
 #[cfg(test)]
 pub(crate) use stats::Totals;
+#[cfg(test)]
+pub(crate) use tests::hello as test_hello;
 
 /// Why a VM cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -250,6 +253,8 @@ pub(crate) fn start(
         uplink,
         standing,
         books: Books::default(),
+        since: None,
+        shelf: vm::Shelf::default(),
     })
 }
 

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender as Channel;
 use std::time::Duration;
 
-use outlive_epoch::{EndReason, Hello, ProtocolVersion};
+use outlive_epoch::{EndReason, Hello, Moment, ProtocolVersion};
 use outlive_machine::{EpochError, OutputMode, Valve};
-use outlive_pair::{Broken, ExitReason, Kept, Link, PrimaryNote, PrimaryPorts, Ticket};
+use outlive_pair::{Broken, ExitReason, Forgotten, Kept, Link, PrimaryNote, PrimaryPorts, Since, Ticket};
 
 use super::inbox::{Inbox, Queue};
 use super::links::Errand;
@@ -31,6 +31,8 @@ pub(super) struct Connection {
     pub(super) pool: Arc<Pool>,
     /// The version of the stream that both sides have agreed on, once they have.
     pub(super) version: Option<ProtocolVersion>,
+    /// Whether the standby holds what it was offered ([`Since`]).
+    pub(super) holds: bool,
 }
 
 /// A committed checkpoint.
@@ -65,6 +67,9 @@ pub(crate) enum PortError {
     /// Output cannot belong to this epoch.
     #[error(transparent)]
     Epoch(#[from] EpochError),
+    /// The standby relies on what is not known any more.
+    #[error(transparent)]
+    Forgotten(#[from] Forgotten),
     /// Output would not wait for its commit.
     #[error("output is in mode {0:?} but should be held")]
     NotHeld(OutputMode),
@@ -89,6 +94,8 @@ pub(crate) struct Ports {
     /// process's end.
     ending: bool,
     committed: Option<Commit>,
+    /// Since when each write to the VM's memory is known.
+    since: Since,
 }
 
 impl Ports {
@@ -114,6 +121,7 @@ impl Ports {
             connection: None,
             ending: false,
             committed: None,
+            since: Since::default(),
         }
     }
 
@@ -125,6 +133,16 @@ impl Ports {
     /// Standbys that can use them get copies of these frames.
     pub(super) fn copying(self, tail: Option<FrameTail>) -> Self {
         Self { tail, ..self }
+    }
+
+    /// Each write to the VM's memory since this moment is known.
+    pub(super) fn knowing(self, since: Option<Moment>) -> Self {
+        Self { since: Since::began(since), ..self }
+    }
+
+    /// From now on writes may be missed.
+    pub(super) fn forgets_writes(&mut self) {
+        self.since.is_lost();
     }
 
     /// Whether this side may still say that it lives.
@@ -143,9 +161,10 @@ impl Ports {
     }
 
     /// Both sides of this link have agreed on a version of the stream: what is sent from now on is in it.
-    pub(super) fn agreed(&mut self, link: Link, version: ProtocolVersion) {
+    pub(super) fn agreed(&mut self, link: Link, version: ProtocolVersion, holds: bool) {
         if let Some(connection) = self.connection.as_mut().filter(|connection| connection.link == link) {
             connection.version = Some(version);
+            connection.holds = holds;
             connection.sender.send(Job::Speak(version, self.tail.clone(), self.totals.audit().clone()));
         }
     }
@@ -181,14 +200,15 @@ impl PrimaryPorts for Ports {
     }
 
     fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), PortError> {
-        let hello = Hello { generation, ..self.hello.clone() };
+        let hello = Hello { generation, since: self.since.offer(link), ..self.hello.clone() };
         self.send(link, || Job::Hello(Box::new(hello)))
     }
 
     fn start_base(&mut self, link: Link) -> Result<(), PortError> {
         let connection = self.connection(link).ok_or(PortError::Closed)?;
         let version = connection.version.ok_or(PortError::NoVersion)?;
-        let start = Inbox::StartBase(link, connection.pool.clone(), version);
+        let (pool, holds) = (connection.pool.clone(), connection.holds);
+        let start = Inbox::StartBase(link, pool, version, self.since.answer(link, holds)?);
         self.inbox.send(start).map_err(|_| PortError::NoCoordinator)
     }
 
@@ -265,6 +285,10 @@ impl PrimaryPorts for Ports {
 
     fn hand_over(&mut self) {
         self.tell(Inbox::HandsOver);
+    }
+
+    fn let_go(&mut self) {
+        self.tell(Inbox::LetGo);
     }
 
     fn keep(&mut self, why: Kept) {

@@ -104,7 +104,7 @@ impl CopyError {
 pub(super) struct CannotResume(#[from] RestoreError);
 
 impl VmCopy {
-    /// Makes the machine for the VM that a primary introduced.
+    /// Makes the machine for the VM that a primary introduced, with the memory that was kept of it, if any was.
     ///
     /// # Errors
     /// See [`CopyError`].
@@ -112,6 +112,7 @@ impl VmCopy {
         hello: &Hello,
         equipment: &Equipment,
         mut arbiter: Box<dyn Arbiter>,
+        kept: Option<Arc<Ram>>,
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, CopyError> {
         let Equipment { host, options, console, books, .. } = equipment;
@@ -141,7 +142,10 @@ impl VmCopy {
             max_dirty: options.active.max_dirty * 2,
             events: Arc::new(machine_events.sender()),
         };
-        let mut machine = Machine::new(host.clone(), &machine_options)?;
+        let mut machine = match kept {
+            Some(ram) => Machine::with_memory(host.clone(), &machine_options, ram)?,
+            None => Machine::new(host.clone(), &machine_options)?,
+        };
         if let Some(vcpu) = &hello.vcpu {
             machine.try_constant(vcpu.clone()).map_err(CannotResume)?;
         }

@@ -25,6 +25,7 @@ use crate::disk::{Books, DiskEvent, STUCK};
 use crate::events::{self, EventWriter};
 use crate::network::Uplink;
 use crate::status::Standing;
+use crate::vm::Shelf;
 
 /// Whether a decision was made or not, what the ports were given to do is done.
 const NOTHING: After = After { drain: false, wake: false };
@@ -45,6 +46,8 @@ pub(super) struct Equipment {
     pub(super) books: Books,
     /// What `outlive status` tells.
     pub(super) standing: Arc<Standing>,
+    /// The memory of a VM that this host has handed over.
+    pub(super) shelf: Shelf,
     /// How often copies on this host were found not to be the VM.
     pub(super) differences: Arc<Differences>,
 }

@@ -216,6 +216,7 @@ mod tests {
             versions: VersionRange::CURRENT,
             microcode: 0,
             vcpu: None,
+            since: None,
         })
     }
 

@@ -297,7 +297,9 @@ fn admit(
     }
     let arbiter = same_arbiter(decisions, hello)?;
     let told = decisions.clone();
-    let copy = VmCopy::new(hello, &decisions.equipment, arbiter, move |event| told.disks(link, event))?;
+    let kept = decisions.equipment.shelf.take_for(hello, &introduction);
+    let holds = kept.is_some();
+    let copy = VmCopy::new(hello, &decisions.equipment, arbiter, kept, move |event| told.disks(link, event))?;
     let (ram, disks, shape) = (copy.ram(), copy.disks(), copy.shape());
     let handover = Arc::new(buffers(hello, &disks.sizes())?);
     let claims = decisions.claim_worker(hello.vm)?;
@@ -308,6 +310,7 @@ fn admit(
     let session = Session {
         link,
         version,
+        holds,
         handover: handover.clone(),
         tail: tail.clone(),
         disks: Arc::downgrade(&disks),

@@ -173,9 +173,9 @@ impl Post {
             tracker: None,
         });
         let (options, books) = (options.clone(), Books::default());
-        let differences = Arc::default();
+        let (differences, shelf) = (Arc::default(), vm::Shelf::default());
         let equipment =
-            Equipment { host, options, console, watch, uplink, events, books, standing, differences };
+            Equipment { host, options, console, watch, uplink, events, books, standing, shelf, differences };
         Ok(Self { equipment, door, stops })
     }
 
@@ -194,9 +194,9 @@ impl Post {
         let (console, events) = (launch.console.clone(), launch.events.clone());
         let (standing, uplink) = (launch.standing.clone(), launch.uplink.clone());
         let books = launch.books.clone();
-        let differences = Arc::default();
+        let (differences, shelf) = (Arc::default(), launch.shelf.clone());
         let equipment =
-            Equipment { host, options, console, watch, uplink, events, books, standing, differences };
+            Equipment { host, options, console, watch, uplink, events, books, standing, shelf, differences };
         Ok(Some(Self { equipment, door, stops: launch.stops.clone() }))
     }
 
@@ -376,6 +376,7 @@ impl Waiting {
                     return Outcome::Failed("the standby's threads have ended".into());
                 }
             }
+            self.decisions.equipment.shelf.tidy();
             self.decisions.tick();
         }
     }

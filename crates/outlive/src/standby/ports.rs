@@ -77,6 +77,8 @@ pub(super) struct Session {
     pub(super) link: Link,
     /// The version of the stream that both sides have.
     pub(super) version: ProtocolVersion,
+    /// Whether its memory is of the moment that the primary has named.
+    pub(super) holds: bool,
     pub(super) handover: Arc<Handover>,
     /// Copies of the guest's frames.
     pub(super) tail: Arc<Tail>,
@@ -315,9 +317,9 @@ impl StandbyPorts for Ports {
     type Failure = PortError;
 
     fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), PortError> {
-        let version = self.session(link)?.version;
+        let Session { version, holds, .. } = *self.session(link)?;
         let (dead_after_us, host) = (micros(dead_after), self.host.clone());
-        let accept = Accept { generation, dead_after_us, host, version };
+        let accept = Accept { generation, dead_after_us, host, version, holds };
         self.put(link, |encoder, out| encoder.accept(out, &accept))
     }
 

@@ -12,8 +12,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use outlive_epoch::EndReason;
-use outlive_machine::RestoreError;
+use outlive_epoch::{EndReason, Moment};
+use outlive_machine::{Machine, RestoreError};
 use outlive_pair::TakeOver;
 
 use super::copy::VmCopy;
@@ -59,7 +59,7 @@ pub(super) fn take_over(
     equipment: &Equipment,
     stops: &Stops,
 ) -> Result<Launch, TakeoverError> {
-    let Won { order: TakeOver { checkpoint, generation, tail, stop, .. }, times, frames } = won;
+    let Won { order: TakeOver { checkpoint, generation, handed, tail, stop, .. }, times, frames } = won;
     let Equipment { options, console, events, .. } = equipment;
     if let Some(command) = options.active.fence() {
         let about = copy.about(generation, equipment.standing.peer_address());
@@ -69,6 +69,9 @@ pub(super) fn take_over(
     }
     // The guest may write to its disks only when the copy has nothing left to write.
     copy.disks().become_primary(generation)?;
+    // Before anything can write to memory, the restore among it: the old host keeps it, and needs what follows.
+    let since = (handed && know_writes(copy.machine()))
+        .then_some(Moment { generation: generation.saturating_sub(1), checkpoint });
     copy.restore()?;
     let machine = copy.machine();
     if let Some(net) = machine.net() {
@@ -135,5 +138,14 @@ pub(super) fn take_over(
         uplink: equipment.uplink.clone(),
         standing: equipment.standing.clone(),
         books: equipment.books.clone(),
+        since,
+        shelf: equipment.shelf.clone(),
     })
+}
+
+/// From now on each write to memory is known. Without that the VM runs as well, and its next standby gets a whole copy.
+fn know_writes(machine: &mut Machine) -> bool {
+    let begun = machine.enable_tracking();
+    machine.tracker().set_heating(false);
+    begun.inspect_err(|error| tracing::warn!(%error, "the next standby gets a whole copy")).is_ok()
 }

@@ -100,5 +100,6 @@ pub(crate) fn hello(
         versions: VersionRange::CURRENT,
         microcode: process::microcode(),
         vcpu: Some(machine.constant()),
+        since: None,
     })
 }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use outlive_epoch::{DeviceInfo, EndReason};
+use outlive_epoch::{DeviceInfo, EndReason, Moment};
 use outlive_machine::{MacAddr, Machine, MachineEvent};
 use outlive_pair::{ExitReason, StandbyExit};
 
-use super::{Relay, Stops};
+use super::{Relay, Shelf, Stops};
 use crate::arbiter::{Arbiter, Watch};
 use crate::cli::ActiveOptions;
 use crate::console::Console;
@@ -63,6 +63,10 @@ pub(crate) struct Launch {
     pub(crate) standing: Arc<Standing>,
     /// What is known of the images on this host.
     pub(crate) books: Books,
+    /// The moment from which the VM runs on here, if each write to its memory since is known.
+    pub(crate) since: Option<Moment>,
+    /// Where its memory stays when it is handed over.
+    pub(crate) shelf: Shelf,
 }
 
 /// How the work of a side ended.

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use outlive::events::Event;
 
-use crate::support::{PROGRAM, Process, Side, Witnesses, World};
+use crate::rejoin::writing;
+use crate::support::{MemoryLoad, PROGRAM, Process, Side, Witnesses, World};
 
 /// What `outlive hand-over` says to a process: its exit code, and all that it prints.
 pub(crate) fn hand_over(process: &Process) -> (Option<i32>, String) {
@@ -48,6 +49,99 @@ fn a_vm_is_handed_back_and_forth_without_a_lost_connection() {
     println!("hand-overs took {took:?} ms");
     witnesses.hear_all();
     witnesses.finish(&world);
+}
+
+/// Pages of the last base that a primary has sent, in its first round.
+fn base_pages(process: &mut Process) -> u64 {
+    let pages = process.events().filter_map(|e| match e {
+        Event::BaseProgress { total_pages, .. } => Some(*total_pages),
+        _ => None,
+    });
+    pages.last().expect("a base")
+}
+
+/// Hands the VM to and fro, and waits each time until the copy of the host that came back was compared with the VM, all
+/// of it. Returns the pages of the first base and those of the later ones.
+fn to_and_fro(hosts: &mut [Process; 2], times: usize) -> (u64, Vec<u64>) {
+    let first = base_pages(&mut hosts[0]);
+    let mut later = Vec::new();
+    for time in 0..times {
+        let [old, new] = [time % 2, (time + 1) % 2];
+        let (code, said) = hand_over(&hosts[old]);
+        assert_eq!(code, Some(0), "{said}");
+        let generation = time as u64 + 2;
+        hosts[new].wait_for(
+            "protected again",
+            |e| matches!(e, Event::Protected { generation: it, .. } if *it == generation),
+        );
+        later.push(base_pages(&mut hosts[new]));
+        // Of the time when it was the VM's host there is none.
+        let checked = hosts[old].wait_for("comparing", |e| matches!(e, Event::SelfCheck { .. }));
+        assert!(matches!(checked, Event::SelfCheck { difference: None, .. }), "{checked:?}");
+    }
+    for host in hosts {
+        let differs = host.has(|e| matches!(e, Event::AuditDiffers { .. }));
+        assert!(!host.ended() && !differs, "{}", host.log());
+    }
+    (first, later)
+}
+
+/// A page that is left out of the base is lost in silence, so all memory is compared after each return, and the guest
+/// compares its own at the end.
+#[test]
+fn a_host_that_has_handed_the_vm_over_comes_back_with_its_memory() {
+    let Some(world) = World::new() else { return };
+    let [here, there] = [Side::A, Side::B].map(|side| side.addr().to_string());
+    // A busy host must not lose its standby by that.
+    let compares = ["--self-check", "20", "--audit", "100", "--dead-after", "20s"];
+    let standby = world.staying_standby_with(Side::B, &[&["--standby", &here], &compares[..]].concat());
+    let runs = ["--standby", &there, "--listen", &here];
+    let active = world.run_with(Side::A, &[&runs, &compares[..]].concat());
+    let mut hosts = [active, standby];
+    hosts[0].wait_protected();
+    let witnesses = Witnesses::start(&world, 3);
+    let load = MemoryLoad::start(&world, 2000, 50_000);
+    let (first, later) = to_and_fro(&mut hosts, 6);
+    println!("the first base had {first} pages, the later ones {later:?}");
+    assert!(hosts.iter().all(|host| host.log().contains("it gets what was written since")));
+    load.finish(&world);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+/// The same with a guest that writes to its disk all the time.
+#[test]
+fn a_host_that_comes_back_with_its_memory_has_its_disk_too() {
+    let Some(world) = World::new() else { return };
+    let (active, standby) = writing(&world, &["--self-check", "20", "--audit", "100", "--dead-after", "20s"]);
+    let mut hosts = [active, standby];
+    let (first, later) = to_and_fro(&mut hosts, 4);
+    println!("the first base had {first} pages, the later ones {later:?}");
+    assert!(hosts.iter().all(|host| host.log().contains("it gets what was written since")));
+}
+
+/// The old host is killed at once, so nobody comes back with the memory: the next standby gets all of it.
+#[test]
+fn a_standby_without_the_memory_gets_all_of_it() {
+    let Some(world) = World::new() else { return };
+    let [here, there] = [Side::A, Side::B].map(|side| side.addr().to_string());
+    let compares = ["--self-check", "20", "--dead-after", "20s"];
+    let mut new = world.staying_standby_with(Side::B, &[&["--standby", &here], &compares[..]].concat());
+    let mut old = world.run_with(Side::A, &[&["--standby", &there], &compares[..]].concat());
+    old.wait_protected();
+    let first = base_pages(&mut old);
+    let load = MemoryLoad::start(&world, 500, 50_000);
+    // Without --listen it does not stay.
+    let (code, said) = hand_over(&old);
+    assert_eq!(code, Some(0), "{said}");
+    new.wait_takeover();
+    old.wait_end();
+    let mut standby = world.standby_with(Side::A, &compares);
+    new.wait_protected();
+    assert!(base_pages(&mut new) >= first, "{}", new.log());
+    let checked = standby.wait_for("comparing", |e| matches!(e, Event::SelfCheck { .. }));
+    assert!(matches!(checked, Event::SelfCheck { difference: None, .. }), "{checked:?}");
+    load.finish(&world);
 }
 
 /// Nothing changes where nobody could take the VM.

@@ -125,7 +125,7 @@ impl FakePrimary {
         let mut bytes = Vec::new();
         self.encoder.base_pages_head(&mut bytes, 1, entries.iter().copied(), &data).unwrap();
         bytes.extend_from_slice(&data);
-        let flags = CheckpointFlags { base_final: true, end: None };
+        let flags = CheckpointFlags { base_final: true, end: None, hand_over: false };
         let begin = CheckpointBegin {
             generation: hello.generation,
             number: 1,

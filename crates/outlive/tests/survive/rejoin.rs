@@ -104,7 +104,7 @@ fn an_address_that_is_taken_is_refused_before_the_vm_starts() {
 const SIZE: u64 = 96 << 20;
 
 /// Both hosts with a disk without holes and a guest that writes to it all the time.
-fn writing(world: &World, options: &[&str]) -> (Process, Process) {
+pub(crate) fn writing(world: &World, options: &[&str]) -> (Process, Process) {
     let writer = world.dir().join("writer");
     fs::write(&writer, writer_kernel()).unwrap();
     let server: Vec<u8> = (0..SIZE).step_by(4).flat_map(|at| (at as u32 | 1).to_le_bytes()).collect();

@@ -109,9 +109,11 @@ pub trait PrimaryPorts {
     /// The VM stays although this is broken: tell, and let the guest hear of its disk's failures.
     fn endure(&mut self, what: Broken, why: Kept);
 
-    /// The VM is left to its standby, because its operator wants that: tell. What follows is as after
-    /// [`give_away`](Self::give_away).
+    /// The VM is being handed over to its standby, because its operator wants that: tell.
     fn hand_over(&mut self);
+
+    /// All of the VM that is handed over is committed: let its output out, and report [`Event::OutputLeft`].
+    fn let_go(&mut self);
 
     /// The VM is not handed over: tell the operator.
     fn keep(&mut self, why: Kept);
@@ -180,10 +182,16 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
     /// pages can no longer be sent to any standby. Allocates nothing, unless the capture loses the link.
     ///
     /// From here on output belongs to the next epoch, whatever the answer.
-    /// `link` and `base` say what was wanted when the pause began.
-    pub fn captured(&mut self, now: Duration, link: Link, base: bool) -> (Option<Ticket>, After) {
+    /// `link` and `base` say what was wanted when the pause began, and `stays` whether the vCPUs stay stopped after it.
+    pub fn captured(
+        &mut self,
+        now: Duration,
+        link: Link,
+        base: bool,
+        stays: bool,
+    ) -> (Option<Ticket>, After) {
         self.captured = None;
-        let after = self.handle(now, Event::Captured { link, base });
+        let after = self.handle(now, Event::Captured { link, base, stays });
         (self.captured.take(), after)
     }
 
@@ -312,6 +320,10 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
             }
             Action::HandOver => {
                 ports.hand_over();
+                Ok(())
+            }
+            Action::LetGo => {
+                ports.let_go();
                 Ok(())
             }
             Action::Keep { why } => {

@@ -41,6 +41,8 @@ pub struct TakeOver {
     pub checkpoint: u64,
     /// The generation won.
     pub generation: u64,
+    /// Whether the VM stood still at the primary after this checkpoint, to be handed over.
+    pub handed: bool,
     /// Which frames of the tail are used.
     pub tail: TailUse,
     /// Whether the operator wants the VM ended in order at once.
@@ -280,8 +282,8 @@ impl<P: StandbyPorts> Hands<Standby> for Carrying<'_, P> {
                 let result = ClaimResult::Unreachable { why: why.to_string() };
                 Event::Claimed { generation, result }
             }),
-            Action::TakeOver { link, checkpoint, generation, tail, stop } => {
-                self.ports.take_over(TakeOver { link, checkpoint, generation, tail, stop });
+            Action::TakeOver { link, checkpoint, generation, handed, tail, stop } => {
+                self.ports.take_over(TakeOver { link, checkpoint, generation, handed, tail, stop });
                 Ok(())
             }
             Action::Exit { reason } => {

@@ -96,6 +96,10 @@ impl World {
             }
             // The arbiter is asked then, as after a fault.
             Action::HandOver => self.disturbed = true,
+            Action::LetGo => {
+                self.drain(host, bug);
+                return Some(Event::OutputLeft);
+            }
             Action::BeginEpoch { .. }
             | Action::DropCapture
             | Action::AskGuest
@@ -170,25 +174,26 @@ impl World {
         }
     }
 
-    /// Whether a checkpoint can be captured now, and whether it is the base.
-    pub(super) fn wanted(&self, host: usize) -> Option<(Link, bool)> {
+    /// Whether a checkpoint can be captured now, whether it is the base, and whether the VM stands still after it.
+    pub(super) fn wanted(&self, host: usize) -> Option<(Link, bool, bool)> {
         let Process::Primary(p) = &self.hosts[host].process else { return None };
         let link = p.machine.link()?;
         match p.machine.wanted_capture() {
-            Wanted::Base { link } => (p.base_ready == Some(link)).then_some((link, true)),
-            Wanted::Epoch => (self.left.epochs > 0).then_some((link, false)),
-            Wanted::Last(_) => Some((link, false)),
+            Wanted::Base { link } => (p.base_ready == Some(link)).then_some((link, true, false)),
+            Wanted::Epoch => (self.left.epochs > 0).then_some((link, false, false)),
+            Wanted::Last(_) => Some((link, false, true)),
+            Wanted::HandOver => Some((link, false, true)),
             Wanted::Nothing => None,
         }
     }
 
-    pub(super) fn capture(&mut self, host: usize, link: Link, base: bool, bug: Option<Bug>) {
+    pub(super) fn capture(&mut self, host: usize, (link, base, stays): (Link, bool, bool), bug: Option<Bug>) {
         if let Process::Primary(p) = &self.hosts[host].process
             && p.machine.wanted_capture() == Wanted::Epoch
         {
             self.left.epochs -= 1;
         }
-        self.tell_primary(host, Event::Captured { link, base }, bug);
+        self.tell_primary(host, Event::Captured { link, base, stays }, bug);
     }
 
     /// A message has arrived.

@@ -211,8 +211,8 @@ impl World {
                 _ => self.standby_event(host, StandbyEvent::Tick, bug),
             },
             Act::Capture(host) => {
-                if let Some((link, base)) = self.wanted(host) {
-                    self.capture(host, link, base, bug);
+                if let Some(wanted) = self.wanted(host) {
+                    self.capture(host, wanted, bug);
                 }
             }
             Act::Output(host) => self.guest_sends(host),

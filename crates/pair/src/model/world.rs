@@ -305,7 +305,8 @@ impl World {
         bug: Option<Bug>,
     ) {
         let standbys = self.hosts.len() - 1;
-        let config = PrimaryConfig { generation, checkpoint, standbys, slots: 1, timing: TIMING };
+        let config =
+            PrimaryConfig { generation, checkpoint, handed: false, standbys, slots: 1, timing: TIMING };
         let mut machine = Primary::new(config, NOW);
         machine.bug = Planted(bug);
         let process = self.hosts[host].life;

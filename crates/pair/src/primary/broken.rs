@@ -4,7 +4,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::{Action, ExitReason, Guard, Note, Primary, State};
+use super::{Action, ExitReason, Guard, Handing, Note, Primary, State};
 use crate::Timing;
 use crate::claim::Claim;
 use crate::planted::planted;
@@ -161,7 +161,9 @@ impl Primary {
             _ if planted!(self.bug, GivenToNobody) => {}
             // Whether a standby has the base, or who wins, is known soon.
             State::Arbitrating { .. } => return Verdict::Later,
-            State::Guarding(_, Guard { acked, base, last, .. }) if acked < base || *last => {
+            State::Guarding(_, Guard { acked, base, last, handing, .. })
+                if acked < base || *last || handing.is_some() =>
+            {
                 return Verdict::Later;
             }
             State::Guarding(..) => {}
@@ -201,14 +203,38 @@ impl Primary {
     }
 
     /// The operator's wish is decided at once. Unlike a fault it may come again and again: two hosts hand the VM to
-    /// each other only as often as somebody says so.
+    /// each other only as often as somebody says so. It goes once the standby has all of it.
     pub(super) fn hand_over(&mut self, out: &mut Vec<Action>) {
         match self.may_hand_over() {
             Ok(()) => {
                 out.push(Action::HandOver);
-                self.leave_to_standby(out);
+                if let State::Guarding(_, guard) = &mut self.state {
+                    guard.handing = Some(Handing::Asked);
+                }
             }
             Err(why) => out.push(Action::Keep { why }),
+        }
+    }
+
+    /// The standby has all of the VM, and nothing of it is left to do here.
+    pub(super) fn output_left(&mut self, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Guarding(_, Guard { handing: Some(Handing::Captured), acked, shipped, .. })
+                if acked == shipped =>
+            {
+                self.leave_to_standby(out);
+            }
+            _ => {}
+        }
+    }
+
+    /// The operator wants an end, and no hand-over any more. If the guest stands still already, its end waits until it
+    /// is known who has it.
+    pub(super) fn ends_instead(&mut self, out: &mut Vec<Action>) {
+        if let State::Guarding(_, guard) = &mut self.state
+            && guard.handing.take_if(|handing| *handing == Handing::Asked).is_some()
+        {
+            out.push(Action::Keep { why: Kept::Stopping });
         }
     }
 
@@ -222,6 +248,7 @@ impl Primary {
             _ if planted!(self.bug, GivenToNobody) => {}
             State::Arbitrating { .. } => return Err(Kept::Undecided),
             State::Guarding(_, Guard { acked, base, .. }) if acked < base => return Err(Kept::Undecided),
+            State::Guarding(_, Guard { handing: Some(_), .. }) => return Err(Kept::Undecided),
             State::Guarding(..) => {}
             _ => return Err(Kept::Unprotected),
         }

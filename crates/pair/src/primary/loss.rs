@@ -2,7 +2,7 @@
 
 use outlive_epoch::LeaveReason;
 
-use super::{Action, ExitReason, Note, Primary, State};
+use super::{Action, ExitReason, Kept, Note, Primary, State};
 use crate::claim::{Claim, Step, Verdict};
 use crate::planted::planted;
 use crate::redial::Answer;
@@ -71,9 +71,13 @@ impl Primary {
     pub(super) fn released(&mut self, link: Link, out: &mut Vec<Action>) {
         let why = LossReason::Left(LeaveReason::Released);
         match &self.state {
-            State::Guarding(attached, _) if attached.link == link => {
+            State::Guarding(attached, guard) if attached.link == link => {
+                let handing = guard.handing.is_some();
                 out.push(Action::Hangup { link });
                 out.push(Action::Note(Note::LinkLost { why, held: false }));
+                if handing {
+                    out.push(Action::Keep { why: Kept::NotTaken });
+                }
                 self.go_on_alone(self.generation, out);
             }
             State::Arbitrating { .. } if planted!(self.bug, RightThrownAway) => {}

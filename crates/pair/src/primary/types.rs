@@ -15,6 +15,8 @@ pub struct PrimaryConfig {
     pub generation: u64,
     /// The last checkpoint of the VM: 0 for a new VM; after a takeover, the one from which it was resumed.
     pub checkpoint: u64,
+    /// Whether it was handed over by the host from which it came: that one comes back as its standby, within moments.
+    pub handed: bool,
     /// How many standby addresses there are; they are tried in turn.
     pub standbys: usize,
     /// Most checkpoints captured and not yet acknowledged, at least 1.
@@ -114,6 +116,8 @@ pub enum PrimaryEvent {
         link: Link,
         /// Whether it began as [`Wanted::Base`].
         base: bool,
+        /// Whether the vCPUs stay stopped after it ([`Wanted::HandOver`]).
+        stays: bool,
     },
     /// Output cannot be held. Must follow the [`PrimaryAction::HoldOutput`] before anybody is given the
     /// ticket of that capture: the machine relies on no standby having the base.
@@ -167,6 +171,9 @@ pub enum PrimaryEvent {
     /// The operator wants the VM at its standby. The answer is [`PrimaryAction::HandOver`] or
     /// [`PrimaryAction::Keep`], at once.
     HandOver,
+    /// All output of the VM that is being handed over, and that is committed, has left. To be handed in once the
+    /// checkpoint of [`Wanted::HandOver`] is committed: then the VM is the standby's.
+    OutputLeft,
     /// The operator wants the VM stopped.
     Stop {
         /// Whether the guest can be asked to shut itself down; it is asked the first time.
@@ -291,9 +298,13 @@ pub enum PrimaryAction {
         /// Why the VM stays.
         why: Kept,
     },
-    /// The VM is left to its standby, because its operator wants that: as after [`GiveAway`](Self::GiveAway) its link
-    /// closes next, and who has it is known when the arbiter has answered.
+    /// The VM is handed over to its standby, because its operator wants that. It runs on here until the checkpoint
+    /// of [`Wanted::HandOver`], and stands still from then on. Once that is committed and its output has left
+    /// ([`PrimaryEvent::OutputLeft`]), the link closes, and who has the VM is known when the arbiter has answered.
     HandOver,
+    /// All of the VM that is being handed over is committed: let its output out, and hand in
+    /// [`PrimaryEvent::OutputLeft`].
+    LetGo,
     /// The VM is not handed over.
     Keep {
         /// Why it stays.
@@ -410,6 +421,9 @@ pub enum Wanted {
     Epoch,
     /// The last one, at once.
     Last(EndReason),
+    /// The last one before the VM goes on at its standby, at once: the vCPUs stay stopped after it. They run on here if
+    /// [`Primary::guest_may_run`](crate::Primary::guest_may_run) says so again.
+    HandOver,
 }
 
 /// What happens to a frame that the guest sends.

@@ -140,10 +140,13 @@ impl World {
         let machine = p.driver.machine();
         let (status, runs) = (machine.status(), machine.guest_may_run());
         let wrong = match why {
-            Kept::Unprotected | Kept::Undecided => status == PrimaryStatus::Protected,
+            Kept::Unprotected => status == PrimaryStatus::Protected,
+            // Or it is being handed over already.
+            Kept::Undecided => status == PrimaryStatus::Protected && !p.gave,
+            Kept::NotTaken => !p.gave,
             Kept::Stopping => !p.asked && runs,
             Kept::StandbyCutOff => p.standby_reaches != Some(false),
-            Kept::JustTakenOver | Kept::NotTaken | Kept::StandbySilent => true,
+            Kept::JustTakenOver | Kept::StandbySilent => true,
         };
         if wrong {
             self.truth.fail(format!("{life:?} does not hand the VM over because of {why:?}"));

@@ -202,7 +202,7 @@ impl World {
             (ClaimResult::Won, Some((node, None))) => {
                 self.stats.restarted += 1;
                 self.truth.goes_on(generation, life);
-                self.start_primary(life.0, generation, 0, node);
+                self.start_primary(life.0, generation, 0, node, false);
             }
             _ => {
                 self.hosts[life.0].image.iter_mut().for_each(|image| image.begins = None);

@@ -107,6 +107,7 @@ fn the_invariants_hold_in_every_schedule() {
         assert!(stats.protected > count && stats.released > count * 50, "{stats:?}");
         assert!(stats.given_away > count / 50 && stats.endured > count / 50, "{stats:?}");
         assert!(stats.handed > count / 50 && stats.kept > count / 100, "{stats:?}");
+        assert!(stats.rests > count / 500, "{stats:?}");
         assert!(stats.vm_lost < count / 4, "{stats:?}");
         assert!(stats.given > count && stats.repeated > count / 10, "{stats:?}");
     }
@@ -219,6 +220,10 @@ fn every_planted_mistake_is_found() {
         Bug::ClaimForgotten,
         Bug::CaptureForAnyLink,
         Bug::GivenToNobody,
+        Bug::RunsOnWhileHandedOver,
+        Bug::KeepsAnotherMoment,
+        Bug::KnowsWritesTooLate,
+        Bug::OffersWhatIsLost,
         Bug::HandedBackAtOnce,
         Bug::SameFaultHandedBack,
         Bug::GivenToTheCutOff,

@@ -4,15 +4,15 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
+use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, Moment, RefuseCode};
 
 use super::truth::Node;
 use super::valve::Valve;
 use super::world::Msg;
 use crate::planted::Bug;
 use crate::{
-    Broken, ExitReason, Kept, Link, PrimaryNote, PrimaryPorts, StandbyExit, StandbyNote, StandbyPorts,
-    TakeOver, Ticket,
+    Broken, ExitReason, Forgotten, Kept, Link, Needs, PrimaryNote, PrimaryPorts, Since, StandbyExit,
+    StandbyNote, StandbyPorts, TakeOver, Ticket,
 };
 
 /// An action that fails the next time.
@@ -35,6 +35,9 @@ pub(super) enum PortFailure {
     /// The world has ordered it.
     #[error("{0:?} fails")]
     Struck(PortFault),
+    /// The standby relies on what is not known any more.
+    #[error(transparent)]
+    Forgotten(#[from] Forgotten),
     /// The driver has broken its word.
     #[error("{0:?} is not up")]
     NotUp(Link),
@@ -71,8 +74,8 @@ pub(super) struct SimPart {
 #[derive(Debug)]
 pub(super) enum PrimaryEffect {
     Dial { link: Link, address: usize },
-    Hello { conn: usize, generation: u64 },
-    StartBase { link: Link },
+    Hello { conn: usize, generation: u64, since: Option<Moment> },
+    StartBase { link: Link, needs: Needs },
     Ship { conn: usize, ticket: Ticket, part: SimPart },
     Beat { conn: usize },
     End { conn: usize, reason: EndReason },
@@ -85,6 +88,7 @@ pub(super) enum PrimaryEffect {
     GiveAway { what: Broken },
     Endure { what: Broken, why: Kept },
     HandOver,
+    LetGo,
     Keep { why: Kept },
     Exit(ExitReason),
     Note(PrimaryNote),
@@ -101,16 +105,21 @@ enum Line {
 pub(super) struct PrimarySide {
     pub(super) valve: Valve,
     pub(super) faults: Faults,
+    pub(super) since: Since,
+    /// Whether the standby that has accepted holds what it was offered.
+    pub(super) holds: bool,
     lines: BTreeMap<Link, Line>,
     effects: Vec<PrimaryEffect>,
     violation: Option<String>,
 }
 
 impl PrimarySide {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(since: Since) -> Self {
         Self {
             valve: Valve::new(),
             faults: Faults::default(),
+            since,
+            holds: false,
             lines: BTreeMap::new(),
             effects: Vec::new(),
             violation: None,
@@ -165,13 +174,15 @@ impl PrimaryPorts for PrimarySide {
 
     fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), PortFailure> {
         let conn = self.send(link, "Hello")?;
-        self.effects.push(PrimaryEffect::Hello { conn, generation });
+        let since = self.since.offer(link);
+        self.effects.push(PrimaryEffect::Hello { conn, generation, since });
         Ok(())
     }
 
     fn start_base(&mut self, link: Link) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::StartBase)?;
-        self.effects.push(PrimaryEffect::StartBase { link });
+        let needs = self.since.answer(link, self.holds)?;
+        self.effects.push(PrimaryEffect::StartBase { link, needs });
         Ok(())
     }
 
@@ -258,6 +269,10 @@ impl PrimaryPorts for PrimarySide {
         self.effects.push(PrimaryEffect::HandOver);
     }
 
+    fn let_go(&mut self) {
+        self.effects.push(PrimaryEffect::LetGo);
+    }
+
     fn keep(&mut self, why: Kept) {
         self.effects.push(PrimaryEffect::Keep { why });
     }
@@ -306,6 +321,8 @@ pub(super) struct Buffer {
     pub(super) node: Node,
     pub(super) flags: CheckpointFlags,
     pub(super) whole: bool,
+    /// Of a base: what memory must have been before; `None`: anything.
+    pub(super) over: Option<Node>,
 }
 
 /// The copy of a VM.
@@ -316,6 +333,8 @@ pub(super) struct Copy {
     /// applied.
     pub(super) staging: Vec<Buffer>,
     pub(super) acked: Option<Buffer>,
+    /// What memory was before the base, if it was kept.
+    pub(super) kept: Option<Node>,
     /// The state in memory, if memory is one state.
     pub(super) memory: Option<Node>,
     pub(super) applying: Option<u64>,
@@ -379,6 +398,7 @@ impl StandbySide {
                 slots,
                 staging: Vec::new(),
                 acked: None,
+                kept: None,
                 memory: None,
                 applying: None,
                 tried: false,
@@ -434,7 +454,8 @@ impl StandbyPorts for StandbySide {
     type Failure = PortFailure;
 
     fn accept(&mut self, link: Link, _: u64, dead_after: Duration) -> Result<(), PortFailure> {
-        self.send(link, Msg::Accept { dead_after })?;
+        let holds = self.copy.as_ref().is_some_and(|copy| copy.link == link && copy.kept.is_some());
+        self.send(link, Msg::Accept { dead_after, holds })?;
         self.lines.insert(link, Heard::Accepted);
         Ok(())
     }

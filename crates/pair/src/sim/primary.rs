@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outlive_epoch::EndReason;
+use outlive_epoch::{EndReason, Moment};
 
 use super::STEP;
 use super::hosts::{Process, vm_of};
@@ -13,8 +13,8 @@ use super::world::{Happening, Msg, World};
 use crate::planted::{Planted, planted};
 use crate::policy::{Facts, Next, Pause, Policy};
 use crate::{
-    After, Broken, ExitReason, Introduction, Link, LossReason, Primary, PrimaryConfig, PrimaryDriver,
-    PrimaryEvent, PrimaryNote, Ticket, Wanted,
+    After, Broken, ExitReason, Introduction, KeptMemory, Link, LossReason, Needs, Primary, PrimaryConfig,
+    PrimaryDriver, PrimaryEvent, PrimaryNote, Since, Ticket, Wanted,
 };
 
 /// The longest time in µs for which output may be held, as long as nothing goes wrong and besides what is known
@@ -29,6 +29,12 @@ pub(super) struct PrimaryProcess {
     stopped: bool,
     /// Whether they are stopped for a checkpoint that goes out in parts.
     paused: bool,
+    /// Whether they stay stopped after the checkpoint that is being taken.
+    stays: bool,
+    /// What the VM was when the writes to its memory began to be known.
+    known_since: Option<Node>,
+    /// The base that is under way needs memory that was this; `None`: any.
+    base_over: Option<Node>,
     /// Set when few enough dirty pages are left for the base-final checkpoint.
     base_ready: Option<Link>,
     policy: Policy,
@@ -65,20 +71,39 @@ impl PrimaryProcess {
 
 impl World {
     /// Starts a primary: at the beginning, or in the process of a standby that has taken over.
-    pub(super) fn start_primary(&mut self, host: usize, generation: u64, checkpoint: u64, node: Node) {
+    /// If the VM was handed over, each write to its memory is known from the first one on.
+    pub(super) fn start_primary(
+        &mut self,
+        host: usize,
+        generation: u64,
+        checkpoint: u64,
+        node: Node,
+        handed: bool,
+    ) {
         let now = self.clock(host);
         let standbys = self.hosts.len() - 1;
-        let config =
-            PrimaryConfig { generation, checkpoint, standbys, slots: self.slots, timing: self.timing };
+        let config = PrimaryConfig {
+            generation,
+            checkpoint,
+            handed,
+            standbys,
+            slots: self.slots,
+            timing: self.timing,
+        };
+        let moment = handed.then_some(Moment { generation: generation.wrapping_sub(1), checkpoint });
+        let since = Since::began(moment).with(Planted(self.bug));
         let mut machine = Primary::new(config, now);
         machine.bug = Planted(self.bug);
         self.hosts[host].look = None;
         self.hosts[host].image = Some(Image::primary(generation, (host, self.hosts[host].life), node));
         self.hosts[host].process = Process::Primary(Box::new(PrimaryProcess {
-            driver: PrimaryDriver::new(machine, PrimarySide::new()),
+            driver: PrimaryDriver::new(machine, PrimarySide::new(since)),
             node,
             stopped: false,
             paused: false,
+            stays: false,
+            known_since: moment.map(|_| node),
+            base_over: None,
             base_ready: None,
             policy: self.ending.policy(Duration::from_micros(self.interval)),
             held_since: None,
@@ -165,18 +190,21 @@ impl World {
         let clock = self.clock(life.0);
         match effect {
             Effect::Dial { link, address } => {
+                self.may_lose_track(life, 30);
                 let target = (life.0 + 1 + address) % self.hosts.len();
                 let delay = self.rng.range(100, 2000);
                 self.after(delay, Happening::Dialled { life, link, target });
             }
-            Effect::Hello { conn, generation } => {
+            Effect::Hello { conn, generation, since } => {
                 let (slots, dead_after, shared_storage) =
                     (self.slots, self.timing.dead_after, self.shared_storage);
                 let hello =
                     Introduction { vm: vm_of(generation), generation, slots, dead_after, shared_storage };
-                self.send(conn, 0, Msg::Hello(hello));
+                self.send(conn, 0, Msg::Hello(hello, since));
+                self.may_lose_track(life, 8);
             }
-            Effect::StartBase { link } => {
+            Effect::StartBase { link, needs } => {
+                self.base_begins(life, needs);
                 let left = self.rng.range(1, 4) as u32;
                 self.after(200, Happening::BaseRound { life, link, left });
             }
@@ -214,6 +242,10 @@ impl World {
             Effect::GiveAway { what } => self.gives_away(life, what),
             Effect::Endure { what, why } => self.endures(life, what, why),
             Effect::HandOver => self.hands_over(life),
+            Effect::LetGo => {
+                let delay = self.preempted();
+                self.after(delay, Happening::LetGo(life));
+            }
             Effect::Keep { why } => self.keeps(life, why),
             Effect::AskGuest => {
                 if let Some(p) = self.primary_of(life) {
@@ -232,7 +264,13 @@ impl World {
                     self.truth.ends(life, self.may_not_know(life.0));
                     self.stats.ended += 1;
                 }
+                let kept = self.keeps_memory(life);
                 self.stop_process(life.0, true);
+                self.hosts[life.0].kept = kept;
+                if kept.is_some() && !self.truth.ended {
+                    // The process stays, as a standby.
+                    self.start_standby(life.0);
+                }
             }
             Effect::Note(PrimaryNote::Protected { .. }) => {
                 self.stats.protected += 1;
@@ -245,6 +283,37 @@ impl World {
             Effect::Note(PrimaryNote::ArbiterUnreachable { .. }) => self.stats.unreachable += 1,
             Effect::Note(_) => {}
         }
+    }
+
+    /// The writes since a hand-over are known for a while only: there may be too many.
+    fn may_lose_track(&mut self, life: Life, one_in: u64) {
+        let known = self.primary_of(life).is_some_and(|p| p.known_since.is_some());
+        if !known || !self.rng.one_in(one_in) {
+            return;
+        }
+        if let Some(p) = self.primary_of(life) {
+            // What is known from the next base on begins later.
+            p.known_since = Some(p.node);
+            p.driver.ports_mut().since.is_lost();
+        }
+    }
+
+    fn base_begins(&mut self, life: Life, needs: Needs) {
+        let rest = needs == Needs::Rest;
+        self.stats.rests += u64::from(rest);
+        if let Some(p) = self.primary_of(life) {
+            p.base_over = p.known_since.filter(|_| rest);
+            p.known_since = p.known_since.map(|_| p.node);
+        }
+    }
+
+    /// A VM that was handed over leaves its memory here.
+    fn keeps_memory(&mut self, life: Life) -> Option<(KeptMemory, Node)> {
+        let p = self.primary_of(life)?;
+        let machine = p.driver.machine();
+        let generation = machine.generation();
+        let moment = Moment { generation, checkpoint: machine.handed_over()? };
+        Some((KeptMemory { vm: vm_of(generation), moment }, p.node))
     }
 
     fn tell_released(&mut self, life: Life, conn: usize) {
@@ -265,7 +334,8 @@ impl World {
         if part.first {
             self.tell_released(life, conn);
             let Ticket { number, flags, .. } = ticket;
-            self.send(conn, 0, Msg::Begin { number, node: part.node, flags });
+            let over = self.primary_of(life).filter(|_| flags.base_final).and_then(|p| p.base_over);
+            self.send(conn, 0, Msg::Begin { number, node: part.node, flags, over });
         }
         for _ in 0..part.sections {
             self.send(conn, 0, Msg::Part);
@@ -324,7 +394,8 @@ impl World {
         if p.stopped {
             return;
         }
-        if !p.paused {
+        let runs = !p.paused && p.driver.machine().guest_may_run();
+        if runs {
             let from = p.node;
             let node = self.truth.step(from);
             self.guest_sends(life, node);
@@ -338,6 +409,9 @@ impl World {
             (self.clock(life.0), Planted(self.bug), self.now - self.slowness().min(self.now));
         let ends = self.truth.depth(node) >= self.guest_end;
         let Some(p) = self.primary_of(life) else { return };
+        if planted!(bug, KnowsWritesTooLate) && p.known_since == Some(p.node) {
+            p.known_since = Some(node);
+        }
         p.node = node;
         p.stopped |= ends;
         if let Some(image) = &mut self.hosts[life.0].image {
@@ -427,9 +501,11 @@ impl World {
             Wanted::Nothing => (false, false),
             Wanted::Base { link } => (p.base_ready == Some(link), true),
             Wanted::Epoch => (matches!(p.policy.next(&p.facts(now)), Next::Now(_)), false),
-            Wanted::Last(_) => (true, false),
+            Wanted::Last(_) | Wanted::HandOver => (true, false),
         };
+        let stays = matches!(machine.wanted_capture(), Wanted::HandOver | Wanted::Last(_));
         if due {
+            p.stays = stays;
             self.capture(life, link, base);
         }
     }
@@ -464,7 +540,7 @@ impl World {
         let Some(p) = self.primary_of(life) else { return };
         let node = p.node;
         p.paused = false;
-        let (ticket, after) = p.driver.captured(now, link, base);
+        let (ticket, after) = p.driver.captured(now, link, base, p.stays);
         p.held_since = None;
         self.primary_after(life, after);
         let parts = if self.rng.one_in(25) { self.rng.range(1, 4) as u32 } else { 0 };
@@ -540,14 +616,17 @@ impl World {
         let link = self.conns[conn].primary_link;
         if let Some(p) = self.primary_of(life) {
             match &msg {
-                Msg::Accept { .. } => p.standby_reaches = None,
+                Msg::Accept { holds, .. } => {
+                    p.standby_reaches = None;
+                    p.driver.ports_mut().holds = *holds;
+                }
                 Msg::Reaches(reaches) => p.standby_reaches = Some(*reaches),
                 _ => {}
             }
         }
         let event = match msg {
             Msg::Reaches(reaches) => PrimaryEvent::StandbyReaches { link, reaches: Some(reaches) },
-            Msg::Accept { dead_after } => PrimaryEvent::Accepted { link, dead_after },
+            Msg::Accept { dead_after, .. } => PrimaryEvent::Accepted { link, dead_after },
             Msg::Refuse(code, text) => PrimaryEvent::Refused { link, code: Ok(code), text },
             Msg::Beat { stamp } => PrimaryEvent::Heartbeat { link, stamp },
             Msg::Ack { generation, number, stamp } => {

@@ -105,7 +105,7 @@ pub(super) fn schedule_of(
     world.strikes = std::mem::take(strikes);
     world.hosts[0].life = 1;
     world.copies = faults == Faults::Copies;
-    world.start_primary(0, 1, 0, 0);
+    world.start_primary(0, 1, 0, 0, false);
     for host in 1..3 {
         world.start_standby(host);
     }
@@ -185,6 +185,7 @@ impl World {
             | Happening::VmStep(life)
             | Happening::DiskFails(life)
             | Happening::SeesWinner(life)
+            | Happening::LetGo(life)
             | Happening::Counted { life, .. }
             | Happening::ShipPart { life, .. }
             | Happening::Dialled { life, .. }
@@ -223,6 +224,7 @@ impl World {
             Happening::VmStep(life) => self.vm_step(life),
             Happening::DiskFails(life) => self.disk_fails(life),
             Happening::SeesWinner(life) => self.sees_winner(life),
+            Happening::LetGo(life) => self.primary(life, PrimaryEvent::OutputLeft),
             Happening::Reconnected { host } => self.reconnected(host),
             Happening::Counted { life, link, base } => self.counted(life, link, base),
             Happening::ShipPart { life, captured_for, ticket, node, left } => {

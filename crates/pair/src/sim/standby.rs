@@ -1,6 +1,6 @@
 //! The standby in the simulation: reader, applier and main thread around the production driver.
 
-use outlive_epoch::{LeaveReason, RefuseCode};
+use outlive_epoch::{LeaveReason, Moment, RefuseCode};
 
 use super::hosts::Process;
 use super::images::Image;
@@ -216,7 +216,7 @@ impl World {
     }
 
     fn take_over(&mut self, life: Life, order: TakeOver) {
-        let TakeOver { link, checkpoint, generation, tail, stop } = order;
+        let TakeOver { link, checkpoint, generation, handed, tail, stop } = order;
         let Some(s) = self.standby_of(life) else { return };
         let Some(copy) = s.driver.ports_mut().copy.take().filter(|copy| copy.link == link) else {
             return self.truth.fail(format!("{life:?} takes over without a copy"));
@@ -237,7 +237,7 @@ impl World {
         self.stats.takeovers += 1;
         self.write_out_all(life);
         self.use_tail(life, generation, tail, &copy, acked.node);
-        self.start_primary(life.0, generation, checkpoint, acked.node);
+        self.start_primary(life.0, generation, checkpoint, acked.node, handed);
         if stop {
             self.primary(life, crate::PrimaryEvent::Stop { ask_guest: false });
         }
@@ -282,15 +282,24 @@ impl World {
     }
 
     pub(super) fn applied(&mut self, life: Life, link: Link, number: u64) {
+        let mut lacks = None;
         let Some(s) = self.standby_of(life) else { return };
         if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link) {
             let buffer = copy.staging.iter().find(|buffer| buffer.number == number).copied();
+            let kept = copy.kept;
             copy.staging.retain(|buffer| buffer.number != number);
             copy.applying.take_if(|applying| *applying == number);
             copy.memory = buffer.filter(|buffer| buffer.whole).map(|buffer| buffer.node);
+            let over = buffer.filter(|buffer| buffer.flags.base_final).and_then(|buffer| buffer.over);
+            lacks = over.filter(|_| over != kept).map(|over| (over, kept));
             if let (Some(node), Some(image)) = (copy.memory, &mut self.hosts[life.0].image) {
                 (image.node, image.whole) = (node, true);
             }
+        }
+        if let Some((over, kept)) = lacks {
+            self.truth.fail(format!(
+                "invariant 4: the base of {life:?} is what was written since {over}, and its memory was {kept:?}"
+            ));
         }
         let Some(s) = self.standby_of(life) else { return };
         if s.bad_disk && self.rng.one_in(4) {
@@ -369,14 +378,14 @@ impl World {
         let now = self.believed(life.0);
         let Some(s) = self.standby_of(life) else { return };
         let event = match msg {
-            Msg::Hello(hello) => {
+            Msg::Hello(hello, since) => {
                 // Only if it is out of reach from the beginning on, this is not asked.
                 let asks = self.hosts[life.0].arbiter_cut_until != u64::MAX;
                 let stale = hello.generation < self.truth.newest().0;
                 if asks && (stale || self.cannot_reach_arbiter(life.0)) {
                     return self.refuse_stale(life, link);
                 }
-                self.hello(life, link, hello);
+                self.hello(life, link, hello, since);
                 StandbyEvent::Hello { link, hello }
             }
             Msg::Base => {
@@ -386,8 +395,8 @@ impl World {
                 }
                 return self.standby_after(life, after);
             }
-            Msg::Begin { number, node, flags } => {
-                s.driver.ports_mut().begins(link, Buffer { number, node, flags, whole: false });
+            Msg::Begin { number, node, flags, over } => {
+                s.driver.ports_mut().begins(link, Buffer { number, node, flags, whole: false, over });
                 match early {
                     true => {
                         StandbyEvent::Staged { link, checkpoint: number, flags, stamp: Default::default() }
@@ -451,12 +460,18 @@ impl World {
     }
 
     /// Memory is set aside for a VM that would be accepted.
-    fn hello(&mut self, life: Life, link: Link, hello: Introduction) {
-        let now = self.clock(life.0);
+    fn hello(&mut self, life: Life, link: Link, hello: Introduction, since: Option<Moment>) {
+        let (now, bug) = (self.clock(life.0), Planted(self.bug));
+        let mut kept = self.hosts[life.0].kept;
         if let Some(s) = self.standby_of(life) {
             let accepted = s.driver.would_accept(now, &hello).is_ok();
             s.driver.ports_mut().introduced(link, hello.slots, accepted);
             if accepted {
+                kept = kept.filter(|(kept, _)| kept.serves_with(&hello, since, bug));
+                if let Some(copy) = &mut s.driver.ports_mut().copy {
+                    copy.kept = kept.map(|(_, node)| node);
+                }
+                self.hosts[life.0].kept = None;
                 // Its blocks are overwritten from now on.
                 self.hosts[life.0].image = Some(Image::copy(hello.generation, life));
             }

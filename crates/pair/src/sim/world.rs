@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::time::Duration;
 
-use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
+use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, Moment, RefuseCode};
 
 use super::hosts::Process;
 use super::images::Image;
@@ -12,7 +12,7 @@ use super::run::Strikes;
 use super::truth::{Life, Node, Truth};
 use crate::planted::Bug;
 use crate::policy::{Interval, Latency, Longest, Output, Policy};
-use crate::{ClaimResult, Introduction, Link, Ticket, Timing};
+use crate::{ClaimResult, Introduction, KeptMemory, Link, Ticket, Timing};
 
 /// Random numbers that the seed of the schedule repeats.
 pub(super) struct Rng(fastrand::Rng);
@@ -35,12 +35,15 @@ impl Rng {
 /// What crosses a link.
 #[derive(Debug, Clone)]
 pub(super) enum Msg {
-    Hello(Introduction),
+    /// With the moment since when each write is known.
+    Hello(Introduction, Option<Moment>),
     Base,
     Begin {
         number: u64,
         node: Node,
         flags: CheckpointFlags,
+        /// Of a base: what the receiver's memory must have been before; `None`: anything.
+        over: Option<Node>,
     },
     Part,
     End {
@@ -68,6 +71,7 @@ pub(super) enum Msg {
     Bad,
     Accept {
         dead_after: Duration,
+        holds: bool,
     },
     Refuse(RefuseCode, String),
     Ack {
@@ -119,6 +123,8 @@ pub(super) enum Happening {
     DiskFails(Life),
     /// A process that has left the VM to its standby looks at the arbiter, and then knows this.
     SeesWinner(Life),
+    /// The output of a VM that is handed over has left.
+    LetGo(Life),
     /// A host's way to the guest's clients is there again.
     Reconnected {
         host: usize,
@@ -244,6 +250,8 @@ pub(super) struct Host {
     /// Until when its disk is slow.
     pub(super) slow_disk_until: u64,
     pub(super) image: Option<Image>,
+    /// The memory that it has kept of a VM which it has handed over, and what that really is.
+    pub(super) kept: Option<(KeptMemory, Node)>,
     /// Whether its waiting thread hangs for good, while all others continue.
     pub(super) wedged: bool,
     /// Until when its waiting thread is busy, which it has announced.
@@ -357,6 +365,8 @@ pub(super) struct Stats {
     pub(super) endured: u64,
     pub(super) handed: u64,
     pub(super) kept: u64,
+    /// Bases that consisted of what was written since the hand-over.
+    pub(super) rests: u64,
     /// Frames of the tail: given to the guest, and sent again, at takeovers.
     pub(super) given: u64,
     pub(super) repeated: u64,
@@ -403,6 +413,7 @@ impl Stats {
         self.endured += other.endured;
         self.handed += other.handed;
         self.kept += other.kept;
+        self.rests += other.rests;
         self.copies_started += other.copies_started;
         self.copies_refused += other.copies_refused;
         self.forks += other.forks;
@@ -450,6 +461,7 @@ impl World {
                 clock_stands_until: 0,
                 slow_disk_until: 0,
                 image: None,
+                kept: None,
                 wedged: false,
                 busy_until: 0,
                 offset: rng.range(0, 1_000_000_000),

@@ -66,13 +66,14 @@ impl Standby {
     /// This side could run the VM now, so it may ask for it.
     pub(super) fn settled(&mut self, from: Link, settled: u64, out: &mut Vec<Action>) {
         let State::Settling { link, claim, committed, released, stop } = &mut self.state else { return };
-        let (link, checkpoint, released, stop) = (*link, committed.checkpoint, *released, *stop);
+        let (link, released, stop) = (*link, *released, *stop);
+        let Committed { checkpoint, handed, .. } = *committed;
         if link != from || checkpoint != settled {
             return;
         }
         let claim = claim.clone();
         out.push(Action::Note(Note::Arbitrating { generation: claim.generation }));
-        self.state = State::Claiming { link, claim, checkpoint, released, stop, failed: None };
+        self.state = State::Claiming { link, claim, checkpoint, released, handed, stop, failed: None };
         if planted!(self.bug, TakeOverWithoutWin) {
             self.take_over(out);
         }
@@ -241,7 +242,7 @@ impl Standby {
     }
 
     fn take_over(&mut self, out: &mut Vec<Action>) {
-        let State::Claiming { link, claim, checkpoint, released, stop, .. } =
+        let State::Claiming { link, claim, checkpoint, released, handed, stop, .. } =
             std::mem::replace(&mut self.state, State::TakenOver)
         else {
             return;
@@ -256,7 +257,7 @@ impl Standby {
         if planted!(self.bug, GivesCommittedInput) {
             tail.given_after = checkpoint.saturating_sub(1);
         }
-        out.push(Action::TakeOver { link, checkpoint, generation: claim.generation, tail, stop });
+        out.push(Action::TakeOver { link, checkpoint, generation: claim.generation, handed, tail, stop });
     }
 
     /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may die after

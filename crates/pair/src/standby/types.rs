@@ -282,6 +282,8 @@ pub enum StandbyAction {
         checkpoint: u64,
         /// The generation won.
         generation: u64,
+        /// Whether the VM stood still at the primary after this checkpoint, to be handed over.
+        handed: bool,
         /// Which frames of the tail are used.
         tail: TailUse,
         /// Whether the operator asked for a stop while this side was the only one that had the VM: then end

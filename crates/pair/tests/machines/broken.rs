@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use outlive_epoch::LeaveReason;
 use outlive_pair::PrimaryAction::{
-    self, Claim, Endure, Exit, Fence, GiveAway, HandOver, Hangup, Keep, ReleaseAll, StopGuest,
+    self, Claim, Endure, Exit, Fence, GiveAway, HandOver, Hangup, Keep, ReleaseAll, Ship, StopGuest,
 };
-use outlive_pair::PrimaryEvent::{Broken as Breaks, Claimed, Leave, LinkLost, Mended, StandbyReaches, Tick};
+use outlive_pair::PrimaryEvent::{
+    Broken as Breaks, Captured, Claimed, Leave, LinkLost, Mended, StandbyReaches, Tick,
+};
 use outlive_pair::{
-    Broken, ClaimResult, ExitReason, Kept, Link, LossReason, OutputMode, PrimaryEvent, PrimaryStatus,
+    Broken, ClaimResult, ExitReason, Kept, Link, LossReason, OutputMode, PrimaryEvent, PrimaryStatus, Wanted,
 };
 
 use super::primary::{Host, LINK};
@@ -148,12 +150,27 @@ fn a_vm_whose_operator_has_asked_for_its_stop_stays() {
 #[test]
 fn an_operator_hands_a_protected_vm_over_and_it_stays_where_nobody_takes_it() {
     let mut host = Host::protected_at(1);
-    let handed = host.acts(PrimaryEvent::HandOver);
-    assert_eq!(handed, [HandOver, Hangup { link: LINK }]);
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [HandOver]);
+    assert_eq!(host.machine.wanted_capture(), Wanted::HandOver);
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Undecided }]);
+    assert!(host.machine.guest_may_run());
+    let last = host.acts(Captured { link: LINK, base: false, stays: true });
+    assert!(matches!(last[1], Ship(ticket) if ticket.flags.hand_over), "{last:?}");
+    assert!(!host.machine.guest_may_run(), "its memory is that of the last checkpoint");
+    assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);
+    // Not before the standby has all of it.
+    assert_eq!(host.acts(PrimaryEvent::OutputLeft), []);
+    let number = host.machine.epoch() - 1;
+    let stamp = Duration::from_millis(host.now);
+    let ack = PrimaryEvent::Ack { link: LINK, generation: 4, checkpoint: number, stamp };
+    assert_eq!(host.acts(ack), [PrimaryAction::Release { through: number }, PrimaryAction::LetGo]);
+    assert_eq!(host.machine.status(), PrimaryStatus::Protected);
+    assert_eq!(host.acts(PrimaryEvent::OutputLeft), [Hangup { link: LINK }]);
     assert_eq!(
         (host.machine.status(), host.machine.output()),
         (PrimaryStatus::Arbitrating, OutputMode::Hold)
     );
+    assert!(!host.machine.guest_may_run());
     // The standby asks first.
     assert_eq!(host.acts(Tick), []);
     assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Undecided }]);
@@ -161,6 +178,8 @@ fn an_operator_hands_a_protected_vm_over_and_it_stays_where_nobody_takes_it() {
     assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
     assert_eq!(host.win()[0], ReleaseAll { generation: 5 });
     assert_eq!(host.machine.output(), OutputMode::PassThrough);
+    assert!(host.machine.guest_may_run(), "it goes on where it stood still");
+    assert_eq!(host.machine.handed_over(), None);
     assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Unprotected }]);
 }
 
@@ -173,4 +192,56 @@ fn a_vm_that_ends_or_whose_standby_is_cut_off_is_not_handed_over() {
     host.acts(reaches(true));
     host.acts(PrimaryEvent::Stop { ask_guest: true });
     assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Stopping }]);
+}
+
+/// The operator changes his mind, the guest ends, or the standby goes: each is as if nobody had asked.
+#[test]
+fn a_hand_over_can_be_left_at_each_step() {
+    let mut host = settled();
+    host.acts(PrimaryEvent::HandOver);
+    let stopped = host.acts(PrimaryEvent::Stop { ask_guest: true });
+    assert_eq!(stopped, [PrimaryAction::AskGuest, Keep { why: Kept::Stopping }]);
+    assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
+
+    let mut host = settled();
+    host.acts(PrimaryEvent::HandOver);
+    host.acts(PrimaryEvent::End { reason: outlive_epoch::EndReason::PowerOff });
+    assert_eq!(host.machine.wanted_capture(), Wanted::Last(outlive_epoch::EndReason::PowerOff));
+    let last = host.acts(Captured { link: LINK, base: false, stays: true });
+    assert!(matches!(last[1], Ship(ticket) if !ticket.flags.hand_over), "it has ended: {last:?}");
+
+    // The link is lost while the guest stands still: it may be the standby's already.
+    let mut host = settled();
+    host.acts(PrimaryEvent::HandOver);
+    host.acts(Captured { link: LINK, base: false, stays: true });
+    host.acts(LinkLost { link: LINK, why: LossReason::Closed });
+    assert!(host.machine.stands_still() && !host.machine.guest_may_run());
+    host.win();
+    assert!(host.machine.guest_may_run() && !host.machine.stands_still());
+
+    // The standby leaves, and hands its right over: the guest goes on at once.
+    let mut host = settled();
+    host.acts(PrimaryEvent::HandOver);
+    host.acts(Captured { link: LINK, base: false, stays: true });
+    let left = host.acts(Leave { link: LINK, reason: LeaveReason::Released });
+    assert_eq!(left[1], Keep { why: Kept::NotTaken });
+    assert!(host.machine.guest_may_run());
+}
+
+/// What is kept is of the checkpoint at which the guest stood still, and of no other.
+#[test]
+fn the_moment_of_a_hand_over_is_known_only_once_another_host_has_the_vm() {
+    let mut host = settled();
+    host.hand_over();
+    let still = host.machine.epoch() - 1;
+    assert_eq!(host.machine.handed_over(), None);
+    let (generation, owner) = (5, "standby on b".to_owned());
+    host.acts(PrimaryEvent::Superseded { generation, owner });
+    assert_eq!(host.machine.handed_over(), Some(still));
+
+    // It was not handed over: it ran on until then.
+    let mut host = settled();
+    host.acts(LinkLost { link: LINK, why: LossReason::Closed });
+    host.acts(Claimed { generation: 5, result: ClaimResult::Lost { owner: "standby on b".into() } });
+    assert_eq!((host.machine.status(), host.machine.handed_over()), (PrimaryStatus::Over, None));
 }

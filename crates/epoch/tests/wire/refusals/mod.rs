@@ -12,9 +12,9 @@ use outlive_epoch::{
 
 use crate::common::{GENERATION, incoming};
 
-const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
+const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None, hand_over: false };
 
-const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };
+const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None, hand_over: false };
 
 fn begin(number: u64, pages: u32, state_bytes: u32, flags: CheckpointFlags) -> CheckpointBegin {
     CheckpointBegin { generation: GENERATION, number, pages, state_bytes, disk_bytes: 0, flags }

@@ -4,3 +4,5 @@ mod order;
 mod pause;
 mod rig;
 mod versions;
+
+pub(crate) use rig::hello;

@@ -15,7 +15,7 @@ use crate::primary::inbox::Inbox;
 
 fn number(driver: &SharedDriver) -> Option<u64> {
     let base = matches!(driver.wanted(), Wanted::Base { .. });
-    let (ticket, after) = driver.captured(LINK, base);
+    let (ticket, after) = driver.captured(LINK, base, false);
     assert!(!after.drain, "a pause lets nothing out");
     ticket.map(|ticket| ticket.number)
 }

@@ -83,7 +83,7 @@ fn standby(mut stream: TcpStream, newest: ProtocolVersion) {
                 let version = versions.common(hello.versions).unwrap();
                 reader.agree(version);
                 let (generation, host) = (hello.generation, "standby".to_owned());
-                let accept = Accept { generation, dead_after_us, host, version };
+                let accept = Accept { generation, dead_after_us, host, version, holds: false };
                 encoder.accept(&mut out, &accept).unwrap();
             }
             Message::CheckpointBegin(begin) => open = Some(begin.generation),
@@ -130,6 +130,8 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         longest_pause: Duration::from_secs(20),
         replicates_disks: false,
         books: crate::disk::Books::default(),
+        known: None,
+        shelf: (crate::vm::Shelf::default(), VmId([1; 16])),
         sidecars: Arc::new(
             Sidecars::start(Vec::new(), crate::disk::tests::provenance(VmId([1; 16]))).unwrap(),
         ),
@@ -177,7 +179,7 @@ fn allocations_of_a_pause(coordinator: &mut Coordinator) -> (u64, bool) {
         it.with.driver.wanted() == Wanted::Epoch && it.protection.as_ref().unwrap().pool.has_free()
     });
     let protection = coordinator.protection.as_ref().unwrap();
-    let (pool, of) = (protection.pool.clone(), Of { link: protection.link, base: false });
+    let (pool, of) = (protection.pool.clone(), Of { link: protection.link, base: false, stays: false });
     let (mut staging, driver) = (pool.take().unwrap(), coordinator.with.driver.clone());
     let here = thread::current().id();
     let inside = InsidePause::new(&driver, &pool, of);

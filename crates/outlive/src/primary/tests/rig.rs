@@ -83,7 +83,7 @@ pub(super) fn beside(work: impl FnOnce() + Send + 'static) -> Receiver<()> {
     told
 }
 
-pub(super) fn hello() -> Hello {
+pub(crate) fn hello() -> Hello {
     Hello {
         vm: VmId([1; 16]),
         generation: 1,
@@ -105,6 +105,7 @@ pub(super) fn hello() -> Hello {
         versions: VersionRange::CURRENT,
         microcode: 0,
         vcpu: None,
+        since: None,
     }
 }
 
@@ -122,7 +123,7 @@ pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
     let (queue, inbox) = inbox();
     let clock = Clock::start();
     let timing = Timing::new(DEAD_AFTER);
-    let config = PrimaryConfig { generation: 1, checkpoint: 0, standbys: 1, slots: 4, timing };
+    let config = PrimaryConfig { generation: 1, checkpoint: 0, handed: false, standbys: 1, slots: 4, timing };
     let permit = Arc::new(Permit::new(OutputMode::PassThrough, Lease::new()));
     let valve = Arc::new(Valve::new(permit, vec![output]));
     let totals = Totals::new(0);
@@ -147,7 +148,7 @@ pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
 impl Rig {
     /// The standby accepts.
     pub(super) fn accepted(self) -> Self {
-        self.driver.agreed(LINK, ProtocolVersion::CURRENT);
+        self.driver.agreed(LINK, ProtocolVersion::CURRENT, false);
         self.driver.handle(PrimaryEvent::Accepted { link: LINK, dead_after: DEAD_AFTER });
         self
     }

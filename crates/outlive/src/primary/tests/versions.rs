@@ -48,7 +48,13 @@ fn a_primary_goes_on_in_the_version_that_was_agreed_on() {
     let mut stream = listener.accept().unwrap().0;
     let (version, _, hello, mut reader) = introduction(&mut stream);
     assert_eq!(version, ProtocolVersion::INTRODUCTION);
-    let accept = Accept { generation: hello.generation, dead_after_us: 1, host: "b".into(), version: V2 };
+    let accept = Accept {
+        generation: hello.generation,
+        dead_after_us: 1,
+        host: "b".into(),
+        version: V2,
+        holds: false,
+    };
     let mut out = Preface { version }.encode().to_vec();
     Encoder::speaking(version).accept(&mut out, &accept).unwrap();
     stream.write_all(&out).unwrap();
@@ -102,7 +108,13 @@ fn a_standby_that_accepts_twice_is_left() {
     let mut out = Preface { version }.encode().to_vec();
     let mut encoder = Encoder::speaking(version);
     for version in [version, V2] {
-        let accept = Accept { generation: hello.generation, dead_after_us: 1, host: "b".into(), version };
+        let accept = Accept {
+            generation: hello.generation,
+            dead_after_us: 1,
+            host: "b".into(),
+            version,
+            holds: false,
+        };
         encoder.accept(&mut out, &accept).unwrap();
         encoder.speak(ProtocolVersion::INTRODUCTION);
     }

@@ -9,7 +9,7 @@ fn the_end_of_the_vm_is_committed_before_it_is_carried_out() {
         host.acts(EPOCH);
         assert_eq!(host.acts(End { reason }), []);
         assert_eq!(host.machine.wanted_capture(), Wanted::Last(reason));
-        let flags = CheckpointFlags { base_final: false, end: Some(reason) };
+        let flags = CheckpointFlags { base_final: false, end: Some(reason), hand_over: false };
         let last = Ship(ticket(13, flags));
         assert_eq!(host.acts(EPOCH), [BeginEpoch { link: LINK, epoch: 14 }, last]);
         assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);

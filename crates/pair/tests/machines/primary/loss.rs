@@ -56,7 +56,7 @@ fn a_vm_that_was_started_elsewhere_stops_here() {
     }
     // Before it asks itself, another one's win is all that there is to know.
     let mut host = Host::protected_at(100_000);
-    host.acts(PrimaryEvent::HandOver);
+    host.hand_over();
     assert_eq!(host.acts(superseded(4)), [], "its own generation");
     assert_eq!(host.acts(superseded(5)), fenced(5));
     // Its own claim is under way: that one's answer decides.
@@ -88,7 +88,7 @@ fn a_standby_that_leaves_before_it_has_the_base_costs_no_generation() {
             pauses.push(host.now - before);
             host.acts(Connected { link });
             host.acts(Accepted { link, dead_after: ms(500) });
-            host.acts(Captured { link, base: true });
+            host.acts(Captured { link, base: true, stays: false });
             let leave = Leave { link, reason };
             assert_eq!(host.acts(leave), [Hangup { link }, ReleaseAll { generation: 4 }]);
         }

@@ -24,7 +24,14 @@ pub(crate) struct Host {
 
 impl Host {
     fn new(standbys: usize) -> Self {
-        let config = PrimaryConfig { generation: 4, checkpoint: 10, standbys, slots: 2, timing: timing() };
+        let config = PrimaryConfig {
+            generation: 4,
+            checkpoint: 10,
+            handed: false,
+            standbys,
+            slots: 2,
+            timing: timing(),
+        };
         Self { machine: Primary::new(config, ms(0)), now: 0 }
     }
 
@@ -68,7 +75,7 @@ impl Host {
 
     pub(crate) fn protected_at(now: u64) -> Self {
         let mut host = Self::attached_at(now);
-        let base = CheckpointFlags { base_final: true, end: None };
+        let base = CheckpointFlags { base_final: true, end: None, hand_over: false };
         assert_eq!(host.acts(BASE), [HoldOutput { link: LINK, epoch: 12 }, Ship(ticket(11, base))]);
         host.now += 1;
         assert_eq!(host.acts(ack(11, host.now)), [Release { through: 11 }]);
@@ -77,6 +84,16 @@ impl Host {
     }
 
     /// The arbiter answers.
+    /// From protected to standing still: all is committed, its output has left, and the link is closed.
+    pub(crate) fn hand_over(&mut self) {
+        self.acts(PrimaryEvent::HandOver);
+        self.acts(Captured { link: LINK, base: false, stays: true });
+        let (checkpoint, stamp) = (self.machine.epoch() - 1, ms(self.now));
+        self.acts(PrimaryEvent::Ack { link: LINK, generation: 4, checkpoint, stamp });
+        let left = self.acts(PrimaryEvent::OutputLeft);
+        assert_eq!(left, [PrimaryAction::Hangup { link: LINK }]);
+    }
+
     pub(crate) fn win(&mut self) -> Vec<PrimaryAction> {
         self.claimed(ClaimResult::Won)
     }
@@ -88,11 +105,11 @@ impl Host {
 
 pub(crate) const LINK: Link = Link(0);
 
-const BASE: PrimaryEvent = Captured { link: LINK, base: true };
+const BASE: PrimaryEvent = Captured { link: LINK, base: true, stays: false };
 
-const EPOCH: PrimaryEvent = Captured { link: LINK, base: false };
+const EPOCH: PrimaryEvent = Captured { link: LINK, base: false, stays: false };
 
-const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };
+const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None, hand_over: false };
 
 fn ack(checkpoint: u64, stamp: u64) -> PrimaryEvent {
     Ack { link: LINK, generation: 4, checkpoint, stamp: ms(stamp) }

@@ -173,12 +173,12 @@ fn what_was_captured_for_one_standby_is_no_base_for_another() {
     host.acts(Connected { link: next });
     assert_eq!(host.acts(Accepted { link: next, dead_after: ms(500) }), [StartBase { link: next }]);
     assert_eq!(host.acts(EPOCH), [DropCapture]);
-    assert_eq!(host.acts(Captured { link: next, base: false }), [DropCapture]);
+    assert_eq!(host.acts(Captured { link: next, base: false, stays: false }), [DropCapture]);
     assert_eq!(host.acts(BASE), [DropCapture]);
     assert_eq!(host.machine.status(), PrimaryStatus::BaseSync);
-    let flags = CheckpointFlags { base_final: true, end: None };
+    let flags = CheckpointFlags { base_final: true, end: None, hand_over: false };
     let ticket = Ticket { link: next, ..ticket(12, flags) };
-    let base = host.acts(Captured { link: next, base: true });
+    let base = host.acts(Captured { link: next, base: true, stays: false });
     assert_eq!(base, [HoldOutput { link: next, epoch: 13 }, Ship(ticket)]);
     // Pages that were harvested for another link are lost to this one.
     assert_eq!(host.acts(EPOCH)[..2], [Hangup { link: next }, DropCapture]);

@@ -21,9 +21,9 @@ const VM: VmId = VmId([1; 16]);
 
 const OTHER: VmId = VmId([2; 16]);
 
-const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
+const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None, hand_over: false };
 
-const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };
+const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None, hand_over: false };
 
 struct Host {
     machine: Standby,
@@ -72,7 +72,7 @@ fn tried(checkpoint: u64) -> StandbyEvent {
 }
 
 fn taken_over(checkpoint: u64, stop: bool) -> StandbyAction {
-    TakeOver { link: LINK, checkpoint, generation: 5, tail: TailUse::at(checkpoint, 0), stop }
+    TakeOver { link: LINK, checkpoint, generation: 5, handed: false, tail: TailUse::at(checkpoint, 0), stop }
 }
 
 impl Host {

@@ -97,7 +97,7 @@ fn an_orderly_end_is_followed_whatever_becomes_of_the_link() {
     let exit = || Exit { reason: StandbyExit::Followed(reason) };
     let ended = || {
         let mut host = Host::protected();
-        host.acts(staged(12, CheckpointFlags { base_final: false, end: Some(reason) }));
+        host.acts(staged(12, CheckpointFlags { base_final: false, end: Some(reason), hand_over: false }));
         host
     };
     let whole = || {

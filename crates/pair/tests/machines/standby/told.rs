@@ -45,7 +45,7 @@ fn a_right_that_could_not_be_written_down_is_told_of_and_so_is_a_win() {
 /// The applier's answer for another checkpoint, or of another link, ends nothing.
 #[test]
 fn a_standby_that_leaves_waits_for_its_own_last_checkpoint() {
-    let last = CheckpointFlags { base_final: false, end: Some(EndReason::PowerOff) };
+    let last = CheckpointFlags { base_final: false, end: Some(EndReason::PowerOff), hand_over: false };
     let mut host = Host::protected();
     host.acts(staged(12, last));
     host.acts(End { link: LINK, reason: EndReason::PowerOff });
