@@ -42,6 +42,7 @@
 //!         S->>P: Heartbeat {newest stamp heard}
 //!         S->>P: Audited {pages compared, what differs}, DiskAudited {chunks compared, what differs}
 //!         S->>P: ArbiterSight {whether it sees the arbiter}
+//!         P->>S: ArbiterSight {the same}
 //!     end
 //!     opt orderly end
 //!         P->>S: End {reason}

@@ -169,7 +169,7 @@ impl Listener {
             file,
             _made: made,
         };
-        listener.listen().map_err(refused)?;
+        listener.listen(whom).map_err(refused)?;
         Ok(listener)
     }
 
@@ -178,8 +178,10 @@ impl Listener {
         &self.path
     }
 
-    fn listen(&self) -> io::Result<()> {
-        socket2::SockRef::from(&self.socket).listen(8)?;
+    fn listen(&self, whom: For) -> io::Result<()> {
+        // Where everybody may come, some may come to be in the way.
+        let waiting = if whom == For::All { 256 } else { 8 };
+        socket2::SockRef::from(&self.socket).listen(waiting)?;
         self.socket.set_nonblocking(true)
     }
 }

@@ -171,7 +171,8 @@ impl SectionKind {
     /// Whether this side may send it.
     pub fn may_come_from(self, peer: Peer) -> bool {
         match self {
-            Self::Heartbeat => true,
+            // A primary tells of it from version 8 of the stream on.
+            Self::Heartbeat | Self::ArbiterSight => true,
             Self::Accept
             | Self::Refuse
             | Self::Ack
@@ -179,7 +180,6 @@ impl SectionKind {
             | Self::DiskWant
             | Self::Reach
             | Self::Audited
-            | Self::ArbiterSight
             | Self::DiskAudited => peer == Peer::Standby,
             Self::Hello
             | Self::BasePages

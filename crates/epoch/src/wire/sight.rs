@@ -1,4 +1,4 @@
-//! Whether the standby sees the arbiter.
+//! Whether a host sees the arbiter.
 
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -8,7 +8,7 @@ use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
 
-/// What the standby knows of its way to the arbiter. It is for people: nobody decides by it.
+/// What a host knows of its way to the arbiter. It is for people: nobody decides by it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ArbiterSight {
     /// It has not looked yet.
@@ -55,7 +55,7 @@ impl ArbiterSight {
 }
 
 impl Encoder {
-    /// Appends whether the standby sees the arbiter. From version 7 of the stream on.
+    /// Appends whether this host sees the arbiter. A standby may from version 7 of the stream on, a primary from version 8.
     ///
     /// # Errors
     /// [`EncodeError::Order`] in an older stream.

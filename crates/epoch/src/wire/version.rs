@@ -54,7 +54,7 @@ pub enum ProtocolVersion {
     /// 7: sums of some pages, and of some chunks of disks, in a checkpoint, which the standby compares with its copy;
     /// it says how far it is, and may leave because its copy differs. The standby says whether it sees the arbiter.
     V7 = 7,
-    /// 8: the last checkpoint before a hand-over says so.
+    /// 8: the last checkpoint before a hand-over says so. The primary, too, says whether it sees the arbiter.
     V8 = 8,
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outlive_dirty::Gfn;
-use outlive_epoch::{CodecCounts, EndReason, Hello, ProtocolVersion};
+use outlive_epoch::{ArbiterSight, CodecCounts, EndReason, Hello, ProtocolVersion};
 use outlive_machine::{Outgoing, Ram};
 use outlive_pair::Ticket;
 
@@ -46,6 +46,8 @@ pub(crate) enum Job {
     Disk(DiskSection),
     /// A checkpoint.
     Checkpoint(Box<CheckpointPart>),
+    /// Whether this host sees the arbiter. From version 8 of the stream on.
+    Sight(ArbiterSight),
     /// A heartbeat with the time at which it is written.
     Heartbeat,
     /// The orderly end of the VM.

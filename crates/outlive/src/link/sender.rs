@@ -248,6 +248,7 @@ impl<R: Fn(SenderReport)> Work<R> {
                 (self.report)(SenderReport::Free(part.staging));
                 Ok(())
             }
+            Job::Sight(sight) => Ok(self.encoder.arbiter_sight(&mut self.heads, sight)?),
             Job::Heartbeat => self.beat(),
             Job::End(reason) => {
                 self.encoder.end(&mut self.heads, reason);

@@ -3,8 +3,9 @@
 //! They are asked side by side, each for a limited time. A process that stands still, or says what nobody understands, costs
 //! its own metrics and nobody else's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -16,6 +17,8 @@ use crate::socket;
 
 /// How long an answer may take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+/// How soon a process at which many ask is tried again.
+const AGAIN: Duration = Duration::from_millis(2);
 /// The longest answer, in bytes.
 const LONGEST: usize = 128 << 10;
 /// The most processes that are asked.
@@ -94,7 +97,12 @@ impl Asker {
             Places::Sockets(sockets) => (sockets.clone(), Vec::new()),
             Places::Folders(folders) => look(folders),
         };
+        once_each(&mut sockets);
         let ignored = sockets.len().saturating_sub(MOST);
+        if ignored > 0 {
+            // Sockets that dead processes have left must not hide living ones.
+            sockets.sort_by_cached_key(|socket| is_dead(socket));
+        }
         sockets.truncate(MOST);
         let named = matches!(self.places, Places::Sockets(_));
         let answers = side_by_side(&sockets);
@@ -118,6 +126,20 @@ impl Asker {
         }
         Scrape { processes, folders, ignored, at: SystemTime::now() }
     }
+}
+
+/// Leaves out what was named twice: nobody takes metrics in which a series comes twice.
+fn once_each(sockets: &mut Vec<PathBuf>) {
+    let mut seen = BTreeSet::new();
+    sockets.retain(|socket| {
+        let file = std::fs::metadata(tell::beside(socket));
+        seen.insert(file.map_or_else(|_| Err(socket.clone()), |file| Ok((file.dev(), file.ino()))))
+    });
+}
+
+/// Whether nobody listens there.
+fn is_dead(status: &Path) -> bool {
+    socket::connect(&tell::beside(status)).is_err_and(|error| error.kind() != ErrorKind::WouldBlock)
 }
 
 /// The status sockets of the processes in these folders.
@@ -172,12 +194,18 @@ fn side_by_side(sockets: &[PathBuf]) -> Vec<Answer> {
 /// # Errors
 /// See [`AskError`].
 pub(super) fn ask(status: &Path, deadline: Instant) -> Result<Report, AskError> {
-    let mut socket = match socket::connect(&tell::beside(status)) {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            let why = "too many wait for its answer: it stands still";
-            return Err(io::Error::new(ErrorKind::TimedOut, why).into());
+    let mut socket = loop {
+        match socket::connect(&tell::beside(status)) {
+            // Others ask, too.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if Instant::now() >= deadline {
+                    let why = "too many wait for its answer: it stands still, or somebody asks without end";
+                    return Err(io::Error::new(ErrorKind::TimedOut, why).into());
+                }
+                std::thread::sleep(AGAIN);
+            }
+            socket => break socket?,
         }
-        socket => socket?,
     };
     let mut bytes = Vec::new();
     let mut part = [0; 16 << 10];
@@ -226,6 +254,45 @@ mod tests {
 
     fn listen(folder: &Path, name: &str) -> UnixListener {
         UnixListener::bind(folder.join(format!("{name}.sock.metrics"))).unwrap()
+    }
+
+    /// Processes that died long ago have left their sockets, and come first by name.
+    #[test]
+    fn dead_sockets_hide_no_living_process_and_each_is_asked_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        let well = Standing::new(Role::Primary, Some("well"), "why");
+        let _told = super::super::tell(&at.join("zz.sock"), well).unwrap();
+        (0..MOST + 2).for_each(|number| drop(listen(at, &format!("a{number}"))));
+        let scrape = Asker::new(Places::Folders(vec![at.to_owned()])).ask_all();
+        assert_eq!((scrape.processes.len(), scrape.ignored), (MOST, 3));
+        assert_eq!(scrape.processes.iter().filter(|it| it.report.is_ok()).count(), 1);
+        let (plain, other) = (at.join("zz.sock"), at.join(".").join("zz.sock"));
+        let scrape = Asker::new(Places::Sockets(vec![plain.clone(), plain, other])).ask_all();
+        assert_eq!(scrape.processes.len(), 1);
+    }
+
+    /// Some connect all the time and say nothing.
+    #[test]
+    fn whoever_floods_a_process_does_not_make_it_look_dead() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        let standing = Standing::new(Role::Primary, Some("well"), "why");
+        let _told = super::super::tell(&at.join("a.sock"), standing).unwrap();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        let _ = socket::connect(&at.join("a.sock.metrics"));
+                    }
+                });
+            }
+            let asked = (0..20).map(|_| ask(&at.join("a.sock"), Instant::now() + 20 * PATIENCE).is_ok());
+            let answered = asked.filter(|&answered| answered).count();
+            over.store(true, Ordering::Relaxed);
+            assert_eq!(answered, 20);
+        });
     }
 
     /// Whatever the others do, each answers for itself.

@@ -22,6 +22,8 @@ use crate::status::Standing;
 
 /// Time between two answers, in milliseconds: clients that ask all the time cost no core.
 const PACE: u8 = 5;
+/// Clients that get one answer.
+const AT_ONCE: usize = 256;
 /// Time between two looks at this host's certificate, which others may renew.
 const LOOKS: Duration = Duration::from_secs(60);
 /// What is added to the path of the status socket.
@@ -65,8 +67,12 @@ fn serve(listener: &Listener, standing: &Standing, quit: &EventFd) {
             Err(Errno::EINTR) => continue,
             Err(error) => return tracing::error!(%error, "`outlive metrics` sees this process no more"),
         }
-        if let Ok((client, _)) = listener.socket.accept() {
-            say(client, &line(standing, certificate.until(standing)));
+        // All that wait get the same: whoever connects again and again keeps nobody from an answer.
+        let mut waiting = (0..AT_ONCE).map_while(|_| listener.socket.accept().ok());
+        if let Some((first, _)) = waiting.next() {
+            let line = line(standing, certificate.until(standing));
+            say(first, &line);
+            waiting.for_each(|(client, _)| say(client, &line));
         }
         // Also if it cannot be accepted: it would be tried again at once.
         let mut quits = [PollFd::new(quit.as_fd(), PollFlags::POLLIN)];

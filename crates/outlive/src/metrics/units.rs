@@ -16,7 +16,7 @@ use crate::audit::Audit;
 use crate::events::{Event, EventWriter, Role};
 use crate::link::Shipped;
 use crate::primary::Totals;
-use crate::status::Standing;
+use crate::status::{OtherSight, Standing};
 
 const MS: Duration = Duration::from_millis(1);
 /// A test may be held up; a wrong unit is farther away.
@@ -56,7 +56,7 @@ fn primary() -> Report {
     standing.runs_here("web", "00ff", 3, "why", move || counter.progress());
     standing.protected(3);
     standing.measured_by(move || totals.running());
-    standing.other_lost_arbiter(Some(SystemTime::now() - Duration::from_secs(4000)));
+    standing.other_sees(OtherSight::Lost(SystemTime::now() - Duration::from_secs(4000)));
     events.emit(Event::Takeover {
         generation: 3,
         checkpoint: 1,

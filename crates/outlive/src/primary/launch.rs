@@ -179,7 +179,8 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     let tail = tail.map(|net| FrameTail { input: net.input_tail().clone(), output: net.output().clone() });
     let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone())
         .copying(tail)
-        .knowing(since);
+        .knowing(since)
+        .watching(arbiter_watch.clone());
     let driver = SharedDriver::new(
         Primary::new(config, clock.now()),
         ports,

@@ -4,11 +4,12 @@
 //! for other threads and gives orders to the valve, which write a few atomic words. See
 //! [`outlive_pair::driver`].
 
+use std::mem::{Discriminant, discriminant};
 use std::sync::Arc;
 use std::sync::mpsc::Sender as Channel;
 use std::time::Duration;
 
-use outlive_epoch::{EndReason, Hello, Moment, ProtocolVersion};
+use outlive_epoch::{ArbiterSight, EndReason, Hello, Moment, ProtocolVersion};
 use outlive_machine::{EpochError, OutputMode, Valve};
 use outlive_pair::{Broken, ExitReason, Forgotten, Kept, Link, PrimaryNote, PrimaryPorts, Since, Ticket};
 
@@ -16,7 +17,7 @@ use super::inbox::{Inbox, Queue};
 use super::links::Errand;
 use super::pool::Pool;
 use super::stats::Totals;
-use crate::arbiter::{Busy, ClaimWorker};
+use crate::arbiter::{Busy, ClaimWorker, Watch};
 use crate::clock::Clock;
 use crate::link::{CheckpointPart, FrameTail, Job, Sender};
 use crate::pulse::Pulse;
@@ -96,6 +97,10 @@ pub(crate) struct Ports {
     committed: Option<Commit>,
     /// Since when each write to the VM's memory is known.
     since: Since,
+    /// Looks at the arbiter.
+    watch: Option<Arc<Watch>>,
+    /// What the standby of this link was told of that.
+    told_sight: Option<(Link, Discriminant<ArbiterSight>)>,
 }
 
 impl Ports {
@@ -122,6 +127,8 @@ impl Ports {
             ending: false,
             committed: None,
             since: Since::default(),
+            watch: None,
+            told_sight: None,
         }
     }
 
@@ -138,6 +145,26 @@ impl Ports {
     /// Each write to the VM's memory since this moment is known.
     pub(super) fn knowing(self, since: Option<Moment>) -> Self {
         Self { since: Since::began(since), ..self }
+    }
+
+    /// The standby is told whether this host sees the arbiter.
+    pub(super) fn watching(self, watch: Option<Arc<Watch>>) -> Self {
+        Self { watch, ..self }
+    }
+
+    /// Tells the standby what has changed. Nothing is decided by it: whoever asks there must know.
+    fn tell_sight(&mut self, link: Link) -> Result<(), PortError> {
+        let version = self.connection(link).and_then(|connection| connection.version);
+        let Some(watch) = self.watch.as_ref().filter(|_| version >= Some(ProtocolVersion::V8)) else {
+            return Ok(());
+        };
+        let sight = watch.for_the_peer();
+        let told = (link, discriminant(&sight));
+        if self.told_sight == Some(told) {
+            return Ok(());
+        }
+        self.told_sight = Some(told);
+        self.send(link, || Job::Sight(sight))
     }
 
     /// From now on writes may be missed.
@@ -217,6 +244,7 @@ impl PrimaryPorts for Ports {
     }
 
     fn send_heartbeat(&mut self, link: Link) -> Result<(), PortError> {
+        self.tell_sight(link)?;
         self.send(link, || Job::Heartbeat)
     }
 

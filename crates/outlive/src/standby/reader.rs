@@ -129,6 +129,11 @@ impl SessionReader {
                 self.decisions.handle(Event::Heartbeat { link, stamp });
                 Ok(())
             }
+            // For whoever asks. A heartbeat follows it.
+            &Message::ArbiterSight(sight) => {
+                self.decisions.equipment.standing.other_sees(sight.into());
+                Ok(())
+            }
             // No sign of life: it comes from a device's thread, which may go on where no checkpoint is taken.
             Message::Input(frames) => {
                 tail.input(frames);

@@ -26,5 +26,7 @@ pub use survival::Survival;
 pub use crate::link::LinkKind;
 pub(crate) use place::{NoPlace, folders, usual};
 pub(crate) use server::{Server, ServerError};
+#[cfg(test)]
+pub(crate) use standing::OtherSight;
 pub(crate) use standing::{NO_PRIMARY, Progress, Standing};
 pub(crate) use word::{give_up, go_on_alone, hand_over, take_over};
