@@ -30,6 +30,8 @@ mod jobs;
 mod keeper;
 mod log;
 mod node;
+#[cfg(test)]
+mod node_tests;
 mod process;
 mod program;
 mod records;
