@@ -89,7 +89,8 @@ impl Client {
 
     fn ask(&self, method: &str, route: &str, body: Option<(&str, String)>) -> Result<Value, ClientError> {
         let answer = async { tokio::time::timeout(PATIENCE, self.talk(method, route, body)).await };
-        let (status, bytes) = self.runtime.block_on(answer).map_err(|_| self.broken("it does not answer"))??;
+        let (status, bytes) =
+            self.runtime.block_on(answer).map_err(|_| self.broken("it does not answer"))??;
         if status.is_success() {
             let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
             return serde_json::from_slice(bytes).map_err(|error| self.broken(error));
@@ -108,7 +109,8 @@ impl Client {
     ) -> Result<(StatusCode, Bytes), ClientError> {
         let nobody = |source| ClientError::Nobody { path: self.path.clone(), source };
         let stream = UnixStream::connect(&self.path).await.map_err(nobody)?;
-        let (mut ask, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|it| self.broken(it))?;
+        let (mut ask, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|it| self.broken(it))?;
         tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(route).header("host", "node");
         if let Some((kind, _)) = &body {
@@ -118,7 +120,8 @@ impl Client {
         let request = request.body(body).map_err(|it| self.broken(it))?;
         let answer = ask.send_request(request).await.map_err(|it| self.broken(it))?;
         let status = answer.status();
-        let bytes = Limited::new(answer.into_body(), LONGEST).collect().await.map_err(|it| self.broken(it))?;
+        let bytes =
+            Limited::new(answer.into_body(), LONGEST).collect().await.map_err(|it| self.broken(it))?;
         Ok((status, bytes.to_bytes()))
     }
 }

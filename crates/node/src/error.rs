@@ -107,10 +107,14 @@ impl NodeError {
                 "say it on the host where the VM runs; `outlive vm stop --only-standby` ends its protection here",
             ),
             Self::NotRunning(_) => (409, "not_running", "`outlive vm show NAME` says why"),
-            Self::Foreign { .. } => {
-                (409, "foreign_process", "stop it where it was started, for example with systemctl, and start the VM here")
+            Self::Foreign { .. } => (
+                409,
+                "foreign_process",
+                "stop it where it was started, for example with systemctl, and start the VM here",
+            ),
+            Self::TooManyJobs(_) | Self::TooManyFollowers(_) => {
+                (429, "too_many", "try again when one has ended")
             }
-            Self::TooManyJobs(_) | Self::TooManyFollowers(_) => (429, "too_many", "try again when one has ended"),
             Self::CannotCancel(_) => (409, "cannot_cancel", "wait for its end"),
             Self::Cancelled => (409, "cancelled", "say it again if it is wanted after all"),
             Self::Failed(_) => (409, "failed", "`outlive vm show NAME` and `outlive vm logs NAME` say more"),

@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 /// How many events are kept.
 pub(crate) const KEPT: usize = 1024;
+/// The most clients that follow at a time; other clients of the API still find a connection.
+pub(crate) const FOLLOWERS: usize = 32;
 
 /// One event.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,6 +36,7 @@ pub(crate) struct Feed {
     life: String,
     kept: Mutex<VecDeque<Arc<Entry>>>,
     newest: watch::Sender<u64>,
+    room: Arc<Semaphore>,
 }
 
 /// Events after a place in the feed.
@@ -51,12 +54,22 @@ impl Feed {
     pub(crate) fn new() -> Self {
         // Two lives of a node begin at different times.
         let began = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        Self { life: format!("{:x}", began.as_millis()), kept: Mutex::default(), newest: watch::Sender::new(0) }
+        Self {
+            life: format!("{:x}", began.as_millis()),
+            kept: Mutex::default(),
+            newest: watch::Sender::new(0),
+            room: Arc::new(Semaphore::new(FOLLOWERS)),
+        }
     }
 
     /// The life of this node.
     pub(crate) fn life(&self) -> &str {
         &self.life
+    }
+
+    /// A place for one who follows, if there is one.
+    pub(crate) fn followers(&self) -> Option<OwnedSemaphorePermit> {
+        self.room.clone().try_acquire_owned().ok()
     }
 
     /// Tells everybody.
@@ -65,7 +78,14 @@ impl Feed {
         let mut kept = self.kept();
         let number = *self.newest.borrow() + 1;
         let (vm, kind) = (vm.map(str::to_owned), kind.to_owned());
-        kept.push_back(Arc::new(Entry { id: self.id(number), time: crate::view::now(), kind, vm, text, data }));
+        kept.push_back(Arc::new(Entry {
+            id: self.id(number),
+            time: crate::view::now(),
+            kind,
+            vm,
+            text,
+            data,
+        }));
         if kept.len() > KEPT {
             kept.pop_front();
         }

@@ -114,7 +114,8 @@ impl Jobs {
         work: impl FnOnce(&Work) -> Result<Value, NodeError> + Send + 'static,
     ) -> Result<Job, NodeError> {
         let mut all = lock(&self.all);
-        let running = || all.1.iter().map(|it| lock(&it.job).clone()).filter(|it| it.state == JobState::Running);
+        let running =
+            || all.1.iter().map(|it| lock(&it.job).clone()).filter(|it| it.state == JobState::Running);
         // A drained host is given orders about single VMs by the drain itself, which are no jobs.
         let meets = |job: &Job| vm.is_none() || job.vm.is_none() || job.vm.as_deref() == vm;
         if let Some(Job { id: job, vm, .. }) = running().find(meets) {
@@ -199,14 +200,20 @@ fn conclude(entry: &Entry, result: Result<Value, NodeError>, feed: &Feed) {
             "has succeeded".to_owned()
         }
         Err(why) => {
-            job.state = if matches!(why, NodeError::Cancelled) { JobState::Cancelled } else { JobState::Failed };
+            job.state =
+                if matches!(why, NodeError::Cancelled) { JobState::Cancelled } else { JobState::Failed };
             job.error = Some(ErrorBody::of(&why));
             format!("has not succeeded: {why}")
         }
     };
     let (id, vm, kind, state) = (job.id.clone(), job.vm.clone(), job.kind, job.state);
     drop(job);
-    feed.tell("job", vm.as_deref(), format!("job {id} {said}"), json!({ "id": id, "kind": kind, "state": state }));
+    feed.tell(
+        "job",
+        vm.as_deref(),
+        format!("job {id} {said}"),
+        json!({ "id": id, "kind": kind, "state": state }),
+    );
 }
 
 fn lock<T>(it: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -243,7 +250,8 @@ mod tests {
         let refused = |of| jobs.begin((Kind::Stop, of), false, |_| Ok(Value::Null)).unwrap_err();
         assert!(matches!(refused(Some("a")), NodeError::Busy { job, .. } if job == first.id));
         assert!(matches!(refused(None), NodeError::Busy { .. }));
-        let other = jobs.begin((Kind::Stop, Some("b")), false, |_| Err(NodeError::Failed("no".into()))).unwrap();
+        let other =
+            jobs.begin((Kind::Stop, Some("b")), false, |_| Err(NodeError::Failed("no".into()))).unwrap();
         let other = wait(&jobs, &other.id);
         assert_eq!((other.state, other.error.unwrap().code.as_str()), (JobState::Failed, "failed"));
         assert!(matches!(jobs.cancel(&first.id), Err(NodeError::CannotCancel(_))));
@@ -270,7 +278,9 @@ mod tests {
         }
         assert_eq!(jobs.list().len(), KEPT + MOST);
         jobs.get(&job.id).unwrap_err();
-        let many: Vec<_> = (0..MOST).map(|it| jobs.begin((Kind::Start, Some(&it.to_string())), true, work).unwrap()).collect();
+        let many: Vec<_> = (0..MOST)
+            .map(|it| jobs.begin((Kind::Start, Some(&it.to_string())), true, work).unwrap())
+            .collect();
         assert!(matches!(jobs.begin((Kind::Start, Some("z")), true, work), Err(NodeError::TooManyJobs(_))));
         many.iter().for_each(|job| drop(jobs.cancel(&job.id).unwrap()));
     }

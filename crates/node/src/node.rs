@@ -156,9 +156,9 @@ impl Node {
             modes,
             _only: only,
         });
-        node.adopt_undefined();
         let seen = node.folder.seen().ok();
         node.read_definitions();
+        node.adopt_undefined();
         let weak = Arc::downgrade(&node);
         thread::Builder::new()
             .name("definitions".into())
@@ -223,7 +223,10 @@ impl Node {
             return Err(NodeError::BadName(name.to_owned()));
         }
         if text.len() > definition::LONGEST {
-            return Err(NodeError::BadRequest(format!("a definition has at most {} bytes", definition::LONGEST)));
+            return Err(NodeError::BadRequest(format!(
+                "a definition has at most {} bytes",
+                definition::LONGEST
+            )));
         }
         let definition = self.folder.parse(name, text, &self.shared.program)?;
         // Two that are defined at a time see each other.
@@ -254,7 +257,7 @@ impl Node {
             return Err(NodeError::HasProcess(name.to_owned()));
         }
         self.folder.remove(name).map_err(|error| self.no_folder(error))?;
-        vm.tell(Order::Undefine);
+        vm.tell(Order::Undefine { forget: true });
         self.feed().tell("vm_undefined", Some(name), "the VM's definition is removed".into(), json!({}));
         Ok(())
     }
@@ -454,7 +457,9 @@ impl Node {
     fn adopt_undefined(&self) {
         let mut vms = self.vms();
         for name in self.shared.records.names().unwrap_or_default() {
-            self.keep(&mut vms, &name, None);
+            if !vms.contains_key(&name) {
+                self.keep(&mut vms, &name, None);
+            }
         }
     }
 
@@ -480,7 +485,7 @@ impl Node {
         };
         vms.retain(|_, vm| !vm.is_over());
         for name in vms.keys().filter(|name| !read.contains_key(*name)) {
-            vms[name].tell(Order::Undefine);
+            vms[name].tell(Order::Undefine { forget: false });
         }
         for (name, read) in read {
             if let Err(why) = &read
@@ -528,7 +533,8 @@ fn only(path: &Path) -> io::Result<Option<File>> {
 fn run(mut command: Command, most: Duration) -> io::Result<(Option<bool>, String)> {
     use std::io::Read as _;
     let (mut words, theirs) = io::pipe()?;
-    let mut child = command.stdin(std::process::Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs).spawn()?;
+    let mut child =
+        command.stdin(std::process::Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs).spawn()?;
     // Its ends of the pipe.
     drop(command);
     let began = Instant::now();

@@ -44,16 +44,11 @@ fn a_vm_outlives_its_node() {
     assert_eq!(job.state, JobState::Succeeded, "{job:?}");
     let before = node.get("web").unwrap();
     assert!(before.state == State::Running && before.protected && !before.adopted);
-    for _ in 0..3 {
-        drop(node_ends(&world));
-    }
-    fn node_ends(world: &World) -> std::sync::Arc<Node> {
-        let node = world.node();
-        let view = wait(&node, "web", |it| it.state == State::Running);
-        assert!(view.adopted);
-        node
-    }
     drop(node);
+    for _ in 0..3 {
+        let node = world.node();
+        assert!(wait(&node, "web", |it| it.state == State::Running).adopted);
+    }
     let node = world.node();
     let view = wait(&node, "web", |it| it.state == State::Running);
     assert!(view.adopted && view.pid == before.pid && !view.definition_changed);
@@ -70,7 +65,11 @@ fn a_vm_outlives_its_node() {
     drop(node);
     let node = world.node();
     std::thread::sleep(Duration::from_millis(600));
-    assert_eq!((node.get("web").unwrap().state, world.starts("web")), (State::Stopped, 1), "it stays stopped");
+    assert_eq!(
+        (node.get("web").unwrap().state, world.starts("web")),
+        (State::Stopped, 1),
+        "it stays stopped"
+    );
     node.undefine("web").unwrap();
     while node.get("web").is_ok() {
         std::thread::sleep(Duration::from_millis(10));
@@ -194,7 +193,11 @@ fn a_drain_moves_all_or_says_which_stays() {
     assert_eq!(job.state, JobState::Succeeded, "{job:?}");
     for vm in ["a", "b", "c", "alone"] {
         let view = node.get(vm).unwrap();
-        assert_eq!((view.pid, view.desired), (None, Desired::Running), "{vm} is to run when the host is back");
+        assert_eq!(
+            (view.pid, view.desired),
+            (None, Desired::Running),
+            "{vm} is to run when the host is back"
+        );
     }
 }
 

@@ -47,7 +47,12 @@ impl Process {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(program: &Path, arguments: &[String], lock: &Path, log: File) -> io::Result<Option<Self>> {
+    pub(crate) fn start(
+        program: &Path,
+        arguments: &[String],
+        lock: &Path,
+        log: File,
+    ) -> io::Result<Option<Self>> {
         let Some(locked) = take(lock)? else { return Ok(None) };
         let mut command = Command::new(program);
         command.arg("run").args(arguments).stdin(Stdio::from(locked));
@@ -122,7 +127,8 @@ impl Process {
 /// Takes the lock. `None`: a process has it.
 fn take(lock: &Path) -> io::Result<Option<File>> {
     // The file is never removed, or two could have a lock each.
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(lock)?;
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(lock)?;
     match file.try_lock() {
         Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => Ok(None),
@@ -159,9 +165,13 @@ mod tests {
     fn a_process_is_known_by_its_lock_alone() {
         let folder = tempfile::tempdir().unwrap();
         let (lock, log) = (folder.path().join("lock"), folder.path().join("log"));
-        let program = script(folder.path(), "echo \"$@\" \"$NOTIFY_SOCKET\"; trap 'exit 7' TERM; while :; do sleep 0.01; done");
+        let program = script(
+            folder.path(),
+            "echo \"$@\" \"$NOTIFY_SOCKET\"; trap 'exit 7' TERM; while :; do sleep 0.01; done",
+        );
         assert!(Process::find(&lock, None).unwrap().is_none());
-        let start = || Process::start(&program, &["--name=a b".into()], &lock, crate::log::open(&log).unwrap());
+        let start =
+            || Process::start(&program, &["--name=a b".into()], &lock, crate::log::open(&log).unwrap());
         let mut child = start().unwrap().unwrap();
         assert!(start().unwrap().is_none(), "two processes");
         let mut found = Process::find(&lock, None).unwrap().expect("it lives");
@@ -176,9 +186,15 @@ mod tests {
         while found.terminate().is_ok() && matches!(child.life().unwrap(), Life::Lives) {
             std::thread::sleep(Duration::from_millis(20));
         }
-        assert!(matches!(wait(&mut child), Life::Ended(status) if status.code() == Some(7) || status.signal() == Some(15)));
+        assert!(
+            matches!(wait(&mut child), Life::Ended(status) if status.code() == Some(7) || status.signal() == Some(15))
+        );
         assert!(matches!(wait(&mut found), Life::Gone));
         assert!(found.terminate().is_err());
-        assert!(start().unwrap().is_some_and(|mut it| it.terminate().is_ok() && matches!(wait(&mut it), Life::Ended(_))));
+        assert!(
+            start()
+                .unwrap()
+                .is_some_and(|mut it| it.terminate().is_ok() && matches!(wait(&mut it), Life::Ended(_)))
+        );
     }
 }

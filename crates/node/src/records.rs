@@ -84,7 +84,8 @@ impl Records {
 
     /// The VMs that have a record.
     pub(crate) fn names(&self) -> io::Result<Vec<String>> {
-        let files = fs::read_dir(&self.folder)?.map(|it| Ok(it?.path())).collect::<io::Result<Vec<PathBuf>>>()?;
+        let files =
+            fs::read_dir(&self.folder)?.map(|it| Ok(it?.path())).collect::<io::Result<Vec<PathBuf>>>()?;
         let records = files.into_iter().filter(|it| it.extension().is_some_and(|it| it == ENDING));
         let names = records.filter_map(|it| Some(it.file_stem()?.to_str()?.to_owned()));
         Ok(names.filter(|it| crate::definition::is_name(it)).collect())

@@ -29,7 +29,16 @@ fn program_at(path: impl Into<PathBuf>) -> Program {
     let list = |name: &'static str| value(name).action(ArgAction::Append);
     let flag = |name: &'static str| value(name).action(ArgAction::SetTrue);
     let values = [
-        "name", "memory", "kernel", "net", "arbiter", "listen", "console", "events", "events-max", "events-keep",
+        "name",
+        "memory",
+        "kernel",
+        "net",
+        "arbiter",
+        "listen",
+        "console",
+        "events",
+        "events-max",
+        "events-keep",
         "status",
     ];
     let run = Command::new("run")
@@ -128,9 +137,11 @@ pub(crate) fn wait(node: &Node, vm: &str, what: impl Fn(&View) -> bool) -> View 
 #[test]
 fn fake_process() {
     let Ok(arguments) = env::var(ARGUMENTS) else { return };
-    let value = |name: &str| arguments.split(' ').find_map(|it| it.strip_prefix(name)?.strip_prefix('=')).unwrap();
+    let value =
+        |name: &str| arguments.split(' ').find_map(|it| it.strip_prefix(name)?.strip_prefix('=')).unwrap();
     eprintln!("the fake process begins");
-    let (vm, socket, events) = (value("--name"), PathBuf::from(value("--status")), PathBuf::from(value("--events")));
+    let (vm, socket, events) =
+        (value("--name"), PathBuf::from(value("--status")), PathBuf::from(value("--events")));
     let _ = fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).unwrap();
     listener.set_nonblocking(true).unwrap();
@@ -141,7 +152,8 @@ fn fake_process() {
         if let Some(code) = told("exit") {
             let _ = fs::remove_file(format!("{vm}.exit"));
             let pid = std::process::id();
-            let word = format!("{{\"event\":\"ended\",\"reason\":\"told to\",\"code\":{code},\"pid\":{pid}}}\n");
+            let word =
+                format!("{{\"event\":\"ended\",\"reason\":\"told to\",\"code\":{code},\"pid\":{pid}}}\n");
             fs::write(events, word).unwrap();
             std::process::exit(code.parse().unwrap());
         }

@@ -66,7 +66,8 @@ async fn show(State(node): Of, Path(name): Path<String>) -> Answer {
 
 async fn define(State(node): Of, Path(name): Path<String>, headers: HeaderMap, body: Body) -> Answer {
     let body = body.0?;
-    let is_json = headers.get(header::CONTENT_TYPE).is_some_and(|it| it.as_bytes().starts_with(b"application/json"));
+    let is_json =
+        headers.get(header::CONTENT_TYPE).is_some_and(|it| it.as_bytes().starts_with(b"application/json"));
     let text = if is_json {
         // The same tables and keys as in the file.
         let table: toml::Table = read(&body)?;
@@ -183,11 +184,13 @@ impl<S: Send + Sync> axum::extract::FromRequest<S> for Body {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
         let bytes = Bytes::from_request(request, state).await;
-        let why = |_| NodeError::BadRequest(format!("the body is longer than {LONGEST} bytes, or it broke off"));
+        let why =
+            |_| NodeError::BadRequest(format!("the body is longer than {LONGEST} bytes, or it broke off"));
         Ok(Self(bytes.map_err(why)))
     }
 }
 
 fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, NodeError> {
-    serde_json::from_slice(bytes).map_err(|error| NodeError::BadRequest(format!("the body is not understood: {error}")))
+    serde_json::from_slice(bytes)
+        .map_err(|error| NodeError::BadRequest(format!("the body is not understood: {error}")))
 }

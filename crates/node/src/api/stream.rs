@@ -1,50 +1,28 @@
 //! Events as they happen (server-sent events), from any place that a client has seen before.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use http_body_util::channel::Channel;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::error::NodeError;
-use crate::feed::Feed;
+use crate::feed::{FOLLOWERS, Feed};
 
-/// The most clients that follow at a time; other clients still find a connection.
-const MOST: usize = 32;
 /// How often a client hears something, so that one that has gone is noticed.
 const SIGN: Duration = Duration::from_secs(15);
-
-static FOLLOWERS: AtomicUsize = AtomicUsize::new(0);
-
-/// Counts a follower until it is dropped.
-struct Follower;
-
-impl Follower {
-    fn new() -> Result<Self, NodeError> {
-        let room = |count| (count < MOST).then_some(count + 1);
-        match FOLLOWERS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room) {
-            Ok(_) => Ok(Self),
-            Err(_) => Err(NodeError::TooManyFollowers(MOST)),
-        }
-    }
-}
-
-impl Drop for Follower {
-    fn drop(&mut self) {
-        FOLLOWERS.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// Answers with all events after `last`, or with those that come from now on. Where some are lost the first event is
 /// `reset`: the client asks for everything anew.
 pub(super) fn events(feed: Arc<Feed>, last: Option<&str>) -> Result<Response, NodeError> {
-    let follower = Follower::new()?;
+    // It is given back when the client goes.
+    let place = feed.followers().ok_or(NodeError::TooManyFollowers(FOLLOWERS))?;
     let from = last.map(|last| feed.number(last));
     let (sender, body) = Channel::<Bytes>::new(1);
-    tokio::spawn(follow(feed, from, sender, follower));
+    tokio::spawn(follow(feed, from, sender, place));
     let head = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, head, Body::new(body)).into_response())
 }
@@ -54,7 +32,7 @@ async fn follow(
     feed: Arc<Feed>,
     from: Option<Option<u64>>,
     mut to: http_body_util::channel::Sender<Bytes>,
-    _follower: Follower,
+    _place: OwnedSemaphorePermit,
 ) {
     let mut newest = feed.follow();
     let (mut number, mut lost) = match from {

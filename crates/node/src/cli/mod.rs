@@ -27,10 +27,16 @@ pub const FAILED: u8 = 1;
 pub const USAGE: u8 = 2;
 
 /// `outlive node`: returns the exit code. `service` is needed by those commands that serve.
-pub fn node(options: &NodeOptions, program: Program, service: impl FnOnce() -> std::io::Result<Service>) -> u8 {
+pub fn node(
+    options: &NodeOptions,
+    program: Program,
+    service: impl FnOnce() -> std::io::Result<Service>,
+) -> u8 {
     match &options.command {
         NodeCommand::Run(serve) => serve::run(serve, program, service),
-        NodeCommand::Check { vms, host, json } => say::conclude(serve::check(vms, host.as_deref(), *json, &program)),
+        NodeCommand::Check { vms, host, json } => {
+            say::conclude(serve::check(vms, host.as_deref(), *json, &program))
+        }
         NodeCommand::Status(api) => say::conclude(status(api)),
         NodeCommand::Drain { stop, wait, api } => {
             let body = json!({ "stop": stop, "wait_s": wait });
@@ -52,7 +58,13 @@ fn client(api: &Api) -> Result<Client, Said> {
 fn status(api: &Api) -> Outcome {
     let node: NodeView = client(api)?.get("/v1/node")?;
     print(api.json, &node, |node| {
-        let mut text = format!("host {}: {}, release {}, since {}\n", node.host, mode(node.mode), node.version, node.since);
+        let mut text = format!(
+            "host {}: {}, release {}, since {}\n",
+            node.host,
+            mode(node.mode),
+            node.version,
+            node.since
+        );
         for (state, count) in &node.vms {
             text += &format!("  {count} {state}\n");
         }
@@ -80,7 +92,8 @@ fn undrain(api: &Api) -> Outcome {
 fn job(api: &Api, route: &str, body: Option<&impl Serialize>) -> Outcome {
     let client = client(api)?;
     // Plain data: this cannot fail.
-    let text = body.map(|it| ("application/json", serde_json::to_string(it).expect("a request is plain data")));
+    let text =
+        body.map(|it| ("application/json", serde_json::to_string(it).expect("a request is plain data")));
     let job: Job = client.send("POST", route, text)?;
     let job = client.follow(job, |job| {
         if !api.json && !job.progress.now.is_empty() {

@@ -76,7 +76,11 @@ fn result(result: Option<&Value>) -> String {
     let did = text("said").or_else(|| text("state")).or_else(|| text("end")).unwrap_or_else(|| "done".into());
     let mut lines = format!("{did} ({} ms)\n", result["took_ms"]);
     for moved in result["moved"].as_array().into_iter().flatten() {
-        lines += &format!("  VM {} has moved ({} ms)\n", moved["vm"].as_str().unwrap_or_default(), moved["took_ms"]);
+        lines += &format!(
+            "  VM {} has moved ({} ms)\n",
+            moved["vm"].as_str().unwrap_or_default(),
+            moved["took_ms"]
+        );
     }
     for stopped in result["stopped"].as_array().into_iter().flatten() {
         lines += &format!("  VM {} has no process here any more\n", stopped.as_str().unwrap_or_default());

@@ -80,10 +80,8 @@ pub(super) fn check(vms: &Path, name: Option<&str>, json: bool, program: &Progra
     let folder = Folder::new(absolute(vms).map_err(wrong)?, host(name));
     let read = folder.read(program).map_err(wrong)?;
     let said = |error: &dyn Display| error.to_string();
-    let all: Vec<_> = read
-        .into_iter()
-        .map(|(vm, read)| Checked { vm, error: read.err().map(|why| said(&why)) })
-        .collect();
+    let all: Vec<_> =
+        read.into_iter().map(|(vm, read)| Checked { vm, error: read.err().map(|why| said(&why)) }).collect();
     let (bad, total) = (all.iter().filter(|it| it.error.is_some()).count(), all.len());
     if json {
         print(true, &all, |_| String::new())?;

@@ -50,7 +50,10 @@ mod tests {
 
     #[test]
     fn the_last_column_gives_way() {
-        let rows = [["web".into(), "running".into(), "because ".repeat(9)], ["longer".into(), "ä".into(), String::new()]];
+        let rows = [
+            ["web".into(), "running".into(), "because ".repeat(9)],
+            ["longer".into(), "ä".into(), String::new()],
+        ];
         let text = table(["NAME", "STATE", "WHY"], &rows, Some(40));
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines[0], "NAME    STATE    WHY");

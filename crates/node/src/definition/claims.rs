@@ -36,10 +36,14 @@ impl Identity {
             // Two device nodes may be one device.
             Ok(it) if it.rdev() != 0 => Self::File(u64::MAX, it.rdev()),
             Ok(it) => Self::File(it.dev(), it.ino()),
-            Err(_) => Self::Text(fs::canonicalize(Path::new(path).parent().unwrap_or(Path::new("/"))).map_or_else(
-                |_| path.to_owned(),
-                |folder| folder.join(Path::new(path).file_name().unwrap_or_default()).display().to_string(),
-            )),
+            Err(_) => {
+                Self::Text(fs::canonicalize(Path::new(path).parent().unwrap_or(Path::new("/"))).map_or_else(
+                    |_| path.to_owned(),
+                    |folder| {
+                        folder.join(Path::new(path).file_name().unwrap_or_default()).display().to_string()
+                    },
+                ))
+            }
         }
     }
 
@@ -125,14 +129,20 @@ mod tests {
         fs::write(&image, "").unwrap();
         std::os::unix::fs::symlink(&image, &alias).unwrap();
         let disk = |path: &Path, more: &str| format!("disk = ['path={}{more}']", path.display());
-        let listen = |at: &str| format!("arbiter = 'file:/x'\ndisk = ['path=/{at}']\nstandby = ['b:1']\nlisten = '{at}'");
+        let listen = |at: &str| {
+            format!("arbiter = 'file:/x'\ndisk = ['path=/{at}']\nstandby = ['b:1']\nlisten = '{at}'")
+        };
         for (a, b, key) in [
             (disk(&image, ""), disk(&alias, ",readonly"), Some("disk")),
             (disk(&image, ",readonly"), disk(&alias, ",readonly"), None),
             (disk(Path::new("/no/x"), ""), disk(Path::new("/no/x"), ""), Some("disk")),
             (disk(Path::new("/no/x"), ""), disk(Path::new("/no/y"), ""), None),
             ("net = 'tap=t0'".into(), "net = 'bridge=b,tap=t0'".into(), Some("net")),
-            ("net = 'tap=t0,mac=02:00:00:00:00:0A'".into(), "net = 'tap=t1,mac=02:00:00:00:00:0a'".into(), Some("net")),
+            (
+                "net = 'tap=t0,mac=02:00:00:00:00:0A'".into(),
+                "net = 'tap=t1,mac=02:00:00:00:00:0a'".into(),
+                Some("net"),
+            ),
             ("net = 'tap=t0,bridge=b'".into(), "net = 'tap=t1,bridge=b'".into(), None),
             (listen("0.0.0.0:7000"), listen("10.0.0.1:7000"), Some("listen")),
             (listen("10.0.0.2:7000"), listen("10.0.0.1:7000"), None),
@@ -144,7 +154,10 @@ mod tests {
             let said = conflict(&b, [&a, &b]);
             assert_eq!(said.as_ref().map(|it| it.key.as_str()), key, "{said:?}");
             if let Some(said) = said.map(|it| it.to_string()) {
-                assert!(said.starts_with("/vms/b.toml: ") && said.contains("a's, too (/vms/a.toml)"), "{said}");
+                assert!(
+                    said.starts_with("/vms/b.toml: ") && said.contains("a's, too (/vms/a.toml)"),
+                    "{said}"
+                );
             }
         }
     }

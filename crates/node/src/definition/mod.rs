@@ -68,7 +68,8 @@ impl Definition {
             return Err(wrong("", Fault::Name(name.to_owned())));
         }
         let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
-            let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            let line =
+                error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             wrong("", Fault::Syntax { line, what: error.message().trim().replace('\n', " ") })
         })?;
         for (key, value) in of_host(&mut table, host).map_err(|(key, fault)| wrong(&key, fault))? {
@@ -77,7 +78,9 @@ impl Definition {
         let autostart = match table.remove(AUTOSTART) {
             None => false,
             Some(Value::Boolean(it)) => it,
-            Some(it) => return Err(wrong(AUTOSTART, Fault::Type { is: it.type_str(), wanted: "true or false" })),
+            Some(it) => {
+                return Err(wrong(AUTOSTART, Fault::Type { is: it.type_str(), wanted: "true or false" }));
+            }
         };
         let restart_limit = match table.remove(RESTART_LIMIT) {
             None => USUAL_LIMIT,
@@ -128,7 +131,8 @@ impl Definition {
             for text in texts(value).filter(|_| !value.is_bool()) {
                 let alone = program.check(&[format!("--{key}={text}")]);
                 // What else this option needs is looked at below.
-                alone.or_else(|why| if is_about_others(&why) { Ok(()) } else { Err(why) })
+                alone
+                    .or_else(|why| if is_about_others(&why) { Ok(()) } else { Err(why) })
                     .map_err(|why| (key.clone(), Fault::Value(why)))?;
             }
         }
@@ -304,7 +308,10 @@ mod tests {
             ("a = 1\nb = = 2", "", "line 2"),
         ] {
             let line = parse(text).expect_err(text);
-            assert!(line.starts_with("/etc/outlive/vms/web.toml: ") && !line.contains('\n'), "{text}: {line}");
+            assert!(
+                line.starts_with("/etc/outlive/vms/web.toml: ") && !line.contains('\n'),
+                "{text}: {line}"
+            );
             assert!(line.contains(says), "{text}: {line}");
             assert!(key.is_empty() || line.contains(&format!(": {key}: ")), "{text}: {line}");
         }

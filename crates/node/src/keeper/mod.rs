@@ -44,7 +44,10 @@ pub(crate) enum Order {
     /// A definition was read.
     Define(Box<Result<Definition, DefinitionError>>),
     /// The definition is gone.
-    Undefine,
+    Undefine {
+        /// An operator wants it forgotten, and what was desired with it.
+        forget: bool,
+    },
 }
 
 /// Where an order's answer goes: it says that the order is carried out from now on.
@@ -160,8 +163,8 @@ impl Keeper {
             }
             self.look();
             self.show();
+            // What is desired stays on the disk: the file may come back.
             if self.source.is_none() && self.process.is_none() {
-                self.shared.records.remove(&self.name);
                 return;
             }
         }
@@ -206,7 +209,12 @@ impl Keeper {
             }
             Order::Unpark => self.parked = false,
             Order::Define(read) => self.is_defined(*read),
-            Order::Undefine => self.source = None,
+            Order::Undefine { forget } => {
+                self.source = None;
+                if forget {
+                    self.shared.records.remove(&self.name);
+                }
+            }
         }
     }
 
@@ -469,9 +477,10 @@ impl Keeper {
 
     /// Where the process's events are: those of its own arguments, which may be older than the definition.
     fn events(&self) -> PathBuf {
-        let given = self.record.process.as_ref().and_then(|it| {
-            it.arguments.iter().rev().find_map(|argument| argument.strip_prefix("--events="))
-        });
+        let given =
+            self.record.process.as_ref().and_then(|it| {
+                it.arguments.iter().rev().find_map(|argument| argument.strip_prefix("--events="))
+            });
         given.map_or_else(|| self.own_events(), PathBuf::from)
     }
 }

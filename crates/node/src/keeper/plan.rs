@@ -50,7 +50,14 @@ impl Plan {
 
     /// A process has ended at `now` after it has lived for `lived`. With `limit` failures in a row it is given up; 0 is
     /// no limit.
-    pub(crate) fn ended(&mut self, end: &End, asked: bool, lived: Duration, limit: u32, now: Instant) -> Next {
+    pub(crate) fn ended(
+        &mut self,
+        end: &End,
+        asked: bool,
+        lived: Duration,
+        limit: u32,
+        now: Instant,
+    ) -> Next {
         if asked {
             self.forgive();
             return Next::Stopped;
