@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 #[derive(Clone, Debug, Args)]
 pub struct Api {
     /// The node's socket
-    #[arg(long, value_name = "PATH", default_value = "/run/outlive/node.sock")]
+    #[arg(long, value_name = "PATH", default_value = API)]
     pub socket: PathBuf,
 
     /// For programs: the API's answer, as JSON
@@ -62,6 +62,8 @@ pub enum NodeCommand {
     Undrain(Api),
 }
 
+/// Where the node answers. It does not end like the sockets of VMs, which are `outlive status`'s and have any name.
+const API: &str = "/run/outlive/node.api";
 /// Where definitions are.
 const VMS: &str = "/etc/outlive/vms";
 
@@ -86,7 +88,7 @@ pub struct Serve {
     pub logs: PathBuf,
 
     /// Socket of the API. Whoever may connect may do everything with the VMs
-    #[arg(long, value_name = "PATH", default_value = "/run/outlive/node.sock")]
+    #[arg(long, value_name = "PATH", default_value = API)]
     pub socket: PathBuf,
 
     /// Group that may connect, too [default: only the user of this process]
