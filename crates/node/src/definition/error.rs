@@ -12,13 +12,13 @@ pub struct DefinitionError {
     pub key: String,
     /// What is wrong.
     #[source]
-    pub fault: Fault,
+    pub fault: Box<Fault>,
 }
 
 impl DefinitionError {
     /// A fault of this file, or of this key in it.
     pub(crate) fn new(file: &Path, key: &str, fault: Fault) -> Self {
-        Self { file: file.to_owned(), key: key.to_owned(), fault }
+        Self { file: file.to_owned(), key: key.to_owned(), fault: Box::new(fault) }
     }
 }
 
