@@ -59,7 +59,7 @@ mod tests {
             ("disk = ['path=/a,colour=red']", ": disk: "),
             ("standby = ['b']", ": standby: "),
             ("initrd = '/initrd'", "--kernel"),
-            ("standby = ['b:7000']\narbiter = 'file:/x'\nlisten = ':7000'", "--disk"),
+            ("standby = ['b:7000']\narbiter = 'file:/x'\nlisten = '0.0.0.0:7000'", "--disk"),
             ("memroy = '1G'", "memory"),
         ] {
             let why = parse(text).expect_err(text);
