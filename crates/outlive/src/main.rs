@@ -40,11 +40,7 @@ fn no_core_dumps() {
     }
 }
 
-/// What is wrong with the command line, with clap's hints but without the summary of all options.
+/// What is wrong with the command line, and where help is.
 fn one_line(error: &clap::Error) -> String {
-    let text = error.render().to_string();
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("Usage:"));
-    let lines: Vec<&str> = lines.take_while(|line| !line.starts_with("For more information")).collect();
-    let said = lines.join(" ");
-    format!("{}; --help shows what is possible", said.strip_prefix("error: ").unwrap_or(&said))
+    format!("{}; --help shows what is possible", outlive_node::one_line(error))
 }

@@ -10,8 +10,10 @@ use std::process::Command;
 const UNIT: &str = "outlive@.service";
 const ARBITER: &str = "outlive-arbiter.service";
 const METRICS: &str = "outlive-metrics.service";
+const NODE: &str = "outlive-node.service";
 const PROGRAM: &str = "/usr/local/bin/outlive";
 const LEAVER: &str = "/usr/local/lib/outlive/leave-to-standby";
+const DRAINER: &str = "/usr/local/lib/outlive/drain-to-stop";
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd")
@@ -29,13 +31,19 @@ fn metrics() -> String {
     fs::read_to_string(folder().join(METRICS)).unwrap()
 }
 
+fn node() -> String {
+    fs::read_to_string(folder().join(NODE)).unwrap()
+}
+
 /// What systemd has to say about a unit; nothing if it is right. `None` where systemd is not installed.
 fn verify(name: &str, unit: &str) -> Option<String> {
     let away = tempfile::tempdir().unwrap();
     // The program need not be installed on this machine.
     let path = away.path().join(name);
     let leaver = folder().join("leave-to-standby").canonicalize().unwrap();
+    let drainer = folder().join("drain-to-stop").canonicalize().unwrap();
     let unit = unit.replace(PROGRAM, env!("CARGO_BIN_EXE_outlive")).replace(LEAVER, leaver.to_str().unwrap());
+    let unit = unit.replace(DRAINER, drainer.to_str().unwrap());
     fs::write(&path, unit).unwrap();
     let said = match Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&path).output() {
         Ok(output) => output.stdout.into_iter().chain(output.stderr),
@@ -51,7 +59,7 @@ fn verify(name: &str, unit: &str) -> Option<String> {
 
 #[test]
 fn systemd_understands_every_line_of_the_unit() {
-    for (name, unit) in [(UNIT, unit()), (ARBITER, arbiter()), (METRICS, metrics())] {
+    for (name, unit) in [(UNIT, unit()), (ARBITER, arbiter()), (METRICS, metrics()), (NODE, node())] {
         let Some(said) = verify(name, &unit) else { return };
         assert_eq!(said, "", "{name}");
         let wrong = unit.replace("RestartSec=", "RestartSek=");
@@ -126,6 +134,49 @@ fn the_command_of_the_metrics_unit_serves() {
     let (said, code) = serve(&line, ("OUTLIVE_METRICS_LISTEN", "127.0.0.1:0"));
     assert!(said.contains("READY=1"), "{said}");
     assert_eq!(code, Some(0));
+}
+
+/// The node's unit serves, and ends in order; its VMs are not ended with it.
+#[test]
+fn the_command_of_the_nodes_unit_serves() {
+    let unit = node();
+    let value = |name: &str| unit.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    assert_eq!((value("KillMode="), value("RuntimeDirectoryPreserve=")), ("process", "yes"));
+    let there = tempfile::tempdir().unwrap();
+    let at = |name: &str| there.path().join(name).display().to_string();
+    let options = format!(
+        "--vms {} --state {} --run {} --logs {} --socket {}",
+        at("vms"),
+        at("state"),
+        at("run"),
+        at("logs"),
+        at("node.sock")
+    );
+    let line = value("ExecStart=").replace(PROGRAM, env!("CARGO_BIN_EXE_outlive"));
+    let (said, code) = serve(&line, ("OUTLIVE_NODE_OPTIONS", &options));
+    assert!(said.contains("READY=1"), "{said}");
+    assert_eq!(code, Some(0));
+    assert!(!Path::new(&at("node.sock")).exists());
+}
+
+/// A stop of the node alone disturbs no VM.
+#[test]
+fn vms_leave_a_host_only_while_it_stops() {
+    for (system, orders) in [("stopping", "node drain --stop --wait 10\n"), ("running", ""), ("degraded", "")]
+    {
+        let there = tempfile::tempdir().unwrap();
+        let fake = |name: &str, script: &str| {
+            let path = there.path().join(name);
+            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        fake("systemctl", &format!("echo {system}; test {system} = running"));
+        fake("outlive", &format!("echo \"$@\" >> {}/orders", there.path().display()));
+        let path = format!("{}:{}", there.path().display(), std::env::var("PATH").unwrap());
+        let status = Command::new(folder().join("drain-to-stop")).env("PATH", path).status().unwrap();
+        assert!(status.success());
+        assert_eq!(fs::read_to_string(there.path().join("orders")).unwrap_or_default(), orders, "{system}");
+    }
 }
 
 /// Starts the command of a unit, and tells it to stop once it has told the manager something. Returns that, and its exit

@@ -7,6 +7,7 @@ use outlive_epoch::EndReason;
 use outlive_machine::{HostError, LockError};
 use outlive_pair::{ExitReason, StandbyExit};
 
+use super::node;
 use super::part::{self, PartError};
 use super::sense::SenseError;
 use super::standby::ItsOwnStandby;
@@ -46,6 +47,8 @@ impl Command {
             Self::TakeOver(options) => status::take_over(options),
             Self::GoOnAlone(options) => status::go_on_alone(options),
             Self::GiveUp(options) => status::give_up(options),
+            Self::Node(options) => node::node(options),
+            Self::Vm(options) => outlive_node::cli::vm(options),
             Self::Arbiter(options) => arbiter::command(options),
             Self::Keys(options) => keys::command(options),
             Self::Image(options) => disk::command(options),

@@ -10,6 +10,7 @@ mod execute;
 mod image;
 mod keys;
 mod metrics;
+mod node;
 mod part;
 mod run;
 mod sense;
@@ -32,6 +33,7 @@ pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
 pub use metrics::MetricsOptions;
+pub use outlive_node::cli::{NodeOptions, VmOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
@@ -86,6 +88,10 @@ pub enum Command {
     GoOnAlone(WordOptions),
     /// Leave a VM with --arbiter manual to the other host, which has been given it
     GiveUp(WordOptions),
+    /// Keep all VMs of this host as they are desired, and empty the host for its maintenance
+    Node(NodeOptions),
+    /// List, define, start, stop and move the VMs of this host, which a node keeps
+    Vm(VmOptions),
     /// Make, serve, list and prune arbiters: the third places that say who may run a VM
     Arbiter(ArbiterOptions),
     /// Make, show, renew and revoke the keys that hosts know each other by

@@ -22,6 +22,7 @@ mod kills;
 mod known;
 mod link;
 mod metrics;
+mod node;
 mod output;
 mod own_kernel;
 mod readers;

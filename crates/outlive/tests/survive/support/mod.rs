@@ -291,6 +291,11 @@ impl World {
         self.lan.spawn(command).unwrap()
     }
 
+    /// Starts any program on a host.
+    pub(crate) fn spawn_on(&self, side: Side, command: &mut Command) -> Child {
+        self.host(side).spawn(command).unwrap()
+    }
+
     /// The folder of this world, which goes with it.
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()

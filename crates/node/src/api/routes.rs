@@ -1,0 +1,196 @@
+//! Every route. Those that write to the disk do so beside the API's own thread.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::http::{HeaderMap, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use super::body::json as answer;
+use super::{OPENAPI, stream};
+use crate::definition;
+use crate::error::NodeError;
+use crate::jobs::Job;
+use crate::node::Node;
+
+/// The longest body of a request, in bytes: a definition in JSON, with its escapes.
+const LONGEST: usize = 2 * definition::LONGEST;
+/// How much of a log is told, in bytes.
+const LOG: u64 = 64 << 10;
+
+type Of = State<Arc<Node>>;
+type Answer = Result<Response, NodeError>;
+
+pub(super) fn routes(node: Arc<Node>) -> Router {
+    Router::new()
+        .route("/v1/node", get(node_view))
+        .route("/v1/node/drain", post(drain))
+        .route("/v1/node/undrain", post(undrain))
+        .route("/v1/vms", get(list))
+        .route("/v1/vms/{name}", get(show).put(define).delete(undefine))
+        .route("/v1/vms/{name}/start", post(start))
+        .route("/v1/vms/{name}/stop", post(stop))
+        .route("/v1/vms/{name}/hand-over", post(hand_over))
+        .route("/v1/vms/{name}/log", get(log))
+        .route("/v1/jobs", get(jobs))
+        .route("/v1/jobs/{id}", get(job))
+        .route("/v1/jobs/{id}/cancel", post(cancel))
+        .route("/v1/events", get(events))
+        .route("/v1/openapi.json", get(openapi))
+        .fallback(|uri: Uri| async move { NodeError::NoRoute(uri.path().to_owned()) })
+        .method_not_allowed_fallback(|request: Request| async move {
+            NodeError::NoMethod(format!("{} {}", request.method(), request.uri().path()))
+        })
+        .layer(DefaultBodyLimit::max(LONGEST))
+        .with_state(node)
+}
+
+async fn node_view(State(node): Of) -> Response {
+    answer(StatusCode::OK, &node.view())
+}
+
+async fn list(State(node): Of) -> Response {
+    answer(StatusCode::OK, &json!({ "vms": node.list() }))
+}
+
+async fn show(State(node): Of, Path(name): Path<String>) -> Answer {
+    Ok(answer(StatusCode::OK, &node.get(&name)?))
+}
+
+async fn define(State(node): Of, Path(name): Path<String>, headers: HeaderMap, body: Body) -> Answer {
+    let body = body.0?;
+    let is_json =
+        headers.get(header::CONTENT_TYPE).is_some_and(|it| it.as_bytes().starts_with(b"application/json"));
+    let text = if is_json {
+        // The same tables and keys as in the file.
+        let table: toml::Table = read(&body)?;
+        toml::to_string(&table).map_err(|error| NodeError::BadRequest(error.to_string()))?
+    } else {
+        String::from_utf8(body.to_vec())
+            .map_err(|_| NodeError::BadRequest("a definition is text in UTF-8".into()))?
+    };
+    let view = beside(move || node.define(&name, &text)).await?;
+    Ok(answer(StatusCode::OK, &view))
+}
+
+async fn undefine(State(node): Of, Path(name): Path<String>) -> Answer {
+    beside(move || node.undefine(&name)).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn start(State(node): Of, Path(name): Path<String>) -> Answer {
+    accepted(node.begin_start(&name))
+}
+
+/// What a stop may say.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Stop {
+    now: bool,
+    only_standby: bool,
+}
+
+async fn stop(State(node): Of, Path(name): Path<String>, body: Body) -> Answer {
+    let Stop { now, only_standby } = body.or_default()?;
+    accepted(node.begin_stop(&name, only_standby, now))
+}
+
+async fn hand_over(State(node): Of, Path(name): Path<String>) -> Answer {
+    accepted(node.begin_hand_over(&name))
+}
+
+async fn log(State(node): Of, Path(name): Path<String>) -> Answer {
+    let text = beside(move || node.log(&name, LOG)).await?;
+    Ok(answer(StatusCode::OK, &json!({ "log": text })))
+}
+
+/// What a drain may say.
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Drain {
+    stop: bool,
+    wait_s: u16,
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        Self { stop: false, wait_s: 60 }
+    }
+}
+
+async fn drain(State(node): Of, body: Body) -> Answer {
+    let Drain { stop, wait_s } = body.or_default()?;
+    accepted(node.begin_drain(stop, Duration::from_secs(wait_s.into())))
+}
+
+async fn undrain(State(node): Of) -> Answer {
+    Ok(answer(StatusCode::OK, &beside(move || node.undrain()).await?))
+}
+
+async fn jobs(State(node): Of) -> Response {
+    answer(StatusCode::OK, &json!({ "jobs": node.jobs.list() }))
+}
+
+async fn job(State(node): Of, Path(id): Path<String>) -> Answer {
+    Ok(answer(StatusCode::OK, &node.jobs.get(&id)?))
+}
+
+async fn cancel(State(node): Of, Path(id): Path<String>) -> Answer {
+    Ok(answer(StatusCode::ACCEPTED, &node.jobs.cancel(&id)?))
+}
+
+async fn events(State(node): Of, headers: HeaderMap) -> Answer {
+    let last = headers.get("last-event-id").and_then(|it| it.to_str().ok());
+    stream::events(node.feed().clone(), last)
+}
+
+async fn openapi() -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], OPENAPI).into_response()
+}
+
+/// Long work is a job, which was begun.
+fn accepted(job: Result<Job, NodeError>) -> Answer {
+    Ok(answer(StatusCode::ACCEPTED, &job?))
+}
+
+/// Does something that may wait for the disk.
+async fn beside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
+) -> Result<T, NodeError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|_| Err(NodeError::Failed("the node has failed at this; its log says more".into())))
+}
+
+/// A request's body, or why it is refused, in the API's own words.
+struct Body(Result<Bytes, NodeError>);
+
+impl Body {
+    /// No body is one without anything special.
+    fn or_default<T: DeserializeOwned + Default>(self) -> Result<T, NodeError> {
+        let bytes = self.0?;
+        if bytes.is_empty() { Ok(T::default()) } else { read(&bytes) }
+    }
+}
+
+impl<S: Send + Sync> axum::extract::FromRequest<S> for Body {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
+        let bytes = Bytes::from_request(request, state).await;
+        let why =
+            |_| NodeError::BadRequest(format!("the body is longer than {LONGEST} bytes, or it broke off"));
+        Ok(Self(bytes.map_err(why)))
+    }
+}
+
+fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, NodeError> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| NodeError::BadRequest(format!("the body is not understood: {error}")))
+}

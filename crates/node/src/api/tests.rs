@@ -1,0 +1,349 @@
+//! The running server, held to its description: every route, and every answer that is told here.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::testing::{World, wait};
+use crate::view::State;
+
+struct Api {
+    world: World,
+    node: Arc<Node>,
+    server: Option<Server>,
+    document: Value,
+    seen: std::cell::RefCell<Vec<(String, String, String)>>,
+}
+
+impl Api {
+    fn new() -> Self {
+        let world = World::new();
+        let node = world.node();
+        let path = world.folder.path().join("node.sock");
+        let server = serve(&node, &path, None).unwrap();
+        let document = serde_json::from_str(OPENAPI).unwrap();
+        Self { world, node, server: Some(server), document, seen: Vec::new().into() }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.world.folder.path().join("node.sock")
+    }
+
+    /// Asks, and checks that the description has this route, this status and this answer.
+    fn ask(&self, method: &str, route: &str, body: Option<(&str, &str)>) -> (u16, Value) {
+        let (status, kind, body) = ask(&self.path(), method, route, body);
+        let (described, operation) = self.operation(method, route);
+        let answer = &operation["responses"][status.to_string()];
+        assert!(answer.is_object(), "{method} {described} does not say {status}: {body}");
+        let value = if body.is_empty() { Value::Null } else { serde_json::from_str(&body).unwrap() };
+        match answer["content"].as_object() {
+            None => assert!(body.is_empty(), "{method} {described} {status}: {body}"),
+            Some(kinds) => {
+                let schema = &kinds.get(&kind).unwrap_or_else(|| panic!("{kind}"))["schema"];
+                fits(&self.document, schema, &value)
+                    .unwrap_or_else(|why| panic!("{method} {described} {status}: {why}"));
+            }
+        }
+        self.seen.borrow_mut().push((described, method.to_lowercase(), status.to_string()));
+        (status, value)
+    }
+
+    fn operation(&self, method: &str, route: &str) -> (String, &Value) {
+        let parts: Vec<_> = route.split('/').collect();
+        let is = |path: &str| {
+            let path: Vec<_> = path.split('/').collect();
+            path.len() == parts.len() && path.iter().zip(&parts).all(|(a, b)| a == b || a.starts_with('{'))
+        };
+        let paths = self.document["paths"].as_object().unwrap();
+        let (path, all) =
+            paths.iter().find(|(path, _)| is(path)).unwrap_or_else(|| panic!("{route} is not described"));
+        let operation = &all[method.to_lowercase()];
+        assert!(operation.is_object(), "{method} {path} is not described");
+        (path.clone(), operation)
+    }
+
+    /// Begins a job and waits for its end.
+    fn job(&self, route: &str, body: Option<&str>) -> Value {
+        let (status, mut job) = self.ask("POST", route, body.map(|it| ("application/json", it)));
+        assert_eq!(status, 202, "{job}");
+        while job["state"] == "running" {
+            std::thread::sleep(Duration::from_millis(10));
+            job = self.ask("GET", &format!("/v1/jobs/{}", job["id"].as_str().unwrap()), None).1;
+        }
+        job
+    }
+}
+
+/// One request, by hand.
+fn ask(path: &Path, method: &str, route: &str, body: Option<(&str, &str)>) -> (u16, String, String) {
+    let mut stream = UnixStream::connect(path).unwrap();
+    let (kind, body) = body.unwrap_or(("text/plain", ""));
+    let length = body.len();
+    let head = format!(
+        "{method} {route} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    // A body that is too long is not read to its end.
+    let _ = stream.write_all(body.as_bytes());
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer);
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {route}: {answer}"));
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let kind = head.lines().find_map(|it| it.strip_prefix("content-type: ")).unwrap_or_default();
+    (status, kind.to_owned(), body.to_owned())
+}
+
+/// Whether a value fits a schema: the part of JSON Schema that the description uses. A word that is not known here
+/// fails, so that nothing is left unchecked.
+fn fits(document: &Value, schema: &Value, value: &Value) -> Result<(), String> {
+    let wrong = |what: &str| Err(format!("{what}: {value} is not {schema}"));
+    for (word, wanted) in schema.as_object().ok_or("no schema")? {
+        match word.as_str() {
+            "$ref" => {
+                let at = wanted.as_str().unwrap().trim_start_matches('#');
+                fits(document, document.pointer(at).ok_or("a reference leads nowhere")?, value)?;
+            }
+            "anyOf" => {
+                let all = wanted.as_array().unwrap();
+                if all.iter().all(|it| fits(document, it, value).is_err()) {
+                    let whys: Vec<_> = all.iter().filter_map(|it| fits(document, it, value).err()).collect();
+                    return Err(whys.join("; "));
+                }
+            }
+            "type" => {
+                let is = match wanted.as_str().unwrap() {
+                    "object" => value.is_object(),
+                    "array" => value.is_array(),
+                    "string" => value.is_string(),
+                    "boolean" => value.is_boolean(),
+                    "integer" => value.is_i64() || value.is_u64(),
+                    "null" => value.is_null(),
+                    other => return Err(format!("the type {other} is not known")),
+                };
+                if !is {
+                    return wrong("type");
+                }
+            }
+            "enum" if !wanted.as_array().unwrap().contains(value) => return wrong("enum"),
+            "minimum" if value.as_f64().is_some_and(|it| it < wanted.as_f64().unwrap()) => {
+                return wrong("minimum");
+            }
+            "items" => {
+                value.as_array().into_iter().flatten().try_for_each(|it| fits(document, wanted, it))?
+            }
+            "required" => {
+                for name in wanted.as_array().unwrap() {
+                    if value.get(name.as_str().unwrap()).is_none() {
+                        return Err(format!("{name} is missing in {value}"));
+                    }
+                }
+            }
+            "properties" => {
+                for (name, it) in value.as_object().into_iter().flatten() {
+                    match wanted.get(name) {
+                        Some(schema) => fits(document, schema, it)?,
+                        None if schema["additionalProperties"] == false => {
+                            return Err(format!("{name} is not described"));
+                        }
+                        None => {}
+                    }
+                }
+            }
+            "additionalProperties" if wanted.is_object() => {
+                value.as_object().into_iter().flatten().try_for_each(|(_, it)| fits(document, wanted, it))?;
+            }
+            "enum"
+            | "minimum"
+            | "maximum"
+            | "additionalProperties"
+            | "description"
+            | "default"
+            | "pattern" => {}
+            other => return Err(format!("{other} is not known to this test")),
+        }
+    }
+    Ok(())
+}
+
+const TWO_HOSTS: &str = "arbiter = 'file:/x'\nlisten = ':7001'\nstandby = ['b:7001']\ndisk = ['path=/no/1']";
+
+/// Every route of the description is asked, and the server has no answer that the description has not.
+#[test]
+fn the_server_is_as_its_description_says() {
+    let api = Api::new();
+    let code = |answer: &(u16, Value)| answer.1["code"].as_str().unwrap_or_default().to_owned();
+    let toml = |text| Some(("application/toml", text));
+    let json = |text| Some(("application/json", text));
+    assert_eq!(api.ask("GET", "/v1/node", None).1["host"], "hosta");
+    assert_eq!(api.ask("GET", "/v1/vms/web", None).1["code"], "no_such_vm");
+    assert_eq!(code(&api.ask("PUT", "/v1/vms/web", toml("memory = "))), "bad_definition");
+    assert_eq!(code(&api.ask("PUT", "/v1/vms/we%20b", toml(""))), "bad_name");
+    assert_eq!(code(&api.ask("PUT", "/v1/vms/web", json("[1]"))), "bad_request");
+    let long = "#".repeat(crate::definition::LONGEST * 3);
+    assert_eq!(code(&api.ask("PUT", "/v1/vms/web", toml(&long))), "bad_request");
+    let (status, vm) = api.ask("PUT", "/v1/vms/web", toml(TWO_HOSTS));
+    assert_eq!((status, &vm["state"]), (200, &"stopped".into()));
+    let other = r#"{"memory":"1G","host":{"hosta":{"vcpus":2}}}"#;
+    assert_eq!(api.ask("PUT", "/v1/vms/other", json(other)).0, 200);
+    assert_eq!(
+        code(&api.ask("PUT", "/v1/vms/third", toml(TWO_HOSTS))),
+        "bad_definition",
+        "an image of two VMs"
+    );
+    assert_eq!(api.ask("GET", "/v1/vms", None).1["vms"].as_array().unwrap().len(), 2);
+    assert_eq!(code(&api.ask("POST", "/v1/vms/web/hand-over", None)), "not_running");
+    assert_eq!(code(&api.ask("POST", "/v1/vms/no/start", None)), "no_such_vm");
+    assert_eq!(api.job("/v1/vms/web/start", None)["result"]["state"], "running");
+    assert_eq!(code(&api.ask("DELETE", "/v1/vms/web", None)), "has_process");
+    wait(&api.node, "web", |it| it.protected);
+    assert_eq!(api.ask("GET", "/v1/vms/web", None).1["status"]["role"], "primary");
+    let log = api.ask("GET", "/v1/vms/web/log", None).1;
+    assert!(log["log"].as_str().unwrap().contains("the fake process begins"), "{log}");
+    assert_eq!(api.job("/v1/vms/web/hand-over", None)["result"]["said"], "the standby has the VM");
+    wait(&api.node, "web", |it| it.state == State::Standby);
+    assert_eq!(code(&api.ask("POST", "/v1/vms/web/stop", None)), "is_standby");
+    assert_eq!(code(&api.ask("POST", "/v1/vms/web/stop", json(r#"{"nwo":true}"#))), "bad_request");
+    assert_eq!(code(&api.ask("GET", "/v1/jobs/7", None)), "no_such_job");
+    assert_eq!(code(&api.ask("POST", "/v1/node/drain", json("{"))), "bad_request");
+    let drain = api.job("/v1/node/drain", Some(r#"{"wait_s":1}"#));
+    assert_eq!((&drain["state"], &drain["result"]["moved"]), (&"succeeded".into(), &json!([])));
+    let id = drain["id"].as_str().unwrap();
+    assert_eq!(code(&api.ask("POST", &format!("/v1/jobs/{id}/cancel"), None)), "cannot_cancel");
+    assert_eq!(code(&api.ask("POST", "/v1/vms/other/start", None)), "drained");
+    assert_eq!(api.ask("POST", "/v1/node/undrain", None).1["mode"], "active");
+    // A drain that waits for a VM that is not protected is cancelled.
+    api.world.tell("web", "bare", "");
+    api.world.tell("web", "role", "primary");
+    wait(&api.node, "web", |it| it.state == State::Running && !it.protected);
+    let (_, job) = api.ask("POST", "/v1/node/drain", None);
+    let id = job["id"].as_str().unwrap();
+    let refused = code(&api.ask("POST", "/v1/vms/other/start", None));
+    assert!(["drained", "busy"].contains(&&*refused), "{refused}");
+    assert_eq!(code(&api.ask("POST", "/v1/vms/web/stop", None)), "busy");
+    assert_eq!(code(&api.ask("POST", "/v1/node/undrain", None)), "busy");
+    assert_eq!(api.ask("POST", &format!("/v1/jobs/{id}/cancel"), None).0, 202);
+    while api.ask("GET", &format!("/v1/jobs/{id}"), None).1["state"] != "cancelled" {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(api.job("/v1/vms/web/stop", Some(r#"{"now":true}"#))["state"], "succeeded");
+    assert_eq!(api.ask("DELETE", "/v1/vms/web", None).0, 204);
+    assert!(api.ask("GET", "/v1/jobs", None).1["jobs"].as_array().unwrap().len() >= 4);
+    assert_eq!(api.ask("GET", "/v1/openapi.json", None).1["openapi"], "3.1.0");
+
+    let seen = api.seen.borrow();
+    for (path, operations) in api.document["paths"].as_object().unwrap() {
+        for (method, operation) in operations.as_object().unwrap().iter().filter(|_| path != "/v1/events") {
+            let good =
+                operation["responses"].as_object().unwrap().keys().find(|it| it.starts_with('2')).unwrap();
+            let was = seen.iter().any(|it| (&it.0, &it.1, &it.2) == (path, method, good));
+            assert!(was, "{method} {path} never said {good}");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_there_is_said_as_everything_else_is() {
+    let api = Api::new();
+    for (method, route, status, code) in [
+        ("GET", "/v2", 404, "no_route"),
+        ("PATCH", "/v1/vms/web", 405, "no_method"),
+        ("GET", "/", 404, "no_route"),
+    ] {
+        let (said, _, body) = ask(&api.path(), method, route, None);
+        let body: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((said, body["code"].as_str().unwrap()), (status, code));
+        let schema = json!({ "$ref": "#/components/schemas/Error" });
+        fits(&api.document, &schema, &body).unwrap();
+    }
+}
+
+/// The events after a place, as a client reads them: id, kind and data.
+fn follow(path: &Path, last: Option<&str>) -> impl Iterator<Item = (String, String, Value)> + use<> {
+    let mut stream = UnixStream::connect(path).unwrap();
+    let last = last.map(|it| format!("last-event-id: {it}\r\n")).unwrap_or_default();
+    stream.write_all(format!("GET /v1/events HTTP/1.1\r\nhost: x\r\n{last}\r\n").as_bytes()).unwrap();
+    let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
+    assert!(lines.next().unwrap().ends_with("200 OK"));
+    let (mut id, mut kind) = (String::new(), String::new());
+    lines.filter_map(move |line| {
+        if let Some(it) = line.strip_prefix("id: ") {
+            id = it.to_owned();
+        } else if let Some(it) = line.strip_prefix("event: ") {
+            kind = it.to_owned();
+        } else if let Some(it) = line.strip_prefix("data: ") {
+            return Some((id.clone(), kind.clone(), serde_json::from_str(it).unwrap()));
+        } else if line.starts_with(": from here on") {
+            return Some((id.clone(), "here".into(), Value::Null));
+        }
+        None
+    })
+}
+
+#[test]
+fn events_are_told_once_from_where_a_client_was() {
+    let api = Api::new();
+    let mut first = follow(&api.path(), None);
+    let (start, kind, _) = first.next().unwrap();
+    assert_eq!(kind, "here");
+    api.node.define("web", "").unwrap();
+    let (id, kind, data) = first.next().unwrap();
+    assert_eq!((kind.as_str(), &data["vm"]), ("vm_defined", &"web".into()));
+    fits(&api.document, &json!({ "$ref": "#/components/schemas/Event" }), &data).unwrap();
+    drop(first);
+    api.job("/v1/vms/web/start", None);
+    // It comes back, from its last event and from the one before.
+    let mut again = follow(&api.path(), Some(&id)).skip(1);
+    assert_eq!(again.next().unwrap().1, "process_started");
+    let mut earlier = follow(&api.path(), Some(&start)).skip(1);
+    assert_eq!(earlier.next().unwrap().0, id);
+    let schema = json!({ "$ref": "#/components/schemas/Event" });
+    for (_, kind, data) in again.by_ref() {
+        fits(&api.document, &schema, &data).unwrap();
+        if kind == "job" {
+            break;
+        }
+    }
+    // Of another node's life, and one that is too old.
+    assert_eq!(follow(&api.path(), Some("1-1")).nth(1).unwrap().1, "reset");
+    for number in 0..=crate::feed::KEPT {
+        api.node.feed().tell("vm_state", None, number.to_string(), json!({}));
+    }
+    let mut late = follow(&api.path(), Some(&start)).skip(1);
+    assert_eq!(late.next().unwrap().1, "reset");
+    assert_eq!(late.next().unwrap().2["text"], "1");
+}
+
+#[test]
+fn clients_that_only_stay_leave_room_and_the_socket_is_private() {
+    let mut api = Api::new();
+    let mode = std::fs::metadata(api.path()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // More than have room: they say nothing, and go.
+    let silent: Vec<_> = (0..CONNECTIONS + 5).map(|_| UnixStream::connect(api.path()).unwrap()).collect();
+    drop(silent);
+    api.ask("GET", "/v1/node", None);
+    // Followers have less room than clients.
+    let mut followers = Vec::new();
+    let full = loop {
+        let mut stream = UnixStream::connect(api.path()).unwrap();
+        stream.write_all(b"GET /v1/events HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        let mut line = String::new();
+        BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+        if !line.contains("200") {
+            break line;
+        }
+        followers.push(stream);
+    };
+    assert!(full.contains("429") && followers.len() < CONNECTIONS, "{full}");
+    api.ask("GET", "/v1/node", None);
+    let again = serve(&api.node, &api.path(), None).unwrap_err();
+    assert!(matches!(again, ServeError::Taken(_)), "{again}");
+    let refused = serve(&api.node, &api.world.folder.path().join("x"), Some("no-such-group")).unwrap_err();
+    assert!(refused.to_string().contains("no group"), "{refused}");
+    api.server = None;
+    assert!(!api.path().exists());
+}

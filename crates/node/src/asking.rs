@@ -1,0 +1,103 @@
+//! What a VM's process says of itself, at the socket of `outlive status`.
+
+use std::io::{self, ErrorKind, Read};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use serde::Deserialize;
+use serde_json::Value;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The longest answer, in bytes.
+const LONGEST: u64 = 64 << 10;
+
+/// What a process says.
+#[derive(Clone, Debug)]
+pub(crate) struct Told {
+    /// Whose socket it is, as the kernel knows.
+    pub(crate) pid: u32,
+    /// The VM runs there.
+    pub(crate) runs: bool,
+    /// A standby has all of it.
+    pub(crate) protected: bool,
+    /// Why not.
+    pub(crate) why: Option<String>,
+    /// All that it says.
+    pub(crate) all: Value,
+}
+
+/// The parts that the node looks at. Releases may add others.
+#[derive(Deserialize)]
+struct Parts {
+    role: String,
+    protected: bool,
+    why: Option<String>,
+}
+
+/// Asks the process that listens at `path`.
+///
+/// # Errors
+/// The operating system's: nobody listens there, nobody answers in time, or the answer is not understood.
+pub(crate) fn ask(path: &Path) -> io::Result<Told> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // A process that stands still, and for which too many wait, must not hold up the node.
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    socket.set_nonblocking(false)?;
+    let pid = getsockopt(&socket, PeerCredentials)?.pid();
+    let stream = UnixStream::from(OwnedFd::from(socket));
+    stream.set_read_timeout(Some(PATIENCE))?;
+    // There is no word to come.
+    let _ = stream.shutdown(Shutdown::Write);
+    let mut bytes = Vec::new();
+    stream.take(LONGEST).read_to_end(&mut bytes)?;
+    let all: Value = serde_json::from_slice(&bytes)?;
+    let Parts { role, protected, why } = serde_json::from_value(all.clone())?;
+    let pid = u32::try_from(pid).map_err(|_| ErrorKind::InvalidData)?;
+    Ok(Told { pid, runs: role == "primary", protected, why, all })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn answers_are_bounded_and_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        assert_eq!(ask(&path).unwrap_err().kind(), ErrorKind::NotFound);
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let endless = "[".repeat(LONGEST as usize * 2);
+            for answer in [
+                r#"{"role":"primary","protected":true,"why":null,"new":1}"#,
+                r#"{"role":"standby","protected":false,"why":"w"}"#,
+                r#"{"role":1}"#,
+                "",
+                &endless,
+            ] {
+                let mut client = listener.accept().unwrap().0;
+                // The client stops reading a long answer.
+                let _ = client.write_all(answer.as_bytes());
+            }
+        });
+        let told = ask(&path).unwrap();
+        assert!(told.runs && told.protected && told.pid == std::process::id() && told.all["new"] == 1);
+        let told = ask(&path).unwrap();
+        assert!(!told.runs && !told.protected && told.why.as_deref() == Some("w"));
+        for _ in 0..3 {
+            ask(&path).unwrap_err();
+        }
+        server.join().unwrap();
+        assert_eq!(ask(&path).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    }
+}

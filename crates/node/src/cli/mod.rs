@@ -1,0 +1,104 @@
+//! `outlive node` and `outlive vm`: the commands, as clients of the API.
+
+mod options;
+mod say;
+mod serve;
+mod table;
+mod vm;
+
+pub use options::{Api, NodeCommand, NodeOptions, Serve, VmCommand, VmOptions};
+pub use serve::Service;
+
+use serde::Serialize;
+use serde_json::json;
+
+use self::say::{Outcome, Said, print};
+use crate::client::Client;
+use crate::drain::Mode;
+use crate::jobs::Job;
+use crate::node::NodeView;
+use crate::program::Program;
+
+/// Done.
+pub const OK: u8 = 0;
+/// The node refuses, or the job has failed.
+pub const FAILED: u8 = 1;
+/// Wrong options or definitions, or nobody answers.
+pub const USAGE: u8 = 2;
+
+/// `outlive node`: returns the exit code. `service` is needed by those commands that serve.
+pub fn node(
+    options: &NodeOptions,
+    program: Program,
+    service: impl FnOnce() -> std::io::Result<Service>,
+) -> u8 {
+    match &options.command {
+        NodeCommand::Run(serve) => serve::run(serve, program, service),
+        NodeCommand::Check { vms, host, json } => {
+            say::conclude(serve::check(vms, host.as_deref(), *json, &program))
+        }
+        NodeCommand::Status(api) => say::conclude(status(api)),
+        NodeCommand::Drain { stop, wait, api } => {
+            let body = json!({ "stop": stop, "wait_s": wait });
+            say::conclude(job(api, "/v1/node/drain", Some(&body)))
+        }
+        NodeCommand::Undrain(api) => say::conclude(undrain(api)),
+    }
+}
+
+/// `outlive vm`: returns the exit code.
+pub fn vm(options: &VmOptions) -> u8 {
+    say::conclude(vm::command(options))
+}
+
+fn client(api: &Api) -> Result<Client, Said> {
+    Ok(Client::new(&api.socket)?)
+}
+
+fn status(api: &Api) -> Outcome {
+    let node: NodeView = client(api)?.get("/v1/node")?;
+    print(api.json, &node, |node| {
+        let mut text = format!(
+            "host {}: {}, release {}, since {}\n",
+            node.host,
+            mode(node.mode),
+            node.version,
+            node.since
+        );
+        for (state, count) in &node.vms {
+            text += &format!("  {count} {state}\n");
+        }
+        if !node.unprotected.is_empty() {
+            text += &format!("  UNPROTECTED: {}\n", node.unprotected.join(", "));
+        }
+        text
+    })
+}
+
+fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Active => "active",
+        Mode::Draining => "draining",
+        Mode::Drained => "drained",
+    }
+}
+
+fn undrain(api: &Api) -> Outcome {
+    let node: NodeView = client(api)?.send("POST", "/v1/node/undrain", None)?;
+    print(api.json, &node, |node| format!("host {} is {}\n", node.host, mode(node.mode)))
+}
+
+/// Begins a job, follows it, and says what it has come to.
+fn job(api: &Api, route: &str, body: Option<&impl Serialize>) -> Outcome {
+    let client = client(api)?;
+    // Plain data: this cannot fail.
+    let text =
+        body.map(|it| ("application/json", serde_json::to_string(it).expect("a request is plain data")));
+    let job: Job = client.send("POST", route, text)?;
+    let job = client.follow(job, |job| {
+        if !api.json && !job.progress.now.is_empty() {
+            eprintln!("{}", job.progress.now);
+        }
+    })?;
+    say::job(api.json, job)
+}

@@ -1,0 +1,215 @@
+//! What the commands are given.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+/// Where the node is asked, and how answers are shown.
+#[derive(Clone, Debug, Args)]
+pub struct Api {
+    /// The node's socket
+    #[arg(long, value_name = "PATH", default_value = API)]
+    pub socket: PathBuf,
+
+    /// For programs: the API's answer, as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `outlive node`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = NODE_HELP)]
+pub struct NodeOptions {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: NodeCommand,
+}
+
+/// What can be done with a node.
+#[derive(Clone, Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Keep the VMs of this host as they are desired, until this process is told to stop; the VMs run on
+    Run(Serve),
+    /// Look at all definitions without starting anything
+    #[command(after_help = CHECK_HELP)]
+    Check {
+        /// Directory with the definitions
+        #[arg(long, value_name = "DIR", default_value = VMS)]
+        vms: PathBuf,
+        /// Name of the host, for the definitions' [host.NAME] [default: the host's own]
+        #[arg(long, value_name = "NAME")]
+        host: Option<String>,
+        /// For programs: a JSON array with an object for each VM
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what this host does
+    Status(Api),
+    /// Move all VMs that run here to their standbys, one after another, and start none from then on
+    #[command(after_help = DRAIN_HELP)]
+    Drain {
+        /// The host is about to stop: shut down what cannot be moved, and end all standbys. What is desired stays
+        #[arg(long)]
+        stop: bool,
+        /// How long each VM may take to be protected first, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        wait: u16,
+        /// The node.
+        #[command(flatten)]
+        api: Api,
+    },
+    /// End the maintenance; VMs stay where they are
+    Undrain(Api),
+}
+
+/// Where the node answers. It does not end like the sockets of VMs, which are `outlive status`'s and have any name.
+const API: &str = "/run/outlive/node.api";
+/// Where definitions are.
+const VMS: &str = "/etc/outlive/vms";
+
+/// `outlive node run`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = RUN_HELP)]
+pub struct Serve {
+    /// Directory with the definitions: NAME.toml for each VM
+    #[arg(long, value_name = "DIR", default_value = VMS)]
+    pub vms: PathBuf,
+
+    /// Directory for what is desired of each VM. It must survive a restart of the host
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/outlive/node")]
+    pub state: PathBuf,
+
+    /// Directory for sockets and locks of the VMs
+    #[arg(long, value_name = "DIR", default_value = "/run/outlive")]
+    pub run: PathBuf,
+
+    /// Directory for logs of the VMs
+    #[arg(long, value_name = "DIR", default_value = "/var/log/outlive")]
+    pub logs: PathBuf,
+
+    /// Socket of the API. Whoever may connect may do everything with the VMs
+    #[arg(long, value_name = "PATH", default_value = API)]
+    pub socket: PathBuf,
+
+    /// Group that may connect, too [default: only the user of this process]
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
+
+    /// Name of this host, for the definitions' [host.NAME] [default: the host's own]
+    #[arg(long, value_name = "NAME")]
+    pub host: Option<String>,
+
+    /// End when standard input is closed
+    #[arg(long, hide = true)]
+    pub exit_with_stdin: bool,
+}
+
+/// `outlive vm`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = VM_HELP)]
+pub struct VmOptions {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: VmCommand,
+}
+
+/// What can be done with VMs.
+#[derive(Clone, Debug, Subcommand)]
+pub enum VmCommand {
+    /// Show all VMs of this host
+    List(Api),
+    /// Show one VM
+    Show(One),
+    /// Define a VM, or change its definition from its next start on
+    Define {
+        /// Name of the VM
+        name: String,
+        /// Its definition; - reads standard input
+        file: PathBuf,
+        /// The node.
+        #[command(flatten)]
+        api: Api,
+    },
+    /// Remove the definition of a VM that is stopped. Its disks stay
+    Undefine(One),
+    /// Start a VM: here, or on the other host if that has its newest image; then this host waits as its standby
+    Start(One),
+    /// Shut a VM down, on the host where it runs. It stays stopped until it is started
+    Stop {
+        /// Name of the VM
+        name: String,
+        /// Do not wait for the guest
+        #[arg(long)]
+        now: bool,
+        /// This host is the VM's standby, and shall not be any more: the VM goes on at the other host, unprotected
+        #[arg(long)]
+        only_standby: bool,
+        /// The node.
+        #[command(flatten)]
+        api: Api,
+    },
+    /// Move a VM that runs here to its standby
+    HandOver(One),
+    /// Show the end of the log of a VM's process
+    Logs(One),
+}
+
+/// One VM.
+#[derive(Clone, Debug, Args)]
+pub struct One {
+    /// Name of the VM
+    pub name: String,
+    /// The node.
+    #[command(flatten)]
+    pub api: Api,
+}
+
+const NODE_HELP: &str = "\
+Examples:
+  outlive node run                   as systemd/outlive-node.service does
+  outlive node check                 look at /etc/outlive/vms before anything is started
+  outlive node status
+  outlive node drain                 empty this host before its maintenance
+  outlive node undrain
+
+docs/node.md begins with a quick start. Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or
+definitions, or nobody answers.";
+
+const RUN_HELP: &str = "\
+Each VM is a process of its own, outlive run. It goes on when this process is stopped or killed, and the next one finds
+it again. So this process may be upgraded at any time.
+
+Examples:
+  outlive node run
+  outlive node run --socket-group operators --host hosta
+
+Exit codes: 0 told to stop; 2 wrong options, or a directory cannot be used.";
+
+const CHECK_HELP: &str = "\
+Examples:
+  outlive node check
+  outlive node check --vms . --host hostb      what host b would say to the definitions in this directory
+
+Exit codes: 0 all can be used; 2 one cannot, and one line for each says why.";
+
+const DRAIN_HELP: &str = "\
+Each VM moves as with outlive hand-over: no reboot, no lost connection. If one does not go, the others stay where they
+are, and the host is active again. Afterwards this host is the standby of its VMs until it is switched off.
+
+Examples:
+  outlive node drain
+  outlive node drain --wait 600      VMs may first be protected
+  outlive node drain --stop          before the host stops, as systemd/outlive-node.service does
+
+Exit codes: 0 done; 1 a VM stays, or it was cancelled; 2 nobody answers.";
+
+const VM_HELP: &str = "\
+Examples:
+  outlive vm define web web.toml     web.toml: keys are the options of outlive run, see docs/node.md
+  outlive vm start web
+  outlive vm list
+  outlive vm show web --json
+  outlive vm hand-over web
+  outlive vm stop web
+
+Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or definitions, or nobody answers.";

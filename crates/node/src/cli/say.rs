@@ -1,0 +1,89 @@
+//! How commands say what they have to say, and with which exit code.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{FAILED, OK, USAGE};
+use crate::client::ClientError;
+use crate::jobs::{Job, JobState};
+
+/// Why a command says no.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Said {
+    /// The node does.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// A job has failed.
+    #[error("{0}")]
+    Failed(String),
+    /// A file cannot be read.
+    #[error("cannot read {0}: {1}; give another file, or - for standard input")]
+    Read(String, #[source] io::Error),
+    /// Definitions cannot be used; each has had its line.
+    #[error("{0} of {1} definitions cannot be used: correct what the lines above say")]
+    Bad(usize, usize),
+    /// There are none.
+    #[error("cannot read the definitions in {0}: {1}; make the directory, or give another one with --vms")]
+    NoFolder(String, #[source] io::Error),
+    /// Nobody would read it.
+    #[error("cannot print: {0}")]
+    Print(#[source] io::Error),
+}
+
+pub(super) type Outcome = Result<(), Said>;
+
+/// Returns the exit code, after the one line that goes with it.
+pub(super) fn conclude(outcome: Outcome) -> u8 {
+    let Err(why) = outcome else { return OK };
+    eprintln!("outlive: {why}");
+    match why {
+        Said::Client(ClientError::Refused(error)) if error.code != "bad_definition" => FAILED,
+        Said::Failed(_) => FAILED,
+        _ => USAGE,
+    }
+}
+
+/// Prints an answer.
+pub(super) fn print<T: Serialize>(json: bool, it: &T, text: impl FnOnce(&T) -> String) -> Outcome {
+    let text = if json {
+        // Plain data: this cannot fail.
+        serde_json::to_string_pretty(it).expect("an answer is plain data") + "\n"
+    } else {
+        text(it)
+    };
+    io::stdout().lock().write_all(text.as_bytes()).map_err(Said::Print)
+}
+
+/// Says what a job has come to.
+pub(super) fn job(json: bool, job: Job) -> Outcome {
+    if json {
+        print(true, &job, |_| String::new())?;
+    }
+    match (job.state, &job.error) {
+        (JobState::Succeeded, _) if json => Ok(()),
+        (JobState::Succeeded, _) => print(false, &job, |job| result(job.result.as_ref())),
+        (_, Some(error)) => Err(Said::Failed(format!("{}; {}", error.message, error.remedy))),
+        (_, None) => Err(Said::Failed("the job has not succeeded".into())),
+    }
+}
+
+/// What was done and measured, in a line; of a drain one for each VM.
+fn result(result: Option<&Value>) -> String {
+    let Some(result) = result else { return "done\n".into() };
+    let text = |key: &str| result[key].as_str().map(str::to_owned);
+    let did = text("said").or_else(|| text("state")).or_else(|| text("end")).unwrap_or_else(|| "done".into());
+    let mut lines = format!("{did} ({} ms)\n", result["took_ms"]);
+    for moved in result["moved"].as_array().into_iter().flatten() {
+        lines += &format!(
+            "  VM {} has moved ({} ms)\n",
+            moved["vm"].as_str().unwrap_or_default(),
+            moved["took_ms"]
+        );
+    }
+    for stopped in result["stopped"].as_array().into_iter().flatten() {
+        lines += &format!("  VM {} has no process here any more\n", stopped.as_str().unwrap_or_default());
+    }
+    lines
+}

@@ -1,0 +1,97 @@
+//! `outlive node run` and `outlive node check`.
+
+use std::fmt::Display;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
+
+use serde::Serialize;
+
+use super::options::Serve;
+use super::say::{Outcome, Said, print};
+use super::{OK, USAGE};
+use crate::api;
+use crate::definition::Folder;
+use crate::node::{Node, Places};
+use crate::program::Program;
+
+/// What the program has for a process that serves.
+pub struct Service {
+    /// Orders to stop, in words.
+    pub stops: Receiver<&'static str>,
+    /// Tells the service manager that the node is there.
+    pub ready: fn(),
+}
+
+/// Serves until it is told to stop. Returns the exit code.
+pub(super) fn run(options: &Serve, program: Program, service: impl FnOnce() -> io::Result<Service>) -> u8 {
+    match serve(options, program, service) {
+        Ok(()) => OK,
+        Err(why) => {
+            eprintln!("outlive: {why}");
+            USAGE
+        }
+    }
+}
+
+fn serve(
+    options: &Serve,
+    program: Program,
+    service: impl FnOnce() -> io::Result<Service>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let Service { stops, ready } = service()?;
+    let places = Places {
+        definitions: absolute(&options.vms)?,
+        state: absolute(&options.state)?,
+        run: absolute(&options.run)?,
+        logs: absolute(&options.logs)?,
+    };
+    let host = host(options.host.as_deref());
+    let node = Node::start(&host, places, program)?;
+    let server = api::serve(&node, &options.socket, options.socket_group.as_deref())?;
+    tracing::info!("the node of host {host} answers at {}", options.socket.display());
+    ready();
+    // It ends, too, if nobody can give the order any more.
+    let why = stops.recv().unwrap_or("nobody can stop it any more");
+    tracing::info!("the node ends ({why}), and its VMs run on");
+    drop(server);
+    Ok(())
+}
+
+/// VMs run with another working directory.
+fn absolute(path: &Path) -> io::Result<PathBuf> {
+    std::path::absolute(path)
+}
+
+fn host(given: Option<&str>) -> String {
+    let own = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
+    given.map_or_else(own, str::to_owned)
+}
+
+#[derive(Serialize)]
+struct Checked {
+    vm: String,
+    /// What is wrong; `null`: nothing.
+    error: Option<String>,
+}
+
+pub(super) fn check(vms: &Path, name: Option<&str>, json: bool, program: &Program) -> Outcome {
+    let wrong = |error| Said::NoFolder(vms.display().to_string(), error);
+    let folder = Folder::new(absolute(vms).map_err(wrong)?, host(name));
+    let read = folder.read(program).map_err(wrong)?;
+    let said = |error: &dyn Display| error.to_string();
+    let all: Vec<_> =
+        read.into_iter().map(|(vm, read)| Checked { vm, error: read.err().map(|why| said(&why)) }).collect();
+    let (bad, total) = (all.iter().filter(|it| it.error.is_some()).count(), all.len());
+    if json {
+        print(true, &all, |_| String::new())?;
+    } else {
+        for why in all.iter().filter_map(|it| it.error.as_deref()) {
+            eprintln!("outlive: {why}");
+        }
+        if bad == 0 {
+            print(false, &all, |all| format!("{} definitions can be used\n", all.len()))?;
+        }
+    }
+    if bad > 0 { Err(Said::Bad(bad, total)) } else { Ok(()) }
+}

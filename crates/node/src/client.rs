@@ -1,0 +1,127 @@
+//! The way of the commands to the node's API.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::body::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::client::conn::http1;
+use hyper::{Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::net::UnixStream;
+
+use crate::api::ErrorBody;
+use crate::jobs::{Job, JobState};
+
+/// How long an answer may take. Long work is a job, and is asked for again.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The longest answer, in bytes.
+const LONGEST: usize = 16 << 20;
+/// How often a job is asked for.
+const STEP: Duration = Duration::from_millis(100);
+
+/// Why a command has come to nothing.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClientError {
+    /// Nobody is there.
+    #[error("no node answers at {}: {source}; start it with `outlive node run`, or give its --socket", .path.display())]
+    Nobody { path: PathBuf, source: std::io::Error },
+    /// The answer cannot be used.
+    #[error("the node at {} cannot be asked: {why}; is it of another release?", .path.display())]
+    Broken { path: PathBuf, why: String },
+    /// The node says no.
+    #[error("{}; {}", .0.message, .0.remedy)]
+    Refused(ErrorBody),
+}
+
+/// A node's API.
+#[derive(Debug)]
+pub(crate) struct Client {
+    path: PathBuf,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Client {
+    pub(crate) fn new(path: &Path) -> Result<Self, ClientError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|source| ClientError::Nobody { path: path.to_owned(), source })?;
+        Ok(Self { path: path.to_owned(), runtime })
+    }
+
+    /// Asks for something.
+    pub(crate) fn get<T: DeserializeOwned>(&self, route: &str) -> Result<T, ClientError> {
+        self.read(self.ask("GET", route, None)?)
+    }
+
+    /// Says something.
+    pub(crate) fn send<T: DeserializeOwned>(
+        &self,
+        method: &str,
+        route: &str,
+        body: Option<(&str, String)>,
+    ) -> Result<T, ClientError> {
+        self.read(self.ask(method, route, body)?)
+    }
+
+    /// Waits for the end of a job. `tell` hears of each step.
+    pub(crate) fn follow(&self, mut job: Job, tell: impl Fn(&Job)) -> Result<Job, ClientError> {
+        let mut told = None;
+        while job.state == JobState::Running {
+            if told.as_ref() != Some(&job.progress) {
+                told = Some(job.progress.clone());
+                tell(&job);
+            }
+            std::thread::sleep(STEP);
+            job = self.get(&format!("/v1/jobs/{}", job.id))?;
+        }
+        Ok(job)
+    }
+
+    fn read<T: DeserializeOwned>(&self, value: Value) -> Result<T, ClientError> {
+        serde_json::from_value(value).map_err(|error| self.broken(error))
+    }
+
+    fn broken(&self, why: impl ToString) -> ClientError {
+        ClientError::Broken { path: self.path.clone(), why: why.to_string() }
+    }
+
+    fn ask(&self, method: &str, route: &str, body: Option<(&str, String)>) -> Result<Value, ClientError> {
+        let answer = async { tokio::time::timeout(PATIENCE, self.talk(method, route, body)).await };
+        let (status, bytes) =
+            self.runtime.block_on(answer).map_err(|_| self.broken("it does not answer"))??;
+        if status.is_success() {
+            let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
+            return serde_json::from_slice(bytes).map_err(|error| self.broken(error));
+        }
+        match serde_json::from_slice(&bytes) {
+            Ok(error) => Err(ClientError::Refused(error)),
+            Err(_) => Err(self.broken(status)),
+        }
+    }
+
+    async fn talk(
+        &self,
+        method: &str,
+        route: &str,
+        body: Option<(&str, String)>,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
+        let nobody = |source| ClientError::Nobody { path: self.path.clone(), source };
+        let stream = UnixStream::connect(&self.path).await.map_err(nobody)?;
+        let (mut ask, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|it| self.broken(it))?;
+        tokio::spawn(connection);
+        let mut request = Request::builder().method(method).uri(route).header("host", "node");
+        if let Some((kind, _)) = &body {
+            request = request.header("content-type", *kind);
+        }
+        let body = Full::new(Bytes::from(body.map(|(_, text)| text).unwrap_or_default()));
+        let request = request.body(body).map_err(|it| self.broken(it))?;
+        let answer = ask.send_request(request).await.map_err(|it| self.broken(it))?;
+        let status = answer.status();
+        let bytes =
+            Limited::new(answer.into_body(), LONGEST).collect().await.map_err(|it| self.broken(it))?;
+        Ok((status, bytes.to_bytes()))
+    }
+}

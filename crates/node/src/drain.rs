@@ -1,0 +1,183 @@
+//! Maintenance: a host gives all of its VMs away and starts none.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::error::NodeError;
+use crate::feed::Feed;
+use crate::jobs::Work;
+use crate::keeper::Order;
+use crate::node::Node;
+use crate::replace::replace;
+use crate::view::{State, View};
+
+/// How long the processes may take to end when the host stops.
+const ENDS: Duration = Duration::from_secs(170);
+
+/// Whether a host takes VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Mode {
+    /// It does.
+    Active,
+    /// It gives them away.
+    Draining,
+    /// It has given them away.
+    Drained,
+}
+
+/// The mode of this host, also after its node has ended.
+#[derive(Debug)]
+pub(crate) struct Modes {
+    file: PathBuf,
+    mode: Mutex<Mode>,
+}
+
+impl Modes {
+    /// Reads what an earlier node has kept. A drain that it did not end has ended with it.
+    pub(crate) fn open(file: PathBuf) -> Self {
+        let kept = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let mode = if kept == Some(Mode::Drained) { Mode::Drained } else { Mode::Active };
+        Self { file, mode: Mutex::new(mode) }
+    }
+
+    /// The mode.
+    pub(crate) fn get(&self) -> Mode {
+        *self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes it, durably.
+    ///
+    /// # Errors
+    /// The disk does not take it.
+    pub(crate) fn set(&self, mode: Mode, feed: &Feed) -> Result<(), NodeError> {
+        let mut now = self.mode.lock().unwrap_or_else(PoisonError::into_inner);
+        if *now == mode {
+            return Ok(());
+        }
+        replace(&self.file, &serde_json::to_vec(&mode).expect("a mode is plain data"))
+            .map_err(|error| NodeError::System("cannot keep the mode of the host".into(), error))?;
+        *now = mode;
+        let name = format!("{mode:?}").to_lowercase();
+        feed.tell("node_mode", None, format!("this host is {name}"), json!({ "mode": mode }));
+        Ok(())
+    }
+}
+
+/// Gives all VMs away. If one does not go, those that went stay where they are, and the host is active again.
+pub(crate) fn drain(node: &Node, stop: bool, wait: Duration, work: &Work) -> Result<Value, NodeError> {
+    node.modes.set(Mode::Draining, node.feed())?;
+    let drained = if stop { stop_all(node, wait, work) } else { move_all(node, wait, work) };
+    // A host that stops is active when it is back.
+    let mode = if drained.is_ok() && !stop { Mode::Drained } else { Mode::Active };
+    node.modes.set(mode, node.feed())?;
+    drained
+}
+
+/// The VMs that run here.
+fn here(node: &Node) -> Vec<View> {
+    node.list().into_iter().filter(|it| matches!(it.state, State::Running | State::Stopping)).collect()
+}
+
+fn move_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError> {
+    let began = Instant::now();
+    let all = here(node);
+    // Nothing is moved if it is known that not everything can be.
+    for vm in &all {
+        if !vm.has_standby && !vm.protected {
+            let name = &vm.name;
+            return Err(NodeError::Failed(format!(
+                "VM {name} has no standby, so it cannot leave this host, and no VM was moved: stop it first, or give \
+                 its definition listen, standby and arbiter"
+            )));
+        }
+    }
+    let mut moved = Vec::new();
+    for (number, vm) in all.iter().enumerate() {
+        let name = &vm.name;
+        work.at(number, all.len(), &format!("VM {name} moves to its standby"));
+        match move_one(node, name, wait, work) {
+            Ok(None) => {}
+            Ok(Some(took)) => moved.push(json!({ "vm": name, "took_ms": took })),
+            Err(NodeError::Cancelled) => return Err(NodeError::Cancelled),
+            Err(why) => {
+                let (count, total) = (moved.len(), all.len());
+                return Err(NodeError::Failed(format!(
+                    "VM {name} stays here, {count} of {total} VMs were moved, and this host is active again: {why}"
+                )));
+            }
+        }
+    }
+    Ok(json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved }))
+}
+
+/// Returns how long it took, or nothing if the VM has ended or gone by itself.
+fn move_one(node: &Node, name: &str, wait: Duration, work: &Work) -> Result<Option<u64>, NodeError> {
+    let runs = node.wait(name, wait, "its protection", |vm| {
+        work.goes_on()?;
+        let runs = vm.state == State::Running;
+        Ok((!runs || vm.protected).then_some(runs))
+    })?;
+    if !runs {
+        return Ok(None);
+    }
+    let done = node.hand_over(name)?;
+    // The process says that it waits, or ends, a little later.
+    node.wait(name, Duration::from_secs(30), "the end of its run here", |vm| {
+        Ok((vm.state != State::Running).then_some(()))
+    })?;
+    Ok(done["took_ms"].as_u64())
+}
+
+/// For the end of the host: what can be moved is moved, and every process ends in order. What is desired stays.
+fn stop_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError> {
+    let began = Instant::now();
+    let all: Vec<_> = node.list().into_iter().filter(|it| it.pid.is_some()).collect();
+    let (mut moved, mut stopped) = (Vec::new(), Vec::new());
+    for (number, vm) in all.iter().enumerate() {
+        let name = &vm.name;
+        work.at(number, all.len(), &format!("VM {name} leaves this host"));
+        if vm.state == State::Running && (vm.has_standby || vm.protected) {
+            match move_one(node, name, wait, work) {
+                Ok(Some(took)) => moved.push(json!({ "vm": name, "took_ms": took })),
+                Ok(None) => {}
+                Err(NodeError::Cancelled) => return Err(NodeError::Cancelled),
+                Err(why) => tracing::warn!(vm = name, "the VM is shut down and not moved: {why}"),
+            }
+        }
+    }
+    // From here on nothing can be taken back.
+    for vm in node.list() {
+        node.order(&vm.name, Order::Park)?;
+    }
+    let left = |began: Instant| ENDS.saturating_sub(began.elapsed());
+    let ends = Instant::now();
+    for vm in &all {
+        node.wait(&vm.name, left(ends), "the end of its process", |vm| Ok(vm.pid.is_none().then_some(())))?;
+        stopped.push(vm.name.clone());
+    }
+    Ok(json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved, "stopped": stopped }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maintenance_outlives_the_node_and_a_drain_does_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, feed) = (folder.path().join("mode.json"), Feed::new());
+        let open = || Modes::open(file.clone());
+        assert_eq!(open().get(), Mode::Active);
+        open().set(Mode::Draining, &feed).unwrap();
+        assert_eq!(open().get(), Mode::Active);
+        open().set(Mode::Drained, &feed).unwrap();
+        assert_eq!(open().get(), Mode::Drained);
+        open().set(Mode::Active, &feed).unwrap();
+        assert_eq!(open().get(), Mode::Active);
+    }
+}

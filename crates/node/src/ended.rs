@@ -1,0 +1,107 @@
+//! How a process ended: by its exit code, or by the last line of its events if it was not this node's child.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::ExitStatus;
+
+use serde::{Deserialize, Serialize};
+
+/// How much of a file of events is read to find its last line.
+const TAIL: i64 = 16 << 10;
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct End {
+    /// Its exit code, if it has ended by itself.
+    pub(crate) code: Option<i32>,
+    /// The signal that has killed it.
+    pub(crate) signal: Option<i32>,
+    /// What that means.
+    pub(crate) what: String,
+    /// When the node noticed.
+    pub(crate) at: String,
+}
+
+impl End {
+    /// Of a child; `events` is the file that says more.
+    pub(crate) fn of_child(status: ExitStatus, pid: u32, events: &Path) -> Self {
+        let said = last_word(events, pid).filter(|word| Some(word.code) == status.code());
+        Self::new(status.code(), status.signal(), said.map(|it| it.reason))
+    }
+
+    /// Of a process that was adopted. Without a last word nobody knows, and that counts as a fault.
+    pub(crate) fn of_adopted(pid: u32, events: &Path) -> Self {
+        let said = last_word(events, pid);
+        Self::new(said.as_ref().map(|it| it.code), None, said.map(|it| it.reason))
+    }
+
+    /// It could not even start.
+    pub(crate) fn not_started(why: String) -> Self {
+        Self::new(None, None, Some(why))
+    }
+
+    fn new(code: Option<i32>, signal: Option<i32>, reason: Option<String>) -> Self {
+        let what = match (code, signal) {
+            (Some(0), _) => "ended in order",
+            (Some(2), _) => "wrong options, or something is missing on this host; the log says what to do",
+            (Some(3), _) => "the other host won the VM",
+            (Some(_), _) => "failed",
+            (None, Some(_)) => "was killed",
+            (None, None) => "has gone without a word",
+        };
+        Self { code, signal, what: reason.unwrap_or_else(|| what.to_owned()), at: crate::view::now() }
+    }
+
+    /// The guest was shut down, or somebody asked for the end.
+    pub(crate) fn is_orderly(&self) -> bool {
+        self.code == Some(0)
+    }
+}
+
+#[derive(Deserialize)]
+struct LastWord {
+    event: String,
+    pid: u32,
+    reason: String,
+    code: i32,
+}
+
+/// The last line of the events, if it is this process's and says how it ended.
+fn last_word(events: &Path, pid: u32) -> Option<LastWord> {
+    let mut file = File::open(events).ok()?;
+    let end = file.seek(SeekFrom::End(0)).ok()? as i64;
+    file.seek(SeekFrom::End(-end.min(TAIL))).ok()?;
+    let mut tail = Vec::new();
+    file.take(TAIL as u64).read_to_end(&mut tail).ok()?;
+    let line = tail.trim_ascii_end().rsplit(|byte| *byte == b'\n').next()?;
+    let word: LastWord = serde_json::from_slice(line).ok()?;
+    (word.event == "ended" && word.pid == pid).then_some(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_of_this_very_process_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let events = folder.path().join("events");
+        let gone = End::of_adopted(7, &events);
+        assert!(!gone.is_orderly() && gone.what.contains("without a word"));
+        let ended = r#"{"event":"ended","reason":"the guest powered off","code":0,"t_us":5,"pid":7}"#;
+        let other = r#"{"event":"stats","t_us":5,"pid":8}"#;
+        std::fs::write(&events, format!("{}\n{ended}\n", "x".repeat(40_000))).unwrap();
+        let end = End::of_adopted(7, &events);
+        assert!(end.is_orderly() && end.what == "the guest powered off");
+        assert!(!End::of_adopted(8, &events).is_orderly(), "another process's word");
+        std::fs::write(&events, format!("{ended}\n{other}\n")).unwrap();
+        assert!(!End::of_adopted(8, &events).is_orderly() && !End::of_adopted(7, &events).is_orderly());
+        std::fs::write(&events, format!("{ended}\n")).unwrap();
+        let killed = End::of_child(ExitStatus::from_raw(9), 7, &events);
+        assert_eq!((killed.code, killed.signal, killed.what.as_str()), (None, Some(9), "was killed"));
+        let failed = End::of_child(ExitStatus::from_raw(3 << 8), 9, &events);
+        assert_eq!((failed.code, failed.what.as_str()), (Some(3), "the other host won the VM"));
+    }
+}

@@ -1,0 +1,45 @@
+//! The node: one service per host that owns its VMs.
+//!
+//! It reads their definitions, keeps what is desired of each, starts and restarts their processes (`outlive run`), and
+//! offers all of this at an API. It decides nothing about a VM that two hosts have: each of its processes does, with
+//! the other host and the arbiter, as it does without a node. So a node may be killed, stopped or upgraded at any time:
+//! the processes live on, and the next node adopts them.
+//!
+//! - [`definition`]: files in TOML, and what two VMs must not have in common. [`Program`]: the program whose processes
+//!   they are, and its options.
+//! - `records`: desired state and process of each VM, on disk. `process`: one process, from its start or adoption to its
+//!   end. `ended`: how it ended. `log`: its output, bounded. `asking`: what it says at the socket of `outlive status`.
+//! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
+//! - `node`: all of them; `drain`: maintenance; `jobs`: long work; `feed`: events.
+//! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API.
+//!
+//! Nothing here runs in, or is waited for by, a process that runs a guest.
+
+#![forbid(unsafe_code)]
+
+pub mod api;
+mod asking;
+pub mod cli;
+mod client;
+pub mod definition;
+mod drain;
+mod ended;
+mod error;
+mod feed;
+mod jobs;
+mod keeper;
+mod log;
+mod node;
+#[cfg(test)]
+mod node_tests;
+mod process;
+mod program;
+mod records;
+mod replace;
+#[cfg(test)]
+mod testing;
+mod view;
+
+pub use error::NodeError;
+pub use node::{Node, Places, StartError};
+pub use program::{Program, one_line};

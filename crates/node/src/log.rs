@@ -1,0 +1,86 @@
+//! The output of a VM's process: a file that the process appends to by itself, so that it needs no node, and that the
+//! node keeps short.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// Longer files are cut, in bytes.
+pub(crate) const MOST: u64 = 8 << 20;
+
+/// Opens the log for a process.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o640).open(path)
+}
+
+/// Where the older part goes.
+pub(crate) fn older(path: &Path) -> PathBuf {
+    let mut older = path.as_os_str().to_owned();
+    older.push(".1");
+    older.into()
+}
+
+/// Copies a log that is longer than `most` bytes to `.1`, and empties it. Its process goes on appending to the same
+/// file; what it writes in between is lost.
+///
+/// # Errors
+/// The operating system's. A log that cannot be copied is emptied all the same, because it must not fill the disk.
+pub(crate) fn bound(path: &Path, most: u64) -> io::Result<()> {
+    if fs::metadata(path).map_or(0, |it| it.len()) <= most {
+        return Ok(());
+    }
+    let copied = fs::copy(path, older(path));
+    OpenOptions::new().write(true).open(path)?.set_len(0)?;
+    copied.map(drop)
+}
+
+/// The last `bytes` of a log, from the start of a line. Without a file it is empty.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn tail(path: &Path, bytes: u64) -> io::Result<String> {
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(String::new()),
+        file => file?,
+    };
+    let end = file.metadata()?.len();
+    let from = end.saturating_sub(bytes);
+    file.seek(SeekFrom::Start(from))?;
+    let mut tail = Vec::new();
+    file.take(bytes).read_to_end(&mut tail)?;
+    if from > 0
+        && let Some(line) = tail.iter().position(|byte| *byte == b'\n')
+    {
+        tail.drain(..=line);
+    }
+    Ok(String::from_utf8_lossy(&tail).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_log_stays_short_while_its_process_writes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.log");
+        assert_eq!(tail(&path, 100).unwrap(), "");
+        bound(&path, 10).unwrap();
+        let mut process = open(&path).unwrap();
+        for number in 0..100 {
+            writeln!(process, "line {number}").unwrap();
+            bound(&path, 50).unwrap();
+            assert!(fs::metadata(&path).unwrap().len() <= 50);
+        }
+        let both = fs::read_to_string(older(&path)).unwrap() + &fs::read_to_string(&path).unwrap();
+        assert!(both.ends_with("line 98\nline 99\n") && both.starts_with("line "), "{both}");
+        assert!(!both.contains('\0'));
+        assert_eq!(tail(&path, 10).unwrap(), "line 99\n");
+    }
+}

@@ -1,0 +1,225 @@
+//! A whole node, with processes that run nothing.
+
+use std::time::Duration;
+
+use crate::definition::AUTOSTART;
+use crate::drain::Mode;
+use crate::error::NodeError;
+use crate::jobs::{Job, JobState};
+use crate::node::Node;
+use crate::records::Desired;
+use crate::testing::{World, wait};
+use crate::view::State;
+
+const TWO_HOSTS: &str =
+    "arbiter = 'file:/x'\nlisten = '10.0.0.1:70NN'\nstandby = ['hostb:70NN']\ndisk = ['path=/no/NN']";
+
+fn two_hosts(number: u8) -> String {
+    TWO_HOSTS.replace("NN", &format!("{number:02}"))
+}
+
+fn done(node: &Node, job: Job) -> Job {
+    loop {
+        let job = node.jobs.get(&job.id).unwrap();
+        if job.state != JobState::Running {
+            return job;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn kill(pid: u32) {
+    let pid = nix::unistd::Pid::from_raw(pid as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+/// A later node finds the process, starts no second one, and ends it when it is told to.
+#[test]
+fn a_vm_outlives_its_node() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", "memory = '1G'").unwrap();
+    assert_eq!(node.get("web").unwrap().state, State::Stopped);
+    let job = done(&node, node.begin_start("web").unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    let before = node.get("web").unwrap();
+    assert!(before.state == State::Running && before.protected && !before.adopted);
+    drop(node);
+    for _ in 0..3 {
+        let node = world.node();
+        assert!(wait(&node, "web", |it| it.state == State::Running).adopted);
+    }
+    let node = world.node();
+    let view = wait(&node, "web", |it| it.state == State::Running);
+    assert!(view.adopted && view.pid == before.pid && !view.definition_changed);
+    // Long enough for a start that must not be.
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(world.starts("web"), 1, "two processes");
+    node.define("web", "memory = '2G'").unwrap();
+    wait(&node, "web", |it| it.definition_changed);
+    assert!(matches!(node.undefine("web"), Err(NodeError::HasProcess(_))));
+    let job = done(&node, node.begin_stop("web", false, false).unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    let view = wait(&node, "web", |it| it.state == State::Stopped);
+    assert_eq!((view.pid, view.desired), (None, Desired::Stopped));
+    drop(node);
+    let node = world.node();
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(
+        (node.get("web").unwrap().state, world.starts("web")),
+        (State::Stopped, 1),
+        "it stays stopped"
+    );
+    node.undefine("web").unwrap();
+    while node.get("web").is_ok() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_fault_is_started_again_and_an_orderly_end_is_not() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", &format!("{AUTOSTART} = true\nrestart-limit = 3")).unwrap();
+    let first = wait(&node, "web", |it| it.state == State::Running);
+    kill(first.pid.unwrap());
+    let second = wait(&node, "web", |it| it.state == State::Running && it.pid != first.pid);
+    assert_eq!(second.last_end.as_ref().unwrap().signal, Some(9));
+    assert_eq!(second.failures, 1);
+    // The guest ends while there is no node, and nobody is the process's parent.
+    drop(node);
+    world.tell("web", "exit", "0");
+    while world.folder.path().join("web.exit").exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let node = world.node();
+    let view = wait(&node, "web", |it| it.state == State::Ended);
+    assert_eq!((view.desired, view.why.as_deref()), (Desired::Stopped, Some("told to")));
+    drop(node);
+    // The next one fails while there is no node, and then too often.
+    let node = world.node();
+    done(&node, node.begin_start("web").unwrap());
+    let third = node.get("web").unwrap();
+    drop(node);
+    kill(third.pid.unwrap());
+    let node = world.node();
+    wait(&node, "web", |it| it.state == State::Running && it.pid != third.pid);
+    for _ in 0..2 {
+        world.tell("web", "exit", "1");
+        while world.folder.path().join("web.exit").exists() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let view = wait(&node, "web", |it| it.state == State::Failed);
+    assert_eq!((view.failures, view.desired), (3, Desired::Running));
+    let starts = world.starts("web");
+    let job = done(&node, node.begin_start("web").unwrap());
+    assert_eq!((job.state, world.starts("web")), (JobState::Succeeded, starts + 1), "{job:?}");
+}
+
+#[test]
+fn a_process_that_no_node_has_started_is_left_alone() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", "").unwrap();
+    let socket = world.places().socket_of("web");
+    let by_hand = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let hand = std::thread::spawn(move || {
+        use std::io::Write;
+        while let Ok((mut client, _)) = by_hand.accept() {
+            let _ = client.write_all(br#"{"role":"primary","protected":true,"why":null}"#);
+            if !std::path::Path::new(&socket).exists() {
+                return;
+            }
+        }
+    });
+    let job = done(&node, node.begin_start("web").unwrap());
+    assert_eq!(job.error.unwrap().code, "foreign_process");
+    let view = wait(&node, "web", |it| it.state == State::Foreign);
+    assert_eq!((view.pid, world.starts("web")), (Some(std::process::id()), 0));
+    // The one by hand ends, and the VM is what is desired.
+    std::fs::remove_file(world.places().socket_of("web")).unwrap();
+    wait(&node, "web", |it| it.state == State::Running);
+    drop(hand);
+}
+
+/// One after another; what cannot be moved stops the drain before, or at, its turn.
+#[test]
+fn a_drain_moves_all_or_says_which_stays() {
+    let world = World::new();
+    let node = world.node();
+    for (number, vm) in [(1, "a"), (2, "b"), (3, "c")] {
+        node.define(vm, &two_hosts(number)).unwrap();
+        done(&node, node.begin_start(vm).unwrap());
+    }
+    world.tell("c", "role", "standby");
+    wait(&node, "c", |it| it.state == State::Standby);
+    assert!(matches!(node.begin_stop("c", false, false), Err(NodeError::IsStandby(_))));
+    assert!(matches!(node.begin_hand_over("c"), Err(NodeError::IsStandby(_))));
+    let drain = |wait| done(&node, node.begin_drain(false, Duration::from_secs(wait)).unwrap());
+    // A VM of one host.
+    node.define("alone", "").unwrap();
+    world.tell("alone", "bare", "");
+    done(&node, node.begin_start("alone").unwrap());
+    wait(&node, "alone", |it| it.state == State::Running && !it.protected);
+    let job = drain(1);
+    assert_eq!((job.state, node.modes.get()), (JobState::Failed, Mode::Active));
+    assert!(job.error.unwrap().message.contains("alone has no standby"));
+    assert_eq!(node.get("a").unwrap().state, State::Running, "nothing was moved");
+    done(&node, node.begin_stop("alone", false, true).unwrap());
+    // The second one is not protected in time, and then refused.
+    world.tell("b", "bare", "");
+    wait(&node, "b", |it| !it.protected);
+    let job = drain(1);
+    assert!(job.error.unwrap().message.contains("VM b stays here, 1 of 2 VMs were moved"));
+    assert_eq!((node.get("a").unwrap().state, node.modes.get()), (State::Standby, Mode::Active));
+    world.untell("b", "bare");
+    world.tell("b", "stays", "");
+    let job = drain(60);
+    assert!(job.error.unwrap().message.contains("the standby is gone"));
+    world.untell("b", "stays");
+    let job = drain(60);
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    assert_eq!(job.result.unwrap()["moved"][0]["vm"], "b");
+    assert_eq!((node.get("b").unwrap().state, node.modes.get()), (State::Standby, Mode::Drained));
+    assert!(matches!(node.begin_start("alone"), Err(NodeError::Drained)));
+    // It outlives the node.
+    drop(node);
+    let node = world.node();
+    assert!(matches!(node.begin_start("alone"), Err(NodeError::Drained)));
+    node.undrain().unwrap();
+    assert_eq!(done(&node, node.begin_start("alone").unwrap()).state, JobState::Succeeded);
+    let job = done(&node, node.begin_drain(true, Duration::from_secs(1)).unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    for vm in ["a", "b", "c", "alone"] {
+        let view = node.get(vm).unwrap();
+        assert_eq!(
+            (view.pid, view.desired),
+            (None, Desired::Running),
+            "{vm} is to run when the host is back"
+        );
+    }
+}
+
+#[test]
+fn two_nodes_do_not_share_a_host_and_definitions_are_read_when_they_change() {
+    let world = World::new();
+    let node = world.node();
+    let again = Node::start("hosta", world.places(), crate::testing::program());
+    assert!(again.unwrap_err().to_string().contains("another node"));
+    let file = |vm: &str| world.places().definitions.join(format!("{vm}.toml"));
+    std::fs::write(file("b"), "net = 'tap=t0'").unwrap();
+    while node.get("b").is_err() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let why = node.define("a", "net = 'tap=t0'").unwrap_err().to_string();
+    assert!(why.contains("is b's, too") && !file("a").exists(), "{why}");
+    std::fs::write(file("b"), "net = 1.5.5").unwrap();
+    let view = wait(&node, "b", |it| it.state == State::Misdefined);
+    assert!(view.definition_error.unwrap().contains("b.toml: line 1"));
+    assert!(matches!(node.begin_start("b"), Err(NodeError::NoDefinition(..))));
+    std::fs::remove_file(file("b")).unwrap();
+    while node.get("b").is_ok() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

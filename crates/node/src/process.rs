@@ -1,0 +1,200 @@
+//! One process of a VM: started, or found alive by a later node.
+//!
+//! Its standard input is a file that is locked. The lock is the process's from its very start, and ends with it, so a
+//! node that comes later knows for certain whether the VM has a process: there is no time between the start and the
+//! lock, and no number that another process might have by now.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// What a service manager tells the node, and is not meant for its children.
+const OF_NODE: [&str; 6] =
+    ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
+
+/// A process of a VM.
+#[derive(Debug)]
+pub(crate) enum Process {
+    /// A child of this node.
+    Child(Child),
+    /// It lives, and is nobody's child.
+    Adopted {
+        /// What only a living process has locked.
+        lock: PathBuf,
+        /// Its number, once it is known.
+        pid: Option<u32>,
+    },
+}
+
+/// Whether a process has ended.
+#[derive(Debug)]
+pub(crate) enum Life {
+    /// Not yet.
+    Lives,
+    /// A child has.
+    Ended(ExitStatus),
+    /// One that was adopted has.
+    Gone,
+}
+
+impl Process {
+    /// Starts a process. `None`: an earlier one has not let go of the lock yet.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn start(
+        program: &Path,
+        arguments: &[String],
+        lock: &Path,
+        log: File,
+    ) -> io::Result<Option<Self>> {
+        let Some(locked) = take(lock)? else { return Ok(None) };
+        let mut command = Command::new(program);
+        command.arg("run").args(arguments).stdin(Stdio::from(locked));
+        command.stdout(log.try_clone()?).stderr(log);
+        for name in OF_NODE {
+            command.env_remove(name);
+        }
+        // What is meant for the node's terminal does not reach the VM.
+        Ok(Some(Self::Child(command.process_group(0).current_dir("/").spawn()?)))
+    }
+
+    /// Finds the process that has the lock, if there is one.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn find(lock: &Path, pid: Option<u32>) -> io::Result<Option<Self>> {
+        Ok(match take(lock)? {
+            Some(_free) => None,
+            None => Some(Self::Adopted { lock: lock.to_owned(), pid }),
+        })
+    }
+
+    /// Its number, if it is known.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        match self {
+            Self::Child(child) => Some(child.id()),
+            Self::Adopted { pid, .. } => *pid,
+        }
+    }
+
+    /// Whether an earlier node has started it.
+    pub(crate) fn is_adopted(&self) -> bool {
+        matches!(self, Self::Adopted { .. })
+    }
+
+    /// Its number has become known.
+    pub(crate) fn is_known_as(&mut self, number: u32) {
+        if let Self::Adopted { pid, .. } = self {
+            *pid = Some(number);
+        }
+    }
+
+    /// Whether it has ended. Never waits.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn life(&mut self) -> io::Result<Life> {
+        Ok(match self {
+            Self::Child(child) => child.try_wait()?.map_or(Life::Lives, Life::Ended),
+            Self::Adopted { lock, .. } => match take(lock)? {
+                Some(_free) => Life::Gone,
+                None => Life::Lives,
+            },
+        })
+    }
+
+    /// Sends SIGTERM, which presses the guest's power button or ends a standby.
+    ///
+    /// # Errors
+    /// The operating system's; also if the number of an adopted process is not known yet.
+    pub(crate) fn terminate(&mut self) -> io::Result<()> {
+        let pid = self.pid().and_then(|it| Pid::from_raw(it as i32)).ok_or(io::ErrorKind::NotFound)?;
+        // A descriptor is of one process for ever. If that lives after it was made, it is the right one.
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        if !matches!(self.life()?, Life::Lives) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(pidfd_send_signal(process, Signal::TERM)?)
+    }
+}
+
+/// Takes the lock. `None`: a process has it.
+fn take(lock: &Path) -> io::Result<Option<File>> {
+    // The file is never removed, or two could have a lock each.
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(lock)?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn wait(process: &mut Process) -> Life {
+        loop {
+            match process.life().unwrap() {
+                Life::Lives => std::thread::sleep(Duration::from_millis(5)),
+                end => return end,
+            }
+        }
+    }
+
+    /// `sh run -c ...`: it runs the file `run` in `/`, so the arguments of a test are a script's.
+    fn script(folder: &Path, text: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = folder.join("program");
+        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_lock_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (lock, log) = (folder.path().join("lock"), folder.path().join("log"));
+        let program = script(
+            folder.path(),
+            "echo \"$@\" \"$NOTIFY_SOCKET\"; trap 'exit 7' TERM; while :; do sleep 0.01; done",
+        );
+        assert!(Process::find(&lock, None).unwrap().is_none());
+        let start =
+            || Process::start(&program, &["--name=a b".into()], &lock, crate::log::open(&log).unwrap());
+        let mut child = start().unwrap().unwrap();
+        assert!(start().unwrap().is_none(), "two processes");
+        let mut found = Process::find(&lock, None).unwrap().expect("it lives");
+        assert!(found.is_adopted() && matches!(found.life().unwrap(), Life::Lives));
+        assert!(found.terminate().is_err(), "nobody knows its number");
+        found.is_known_as(child.pid().unwrap());
+        while std::fs::read_to_string(&log).unwrap().is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(std::fs::read_to_string(&log).unwrap().trim(), "run --name=a b");
+        // The shell may not have heard the first one yet.
+        while found.terminate().is_ok() && matches!(child.life().unwrap(), Life::Lives) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(
+            matches!(wait(&mut child), Life::Ended(status) if status.code() == Some(7) || status.signal() == Some(15))
+        );
+        assert!(matches!(wait(&mut found), Life::Gone));
+        assert!(found.terminate().is_err());
+        assert!(
+            start()
+                .unwrap()
+                .is_some_and(|mut it| it.terminate().is_ok() && matches!(wait(&mut it), Life::Ended(_)))
+        );
+    }
+}

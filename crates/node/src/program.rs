@@ -1,0 +1,105 @@
+//! The program whose processes the node starts, and the options that it has.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Command};
+
+/// `outlive`: where it is, and its command `run`.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The executable.
+    pub path: PathBuf,
+    /// `outlive run`, as the program itself reads it. So a definition can have every option that the program has, and
+    /// its values are checked by what will read them.
+    run: Command,
+}
+
+/// How an option is written in a definition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// `true` or `false`.
+    Flag,
+    /// One value.
+    Value,
+    /// A list of values.
+    List,
+}
+
+impl Program {
+    /// Describes a program.
+    pub fn new(path: PathBuf, run: Command) -> Self {
+        // Groups and what requires what are worked out here, once.
+        let mut run = run.no_binary_name(true).disable_help_flag(true).disable_version_flag(true);
+        run.build();
+        Self { path, run }
+    }
+
+    /// What kind of option this is; `None` if there is none of this name that people are told of.
+    pub(crate) fn kind(&self, key: &str) -> Option<Kind> {
+        let option = self.run.get_arguments().find(|it| it.get_long() == Some(key) && !it.is_hide_set())?;
+        match option.get_action() {
+            ArgAction::SetTrue => Some(Kind::Flag),
+            ArgAction::Append => Some(Kind::List),
+            ArgAction::Set => Some(Kind::Value),
+            _ => None,
+        }
+    }
+
+    /// The option that was meant, where one is alike.
+    pub(crate) fn similar(&self, key: &str) -> Option<String> {
+        use clap::error::{ContextKind, ContextValue};
+        let error = self.run.clone().try_get_matches_from([format!("--{key}")]).err()?;
+        match error.get(ContextKind::SuggestedArg)? {
+            ContextValue::String(it) => Some(it.trim_start_matches('-').to_owned()),
+            _ => None,
+        }
+    }
+
+    /// Reads arguments as the program will.
+    ///
+    /// # Errors
+    /// What it would say, in one line.
+    pub(crate) fn check(&self, arguments: &[String]) -> Result<(), String> {
+        match self.run.clone().try_get_matches_from(arguments) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(one_line(&error)),
+        }
+    }
+}
+
+/// What is wrong with a command line, with clap's hints but without the summary of all options.
+pub fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("Usage:"));
+    let lines: Vec<&str> = lines.take_while(|line| !line.starts_with("For more information")).collect();
+    let said = lines.join(" ");
+    said.strip_prefix("error: ").unwrap_or(&said).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn options_are_those_of_the_program() {
+        let program = testing::program();
+        assert_eq!(program.kind("memory"), Some(Kind::Value));
+        assert_eq!(program.kind("disk"), Some(Kind::List));
+        assert_eq!(program.kind("insecure"), Some(Kind::Flag));
+        assert_eq!(program.kind("exit-with-stdin"), None, "nobody is told of it");
+        assert_eq!((program.kind("help"), program.kind("nothing")), (None, None));
+        assert_eq!(program.similar("memry").as_deref(), Some("memory"));
+        assert_eq!(program.similar("q"), None);
+    }
+
+    #[test]
+    fn values_are_read_as_the_program_reads_them() {
+        let program = testing::program();
+        program.check(&["--memory=64M".into(), "--vcpus=2".into()]).unwrap();
+        let why = program.check(&["--vcpus=many".into()]).unwrap_err();
+        assert!(why.contains("'many'") && why.contains("--vcpus") && !why.contains('\n'), "{why}");
+        let why = program.check(&["--or-standby".into()]).unwrap_err();
+        assert!(why.contains("--listen"), "{why}");
+    }
+}

@@ -1,0 +1,89 @@
+//! What is known of a VM, as the API tells it.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::ended::End;
+use crate::records::Desired;
+
+/// What a VM's process does, or why there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum State {
+    /// The VM runs here.
+    Running,
+    /// This host is the VM's standby, or waits to become it.
+    Standby,
+    /// The process is there and has not said anything yet.
+    Starting,
+    /// It was told to end.
+    Stopping,
+    /// An operator has stopped it, or nobody has started it.
+    Stopped,
+    /// The guest has ended by itself.
+    Ended,
+    /// It failed, and is started again soon.
+    Waiting,
+    /// It failed too often.
+    Failed,
+    /// Its definition cannot be used.
+    Misdefined,
+    /// Somebody else has started it.
+    Foreign,
+}
+
+impl State {
+    /// For people.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Standby => "standby",
+            Self::Starting => "starting",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Ended => "ended",
+            Self::Waiting => "waiting",
+            Self::Failed => "failed",
+            Self::Misdefined => "misdefined",
+            Self::Foreign => "foreign",
+        }
+    }
+}
+
+/// A VM on this host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct View {
+    /// Its name.
+    pub(crate) name: String,
+    /// What it does.
+    pub(crate) state: State,
+    /// What the operator wants.
+    pub(crate) desired: Desired,
+    /// Whether a standby has all of it; here, or this host itself.
+    pub(crate) protected: bool,
+    /// Whether its definition gives it a second host.
+    pub(crate) has_standby: bool,
+    /// Why not, or why it is in this state.
+    pub(crate) why: Option<String>,
+    /// Since when it is in this state: RFC 3339, UTC.
+    pub(crate) since: String,
+    /// Its process.
+    pub(crate) pid: Option<u32>,
+    /// This node has found the process and not started it.
+    pub(crate) adopted: bool,
+    /// How often in a row the process has failed.
+    pub(crate) failures: u32,
+    /// How the last process ended.
+    pub(crate) last_end: Option<End>,
+    /// The process was started with another definition; the new one counts from its next start.
+    pub(crate) definition_changed: bool,
+    /// What is wrong with the definition.
+    pub(crate) definition_error: Option<String>,
+    /// What the process says: the object of `outlive status --json`.
+    pub(crate) status: Option<Value>,
+}
+
+/// The time of day, as the API has it.
+pub(crate) fn now() -> String {
+    humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string()
+}
