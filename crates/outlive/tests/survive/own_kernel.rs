@@ -26,7 +26,9 @@ fn disk_with(world: &World, name: &str, kernel: &[u8]) -> Option<PathBuf> {
     fs::create_dir_all(tree.join("boot/grub")).unwrap();
     fs::write(tree.join("boot/kernel"), kernel).unwrap();
     fs::write(tree.join("boot/text"), "no kernel").unwrap();
-    fs::write(tree.join("boot/grub/grub.cfg"), MENU).unwrap();
+    // As long as nobody changes it, this is carried out never.
+    let bomb = format!("while false; do\nmenuentry x {} {{ true\n }}\ndone\n", r#""" "#.repeat(20_000));
+    fs::write(tree.join("boot/grub/grub.cfg"), format!("{MENU}{bomb}")).unwrap();
     File::create(&image).unwrap().set_len(SIZE).unwrap();
     let mke2fs = ["/usr/sbin/mke2fs", "/sbin/mke2fs"].into_iter().find(|path| Path::new(path).is_file());
     let Some(mke2fs) = mke2fs else {
@@ -145,4 +147,45 @@ fn a_guest_whose_disk_has_no_kernel_any_more_runs_again_with_its_last_one() {
     wait_until("its last kernel once more", || count(&mut vm, last) >= before + 2);
     runs(&mut vm);
     vm.kill();
+}
+
+/// The most memory that a process has had, in bytes.
+fn peak(process: &Process) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// A guest whose disk says without end what would be in a menu gets its last kernel, on each of its hosts, and they keep
+/// their memory.
+#[test]
+fn a_script_without_end_costs_a_protected_guest_its_new_kernel_and_nothing_else() {
+    let Some(world) = World::new() else { return };
+    let (Some(image), Some(other)) = (disk(&world, "a"), disk(&world, "b")) else { return };
+    let (here, there) = (format!("path={}", image.display()), format!("path={},overwrite", other.display()));
+    let (a, b) = (Side::A.addr().to_string(), Side::B.addr().to_string());
+    let options = ["--disk", &there, "--standby", &a, "--audit", "off"];
+    let mut standby = world.standby_with(Side::B, &options);
+    let options =
+        ["--boot", "disk", "--append", "panic=7", "--disk", &here, "--standby", &b, "--audit", "off"];
+    let mut active = world.run_with(Side::A, &options);
+    active.wait_protected();
+    wait_booted(&mut active, "first", FIRST, 1);
+    let last = |event: &Event| matches!(event, Event::BootsLastKernel { .. });
+    let before = peak(&active);
+    change(&image, b"while false; do", b"while true;  do");
+    change(&other, b"while false; do", b"while true;  do");
+    wait_until("its last kernel, twice", || count(&mut active, last) >= 2);
+    assert!(active.log().contains("would need more memory or work than any"), "{}", active.log());
+    // It was some gigabytes.
+    let grown = peak(&active).saturating_sub(before);
+    assert!(grown < 512 << 20, "{grown} bytes for a script");
+    assert!(!active.ended() && !standby.ended(), "{}", active.log());
+    active.kill();
+    standby.wait_takeover();
+    wait_until("its last kernel at the other host", || count(&mut standby, last) >= 1);
+    // The disk is as good as it was before.
+    change(&other, b"while true;  do", b"while false; do");
+    wait_booted(&mut standby, "first", FIRST, 1);
+    standby.kill();
 }

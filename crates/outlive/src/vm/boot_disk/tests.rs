@@ -83,7 +83,8 @@ fn a_reader_that_ends_leaves_a_thinking_thread_without_the_image() {
     let path = directory.path().join("image");
     File::create(&path).unwrap().write_all(&[0; 65536]).unwrap();
     let disk = ImageDisk::new(Arc::new(Image::open(&path, false, false, None).unwrap()), || true);
-    let reader = BootReader { lent: disk.lent.clone(), ..BootReader::default() };
+    let mut reader = BootReader::default();
+    reader.lent = disk.lent.clone();
     let mut sector = [0; 512];
     outlive_bootdisk::Disk::read_at(&disk, &mut sector, 0).unwrap();
     drop(reader);
