@@ -110,7 +110,7 @@ fn every_step_asks_whether_anybody_waits() {
 fn an_item_keeps_some_arguments_and_texts_of_the_disk_are_short_for_people() {
     let words = "a ".repeat(1000);
     let kernel = KERNEL.trim();
-    let text = format!("menuentry '{}' {words} {{\n{kernel} y=${64} z=${65}\n}}\n", "t".repeat(5000));
+    let text = format!("menuentry '{}' {words} {{\n{kernel} y=${{64}} z=${{65}}\n}}\n", "t".repeat(5000));
     let Some(fs) = with_script(&text) else { return };
     let boot = boot(fs).unwrap();
     assert_eq!(boot.command_line, "y=a z=");
