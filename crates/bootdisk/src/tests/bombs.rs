@@ -100,7 +100,7 @@ fn every_step_asks_whether_anybody_waits() {
     for (what, text) in scripts() {
         let Some(fs) = file_system(&tree(&text), &["-t", "ext4"]) else { return };
         // More questions than reading asks.
-        let disk = Unwanted { bytes: fs, left: Cell::new(200_000) };
+        let disk = Unwanted { bytes: fs, left: Cell::new(100_000) };
         let error = read(Box::new(disk), &endless).unwrap_err();
         assert!(matches!(error, ReadError::Unwanted), "{what}: {error}");
     }
