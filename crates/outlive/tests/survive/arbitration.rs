@@ -109,6 +109,43 @@ fn a_primary_says_that_its_standby_has_lost_the_arbiter() {
     witnesses.finish(&world);
 }
 
+/// Only the primary has lost its way to the arbiter: its standby would take over, and the VM would not go on without
+/// that standby. Both hosts say so.
+#[test]
+fn a_standby_knows_that_its_primary_has_lost_the_arbiter() {
+    let Some(world) = World::new() else { return };
+    let (way, there) = (world.dir().join("way-of-a"), Side::A.addr().to_string());
+    let open = || std::os::unix::fs::symlink(world.arbiter(), &way).unwrap();
+    open();
+    let mut standby = world.standby_with(Side::B, &["--standby", &there]);
+    let mut active = world.run_with(Side::A, &["--arbiter", &format!("file:{}", way.display())]);
+    active.wait_protected();
+    let survived = |host: &Process| {
+        let told = status(host.socket());
+        [told.loss_of_this_host.survived, told.loss_of_other_host.survived]
+    };
+    wait_until("survivable losses", || {
+        survived(&active) == [true, true] && survived(&standby) == [true, true]
+    });
+
+    fs::remove_file(&way).unwrap();
+    active.wait_for("without its arbiter", |e| matches!(e, Event::ArbiterLost { .. }));
+    wait_until("what each loss means", || {
+        survived(&active) == [true, false] && survived(&standby) == [false, true]
+    });
+    let told = status(standby.socket()).to_string();
+    assert!(told.contains("the arbiter has not been reached there since "), "{told}");
+
+    open();
+    active.wait_for("with its arbiter again", |e| matches!(e, Event::ArbiterBack { .. }));
+    wait_until("survivable losses", || {
+        survived(&active) == [true, true] && survived(&standby) == [true, true]
+    });
+    active.kill();
+    assert_eq!(standby.wait_takeover(), 2);
+    standby.kill();
+}
+
 #[test]
 fn with_the_link_cut_and_no_arbiter_nobody_goes_on() {
     let Some(world) = World::new() else { return };
