@@ -114,11 +114,12 @@ fn a_primary_says_that_its_standby_has_lost_the_arbiter() {
 #[test]
 fn a_standby_knows_that_its_primary_has_lost_the_arbiter() {
     let Some(world) = World::new() else { return };
-    let (way, there) = (world.dir().join("way-of-a"), Side::A.addr().to_string());
+    let (way, there) = (world.dir().join("way-of-a"), Side::B.addr().to_string());
     let open = || std::os::unix::fs::symlink(world.arbiter(), &way).unwrap();
     open();
-    let mut standby = world.standby_with(Side::B, &["--standby", &there]);
-    let mut active = world.run_with(Side::A, &["--arbiter", &format!("file:{}", way.display())]);
+    let mut standby = world.standby(Side::B);
+    let place = format!("file:{}", way.display());
+    let mut active = world.run_with(Side::A, &["--standby", &there, "--arbiter", &place]);
     active.wait_protected();
     let survived = |host: &Process| {
         let told = status(host.socket());
