@@ -45,6 +45,18 @@ impl Server {
 
     fn signal(&self, signal: nix::sys::signal::Signal) {
         kill(Pid::from_raw(self.0.id() as i32), signal).unwrap();
+        if signal == SIGSTOP {
+            // One thread hears of it, and the others run until that one has had its turn.
+            wait_until("a process that stands still", || self.stands_still());
+        }
+    }
+
+    fn stands_still(&self) -> bool {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
+        tasks.flatten().all(|task| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
+        })
     }
 }
 
