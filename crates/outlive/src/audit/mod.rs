@@ -18,6 +18,8 @@
 mod auditor;
 mod chunks;
 #[cfg(test)]
+mod disk_game;
+#[cfg(test)]
 mod disk_tests;
 mod disks;
 mod pace;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::run::{self, FAULT_NAMES, Faults, Strikes};
-use super::world::Stats;
+use super::stats::Stats;
 use super::{from_environment, search};
 use crate::planted::Bug;
 

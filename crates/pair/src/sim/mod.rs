@@ -19,6 +19,7 @@ mod ports;
 mod primary;
 mod run;
 mod standby;
+mod stats;
 mod truth;
 mod valve;
 mod world;
@@ -30,7 +31,7 @@ use std::time::Duration;
 use crate::Timing;
 use crate::planted::Bug;
 use run::Faults;
-use world::Stats;
+use stats::Stats;
 
 /// Much longer than a base takes.
 const HANDBACK: Duration = Duration::from_millis(200);

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use super::hosts::Process;
 use super::ports::PortFault;
+use super::stats::Stats;
 use super::truth::Life;
-use super::world::{Base, Happening, Msg, Stats, World};
+use super::world::{Base, Happening, Msg, World};
 use crate::planted::Bug;
 use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
 
