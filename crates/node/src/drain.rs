@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use crate::error::NodeError;
 use crate::feed::Feed;
+use crate::files::replace;
 use crate::jobs::Work;
 use crate::keeper::Order;
 use crate::node::Node;
-use crate::replace::replace;
 use crate::view::{State, View};
 
 /// How long the processes may take to end when the host stops.

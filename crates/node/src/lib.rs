@@ -10,7 +10,7 @@
 //! - `records`: desired state and process of each VM, on disk. `process`: one process, from its start or adoption to its
 //!   end. `ended`: how it ended. `log`: its output, bounded. `asking`: what it says at the socket of `outlive status`.
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
-//! - `node`: all of them; `drain`: maintenance; `jobs`: long work; `feed`: events.
+//! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
 //! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API.
 //!
 //! Nothing here runs in, or is waited for by, a process that runs a guest.
@@ -26,6 +26,7 @@ mod drain;
 mod ended;
 mod error;
 mod feed;
+mod files;
 mod jobs;
 mod keeper;
 mod log;
@@ -35,7 +36,6 @@ mod node_tests;
 mod process;
 mod program;
 mod records;
-mod replace;
 #[cfg(test)]
 mod testing;
 mod view;

@@ -4,14 +4,15 @@
 //! node that comes later knows for certain whether the VM has a process: there is no time between the start and the
 //! lock, and no number that another process might have by now.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::files;
 
 /// What a service manager tells the node, and is not meant for its children.
 const OF_NODE: [&str; 6] =
@@ -53,7 +54,7 @@ impl Process {
         lock: &Path,
         log: File,
     ) -> io::Result<Option<Self>> {
-        let Some(locked) = take(lock)? else { return Ok(None) };
+        let Some(locked) = files::lock(lock)? else { return Ok(None) };
         let mut command = Command::new(program);
         command.arg("run").args(arguments).stdin(Stdio::from(locked));
         command.stdout(log.try_clone()?).stderr(log);
@@ -69,7 +70,7 @@ impl Process {
     /// # Errors
     /// The operating system's.
     pub(crate) fn find(lock: &Path, pid: Option<u32>) -> io::Result<Option<Self>> {
-        Ok(match take(lock)? {
+        Ok(match files::lock(lock)? {
             Some(_free) => None,
             None => Some(Self::Adopted { lock: lock.to_owned(), pid }),
         })
@@ -102,7 +103,7 @@ impl Process {
     pub(crate) fn life(&mut self) -> io::Result<Life> {
         Ok(match self {
             Self::Child(child) => child.try_wait()?.map_or(Life::Lives, Life::Ended),
-            Self::Adopted { lock, .. } => match take(lock)? {
+            Self::Adopted { lock, .. } => match files::lock(lock)? {
                 Some(_free) => Life::Gone,
                 None => Life::Lives,
             },
@@ -121,18 +122,6 @@ impl Process {
             return Err(io::ErrorKind::NotFound.into());
         }
         Ok(pidfd_send_signal(process, Signal::TERM)?)
-    }
-}
-
-/// Takes the lock. `None`: a process has it.
-fn take(lock: &Path) -> io::Result<Option<File>> {
-    // The file is never removed, or two could have a lock each.
-    let file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(lock)?;
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::replace::replace;
+use crate::files::replace;
 
 /// The longest record, in bytes. The arguments of a process are in it.
 const LONGEST: u64 = 256 << 10;

@@ -10,8 +10,10 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -19,8 +21,9 @@ use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::{Group, chown};
+use nix::unistd::{Gid, Group, chown};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, oneshot};
@@ -96,12 +99,11 @@ pub fn serve(node: &Arc<Node>, path: &Path, group: Option<&str>) -> Result<Serve
     let refused = |source| ServeError::Socket { path: path.to_owned(), source };
     clear(path)?;
     if let Some(folder) = path.parent() {
-        crate::keeper::make_folder(folder).map_err(refused)?;
+        crate::files::make_folder(folder).map_err(refused)?;
     }
     let listener = bind(path).map_err(refused)?;
-    if group.is_some() {
-        chown(path, None, group).map_err(|error| refused(error.into()))?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).map_err(refused)?;
+    if let Some(group) = group {
+        give_to(group, path).map_err(refused)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .max_blocking_threads(4)
@@ -131,6 +133,23 @@ fn bind(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     socket.listen(128)?;
     socket.set_nonblocking(true)?;
     Ok(std::os::fd::OwnedFd::from(socket).into())
+}
+
+/// Lets a group connect. Somebody may have put a link in the place of the socket since it was made: what is opened here is
+/// looked at, and is what is changed.
+fn give_to(group: Gid, path: &Path) -> io::Result<()> {
+    let there =
+        File::options().read(true).custom_flags((OFlag::O_PATH | OFlag::O_NOFOLLOW).bits()).open(path)?;
+    if !there.metadata()?.file_type().is_socket() {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "somebody else has put something in its place",
+        ));
+    }
+    // A descriptor that only names a file changes it by this way alone.
+    let named = format!("/proc/self/fd/{}", there.as_raw_fd());
+    chown(named.as_str(), None, Some(group))?;
+    std::fs::set_permissions(&named, std::fs::Permissions::from_mode(0o660))
 }
 
 /// Removes the socket of a node that has ended.

@@ -347,3 +347,24 @@ fn clients_that_only_stay_leave_room_and_the_socket_is_private() {
     api.server = None;
     assert!(!api.path().exists());
 }
+
+/// Somebody else may write to the directory, and is quick.
+#[test]
+fn only_the_socket_itself_is_given_to_a_group() {
+    let folder = tempfile::tempdir().unwrap();
+    let (secret, link) = (folder.path().join("secret"), folder.path().join("link"));
+    std::fs::write(&secret, "x").unwrap();
+    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600)).unwrap();
+    std::os::unix::fs::symlink(&secret, &link).unwrap();
+    let own = nix::unistd::getgid();
+    for place in [&secret, &link] {
+        give_to(own, place).unwrap_err();
+    }
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&secret), 0o600);
+    let socket = folder.path().join("socket");
+    let _listener = bind(&socket).unwrap();
+    assert_eq!(mode(&socket), 0o600);
+    give_to(own, &socket).unwrap();
+    assert_eq!(mode(&socket), 0o660);
+}

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::{Definition, DefinitionError, Fault, conflict};
+use crate::files::replace;
 use crate::program::Program;
-use crate::replace::replace;
 
 /// How the names of definitions end.
 pub const ENDING: &str = "toml";

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use std::{fs, io, thread};
+use std::{io, thread};
 
 use serde_json::json;
 
@@ -25,6 +25,8 @@ use crate::view::{State, View, now};
 
 /// How often the thread looks.
 const EVERY: Duration = Duration::from_millis(200);
+/// How many looks pass between two questions to a process that has answered: one a second.
+const ASK_EVERY: u32 = 5;
 /// How many looks pass between two looks at the log's length.
 const LOG_EVERY: u32 = 25;
 /// How large the events that nobody has asked for may become: two files of this size.
@@ -315,6 +317,9 @@ impl Keeper {
         {
             tracing::warn!(vm = self.name, %error, "its log cannot be kept short");
         }
+        if self.told.is_some() && !self.looks.is_multiple_of(ASK_EVERY) {
+            return;
+        }
         let told = ask(&self.socket()).ok();
         if let (Some(told), Some(process)) = (&told, &mut self.process)
             && process.pid().is_none()
@@ -483,13 +488,4 @@ impl Keeper {
             });
         given.map_or_else(|| self.own_events(), PathBuf::from)
     }
-}
-
-/// Makes a directory for the node, unless it is there.
-///
-/// # Errors
-/// The operating system's.
-pub(crate) fn make_folder(path: &std::path::Path) -> io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
 }

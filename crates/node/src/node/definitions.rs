@@ -1,0 +1,151 @@
+//! The definitions of a node: read, changed, and kept by threads.
+
+use std::io;
+use std::sync::{MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::Node;
+use crate::definition::{self, conflict, is_name};
+use crate::error::NodeError;
+use crate::keeper::{Kept, Order, Source};
+use crate::records::Desired;
+use crate::view::{State, View};
+
+/// How often the definitions are looked at.
+const LOOKS: Duration = Duration::from_secs(1);
+/// The most VMs that a host may have.
+const MOST: usize = 1000;
+
+impl Node {
+    /// Takes a definition, new or changed. A process that runs keeps what it was started with.
+    ///
+    /// # Errors
+    /// See [`NodeError`]; then nothing has changed.
+    pub(crate) fn define(&self, name: &str, text: &str) -> Result<View, NodeError> {
+        if !is_name(name) {
+            return Err(NodeError::BadName(name.to_owned()));
+        }
+        if text.len() > definition::LONGEST {
+            return Err(NodeError::BadRequest(format!(
+                "a definition has at most {} bytes",
+                definition::LONGEST
+            )));
+        }
+        let definition = self.folder.parse(name, text, &self.shared.program)?;
+        // Two that are defined at a time see each other.
+        let _one = self.defining();
+        let others = self.folder.read(&self.shared.program).map_err(|error| self.no_folder(error))?;
+        if let Some(conflict) = conflict(&definition, others.values().flatten()) {
+            return Err(conflict.into());
+        }
+        if !self.has_room_for(name) {
+            return Err(NodeError::BadRequest(format!("a host has at most {MOST} VMs")));
+        }
+        self.folder.write(name, text).map_err(|error| self.no_folder(error))?;
+        self.keep(name, Some(Ok(definition)));
+        self.feed().tell("vm_defined", Some(name), "the VM is defined".into(), json!({}));
+        self.get(name)
+    }
+
+    /// Removes a definition.
+    ///
+    /// # Errors
+    /// See [`NodeError`]; then nothing has changed.
+    pub(crate) fn undefine(&self, name: &str) -> Result<(), NodeError> {
+        let _one = self.defining();
+        let view = self.get(name)?;
+        if view.pid.is_some() || view.desired == Desired::Running && view.state != State::Misdefined {
+            return Err(NodeError::HasProcess(name.to_owned()));
+        }
+        self.folder.remove(name).map_err(|error| self.no_folder(error))?;
+        if let Some(vm) = self.vms().get(name) {
+            vm.tell(Order::Undefine { forget: true });
+        }
+        self.feed().tell("vm_undefined", Some(name), "the VM's definition is removed".into(), json!({}));
+        Ok(())
+    }
+
+    fn no_folder(&self, error: io::Error) -> NodeError {
+        NodeError::System(format!("cannot use {}", self.shared.places.definitions.display()), error)
+    }
+
+    /// Processes whose definition has gone are kept, too, until they end.
+    pub(super) fn adopt_undefined(&self) {
+        let _one = self.defining();
+        for name in self.shared.records.names().unwrap_or_default() {
+            if !self.vms().contains_key(&name) {
+                self.keep(&name, None);
+            }
+        }
+    }
+
+    pub(super) fn read_definitions(&self) {
+        let _one = self.defining();
+        let read = match self.folder.read(&self.shared.program) {
+            Ok(read) => read,
+            Err(error) => {
+                tracing::error!(%error, "the definitions cannot be read; those that are known count");
+                return;
+            }
+        };
+        self.forget_ended();
+        for (_, vm) in self.vms().iter().filter(|(name, _)| !read.contains_key(*name)) {
+            vm.tell(Order::Undefine { forget: false });
+        }
+        for (name, read) in read {
+            if let Err(why) = &read
+                && !is_name(&name)
+            {
+                tracing::error!("{why}");
+            } else if self.has_room_for(&name) {
+                self.keep(&name, Some(read));
+            } else {
+                tracing::error!(vm = name, "a host has at most {MOST} VMs: this one is left out");
+            }
+        }
+    }
+
+    /// Only who is [`defining`](Self::defining) may call it: a new keeper looks at the disk, and nobody waits for that who
+    /// only wants to know.
+    fn keep(&self, name: &str, source: Source) {
+        if let (Some(vm), Some(read)) = (self.vms().get(name).filter(|it| !it.is_over()), &source) {
+            vm.tell(Order::Define(Box::new(read.clone())));
+            return;
+        }
+        match Kept::start(name, source, self.shared.clone()) {
+            Ok(kept) => drop(self.vms().insert(name.to_owned(), kept)),
+            Err(error) => tracing::error!(vm = name, %error, "the VM is not kept: there is no thread for it"),
+        }
+    }
+
+    fn has_room_for(&self, name: &str) -> bool {
+        let vms = self.vms();
+        vms.contains_key(name) || vms.len() < MOST
+    }
+
+    fn forget_ended(&self) {
+        self.vms().retain(|_, vm| !vm.is_over());
+    }
+
+    /// Who has it changes which VMs there are, one at a time, and may wait for the disk meanwhile.
+    fn defining(&self) -> MutexGuard<'_, ()> {
+        self.defining.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads the definitions again when one of them has changed.
+pub(super) fn watch(node: &Weak<Node>, mut seen: Option<definition::Seen>) {
+    loop {
+        thread::sleep(LOOKS);
+        let Some(node) = node.upgrade() else { return };
+        let now = node.folder.seen().ok();
+        if now != seen && now.is_some() {
+            node.read_definitions();
+            seen = now;
+        }
+        node.forget_ended();
+    }
+}

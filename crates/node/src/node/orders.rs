@@ -1,0 +1,195 @@
+//! What an operator has done with a VM, or with all of them: each is a job.
+
+use std::io;
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::{Node, NodeView};
+use crate::drain::{self, Mode};
+use crate::error::NodeError;
+use crate::jobs::{Job, Kind, Work};
+use crate::keeper::Order;
+use crate::view::State;
+
+/// How long a process may take until it says something. It may wait for its arbiter before that, and say so.
+const STARTS: Duration = Duration::from_secs(60);
+/// How long the end of a VM may take: as long as a guest may be given (`--stop-within`), and some more.
+const STOPS: Duration = Duration::from_secs(3700);
+/// How long `outlive hand-over` may take. It gives up long before.
+const HANDS_OVER: Duration = Duration::from_secs(60);
+
+impl Node {
+    /// Starts a VM. The job ends when its process says what it does.
+    ///
+    /// # Errors
+    /// See [`NodeError`].
+    pub(crate) fn begin_start(self: &Arc<Self>, name: &str) -> Result<Job, NodeError> {
+        if self.modes.get() != Mode::Active {
+            return Err(NodeError::Drained);
+        }
+        let view = self.get(name)?;
+        if let Some(why) = view.definition_error.filter(|_| view.pid.is_none()) {
+            return Err(NodeError::NoDefinition(name.to_owned(), why));
+        }
+        if view.state == State::Foreign {
+            return Err(NodeError::Foreign { vm: name.to_owned(), pid: view.pid.unwrap_or_default() });
+        }
+        let (node, name) = (self.clone(), name.to_owned());
+        self.jobs.begin((Kind::Start, Some(&name.clone())), false, move |work| node.start_vm(&name, work))
+    }
+
+    fn start_vm(&self, name: &str, work: &Work) -> Result<Value, NodeError> {
+        let began = Instant::now();
+        let before = self.get(name)?.last_end;
+        self.order(name, Order::Start)?;
+        work.at(0, 1, "the process starts");
+        self.wait(name, STARTS, "the process's first word", |view| match view.state {
+            State::Running | State::Standby => Ok(Some(json!({
+                "took_ms": began.elapsed().as_millis() as u64,
+                "state": view.state,
+                "pid": view.pid,
+            }))),
+            State::Foreign => {
+                Err(NodeError::Foreign { vm: view.name.clone(), pid: view.pid.unwrap_or_default() })
+            }
+            _ if view.last_end.is_some() && view.last_end != before => {
+                let end = view.last_end.as_ref().map(|it| it.what.clone()).unwrap_or_default();
+                Err(NodeError::Failed(format!("{end}{}", self.last_line(name))))
+            }
+            _ => Ok(None),
+        })
+    }
+
+    /// The last line of a VM's log, which says what is wrong.
+    fn last_line(&self, name: &str) -> String {
+        let tail = self.log(name, 4096).unwrap_or_default();
+        tail.lines().next_back().map(|line| format!(" ({})", line.trim())).unwrap_or_default()
+    }
+
+    /// Stops a VM: presses its power button. `only_standby`: ends its protection by this host instead. `now`: the
+    /// guest is not waited for.
+    ///
+    /// # Errors
+    /// See [`NodeError`].
+    pub(crate) fn begin_stop(
+        self: &Arc<Self>,
+        name: &str,
+        only_standby: bool,
+        now: bool,
+    ) -> Result<Job, NodeError> {
+        let view = self.get(name)?;
+        if view.state == State::Standby && !only_standby {
+            return Err(NodeError::IsStandby(name.to_owned()));
+        }
+        let (node, name) = (self.clone(), name.to_owned());
+        self.jobs.begin((Kind::Stop, Some(&name.clone())), false, move |work| {
+            node.stop_vm(&name, only_standby, now, work)
+        })
+    }
+
+    fn stop_vm(&self, name: &str, only_standby: bool, now: bool, work: &Work) -> Result<Value, NodeError> {
+        let began = Instant::now();
+        let stop = |answer| Order::Stop { only_standby, answer };
+        self.order(name, stop)?;
+        if now {
+            // A second word means that the guest is not waited for.
+            self.order(name, stop)?;
+        }
+        work.at(0, 1, if now { "the VM is stopped" } else { "the guest shuts down" });
+        self.wait(name, STOPS, "the end of the process", |view| {
+            let end = view.last_end.as_ref().map(|it| it.what.clone());
+            let took = began.elapsed().as_millis() as u64;
+            Ok(view.pid.is_none().then(|| json!({ "took_ms": took, "end": end })))
+        })
+    }
+
+    /// Moves a VM to its standby.
+    ///
+    /// # Errors
+    /// See [`NodeError`].
+    pub(crate) fn begin_hand_over(self: &Arc<Self>, name: &str) -> Result<Job, NodeError> {
+        let view = self.get(name)?;
+        match view.state {
+            State::Running | State::Foreign => {}
+            State::Standby => return Err(NodeError::IsStandby(name.to_owned())),
+            _ => return Err(NodeError::NotRunning(name.to_owned())),
+        }
+        let (node, name) = (self.clone(), name.to_owned());
+        self.jobs.begin((Kind::HandOver, Some(&name.clone())), false, move |work| {
+            work.at(0, 1, "the VM moves to its standby");
+            node.hand_over(&name)
+        })
+    }
+
+    /// Moves a VM to its standby, as `outlive hand-over` does.
+    ///
+    /// # Errors
+    /// The command's words.
+    pub(crate) fn hand_over(&self, name: &str) -> Result<Value, NodeError> {
+        let began = Instant::now();
+        let socket = self.shared.places.socket_of(name);
+        let mut command = Command::new(&self.shared.program.path);
+        command.arg("hand-over").arg("--socket").arg(socket);
+        let (ended, said) = run(command, HANDS_OVER)
+            .map_err(|error| NodeError::System("cannot run outlive hand-over".into(), error))?;
+        let took = began.elapsed().as_millis() as u64;
+        match ended {
+            Some(true) => Ok(json!({ "took_ms": took, "said": said })),
+            Some(false) => Err(NodeError::Failed(said)),
+            None => Err(NodeError::TooLong("the answer to the hand-over".into(), HANDS_OVER.as_secs())),
+        }
+    }
+
+    /// Moves all VMs that run here to their standbys, one after another, and starts none from then on. `stop`: the
+    /// host is about to stop, so what cannot be moved is stopped, and so is every standby.
+    ///
+    /// # Errors
+    /// See [`NodeError`].
+    pub(crate) fn begin_drain(self: &Arc<Self>, stop: bool, wait: Duration) -> Result<Job, NodeError> {
+        let node = self.clone();
+        self.jobs.begin((Kind::Drain, None), true, move |work| drain::drain(&node, stop, wait, work))
+    }
+
+    /// Ends the maintenance. VMs stay where they are.
+    ///
+    /// # Errors
+    /// A job is under way, or the disk does not take it.
+    pub(crate) fn undrain(&self) -> Result<NodeView, NodeError> {
+        let running = self.jobs.list().into_iter().find(|it| it.kind == Kind::Drain && it.ended.is_none());
+        if let Some(Job { id: job, .. }) = running {
+            return Err(NodeError::Busy { what: "this host".into(), job });
+        }
+        self.modes.set(Mode::Active, self.feed())?;
+        self.vms().values().for_each(|vm| vm.tell(Order::Unpark));
+        Ok(self.view())
+    }
+}
+
+/// Runs a short command: whether it succeeded, and its words. `None`: it did not end in time and was killed.
+fn run(mut command: Command, most: Duration) -> io::Result<(Option<bool>, String)> {
+    use std::io::Read as _;
+    let (mut words, theirs) = io::pipe()?;
+    let mut child =
+        command.stdin(std::process::Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs).spawn()?;
+    // Its ends of the pipe.
+    drop(command);
+    let began = Instant::now();
+    let ended = loop {
+        if let Some(status) = child.try_wait()? {
+            break Some(status.success());
+        }
+        if began.elapsed() > most {
+            child.kill()?;
+            child.wait()?;
+            break None;
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    let mut said = String::new();
+    words.by_ref().take(4096).read_to_string(&mut said)?;
+    Ok((ended, said.trim().strip_prefix("outlive: ").unwrap_or(said.trim()).to_owned()))
+}
