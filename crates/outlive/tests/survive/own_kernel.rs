@@ -91,19 +91,24 @@ fn each_restart_reads_the_disk_and_one_that_cannot_be_read_costs_the_guest_nothi
     vm.kill();
 }
 
-#[test]
-fn after_a_takeover_the_disk_of_the_new_host_is_read() {
-    let Some(world) = World::new() else { return };
-    let (Some(image), Some(other)) = (disk(&world, "a"), disk(&world, "b")) else { return };
+/// A protected guest that boots from its disk, and its standby with an image of its own.
+fn pair(world: &World, image: &Path, other: &Path) -> (Process, Process) {
     let (here, there) = (format!("path={}", image.display()), format!("path={},overwrite", other.display()));
     let (a, b) = (Side::A.addr().to_string(), Side::B.addr().to_string());
-    // The audit would find what this does to the images, and make the copy anew.
-    let options = ["--disk", &there, "--standby", &a, "--audit", "off"];
-    let mut standby = world.standby_with(Side::B, &options);
+    // The audit would find what the tests do to the images, and make the copy anew.
+    let standby = world.standby_with(Side::B, &["--disk", &there, "--standby", &a, "--audit", "off"]);
     let options =
         ["--boot", "disk", "--append", "panic=7", "--disk", &here, "--standby", &b, "--audit", "off"];
     let mut active = world.run_with(Side::A, &options);
     active.wait_protected();
+    (active, standby)
+}
+
+#[test]
+fn after_a_takeover_the_disk_of_the_new_host_is_read() {
+    let Some(world) = World::new() else { return };
+    let (Some(image), Some(other)) = (disk(&world, "a"), disk(&world, "b")) else { return };
+    let (mut active, mut standby) = pair(&world, &image, &other);
     // Not by the guest, so the other host does not hear of it.
     change(&image, b"set default=0", b"set default=1");
     wait_booted(&mut active, "second", SECOND, 1);
@@ -162,14 +167,7 @@ fn peak(process: &Process) -> u64 {
 fn a_script_without_end_costs_a_protected_guest_its_new_kernel_and_nothing_else() {
     let Some(world) = World::new() else { return };
     let (Some(image), Some(other)) = (disk(&world, "a"), disk(&world, "b")) else { return };
-    let (here, there) = (format!("path={}", image.display()), format!("path={},overwrite", other.display()));
-    let (a, b) = (Side::A.addr().to_string(), Side::B.addr().to_string());
-    let options = ["--disk", &there, "--standby", &a, "--audit", "off"];
-    let mut standby = world.standby_with(Side::B, &options);
-    let options =
-        ["--boot", "disk", "--append", "panic=7", "--disk", &here, "--standby", &b, "--audit", "off"];
-    let mut active = world.run_with(Side::A, &options);
-    active.wait_protected();
+    let (mut active, mut standby) = pair(&world, &image, &other);
     wait_booted(&mut active, "first", FIRST, 1);
     let last = |event: &Event| matches!(event, Event::BootsLastKernel { .. });
     let before = peak(&active);
