@@ -154,7 +154,7 @@ pub use primary::{
     Broken, ExitReason, Kept, OutputMode, Primary, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote,
     PrimaryStatus, Ticket, Wanted,
 };
-pub use since::{Forgotten, Kept as KeptMemory, Needs, Since};
+pub use since::{Forgotten, KeptMemory, Needs, Since};
 pub use standby::{
     Introduction, Standby, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote,
     StandbyStatus, Unwelcome,

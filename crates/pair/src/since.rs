@@ -5,7 +5,7 @@
 //! that was written since, nothing else has to be sent. A page that is left out by mistake is lost in silence, so
 //! both sides must be sure, each of its own part:
 //!
-//! * the old host, that no byte of what it keeps has changed since that checkpoint ([`Kept`]);
+//! * the old host, that no byte of what it keeps has changed since that checkpoint ([`KeptMemory`]);
 //! * the new host, that it has known of every write from before the first one on, without a gap ([`Since`]);
 //!
 //! and both name the moment by the generation and the number of the checkpoint, which no other state of the VM has.
@@ -18,14 +18,14 @@ use crate::{Introduction, Link};
 /// The memory that a host has kept of a VM which it has handed over. Whoever has it takes it out to use it, and never
 /// puts it back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kept {
+pub struct KeptMemory {
     /// The VM.
     pub vm: VmId,
     /// What its memory is.
     pub moment: Moment,
 }
 
-impl Kept {
+impl KeptMemory {
     /// Whether a primary that introduces itself like this, and says since when it knows what was written, needs to
     /// send only that.
     pub fn serves(&self, hello: &Introduction, since: Option<Moment>) -> bool {
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn only_the_very_next_run_of_the_same_vm_from_the_same_moment_is_served() {
-        let kept = Kept { vm: VM, moment: MOMENT };
+        let kept = KeptMemory { vm: VM, moment: MOMENT };
         assert!(kept.serves(&hello(VM, 5), Some(MOMENT)));
         assert!(!kept.serves(&hello(VM, 5), None), "whoever does not know what was written");
         assert!(!kept.serves(&hello(VmId([2; 16]), 5), Some(MOMENT)), "another VM");
