@@ -136,5 +136,5 @@ pub use wire::{
     CheckpointFlags, ChunkRange, DISK_SUM_LEN, DiskAudit, DiskAudited, DiskSums, DiskWant, EncodeError,
     Encoder, EndReason, HEADER_LEN, Hello, LeaveReason, Limits, Message, PREFACE_LEN, Pages, Peer, Preface,
     ProtocolVersion, ReadError, Refuse, RefuseCode, Section, SectionHeader, SectionKind, SectionReader,
-    TailBuf, TailFrame, TailFrames, VersionRange, WireError,
+    StrayKey, TailBuf, TailFrame, TailFrames, VersionRange, WireError,
 };

@@ -54,7 +54,7 @@ pub use devices::virtio::blk::{
 };
 pub use devices::virtio::net::{
     Frame, FrameRing, InputTail, MAX_PACKET, MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits,
-    OutputStats, PER_EPOCH, Started, Tap,
+    OutputStats, PACKET_HEADER, PER_EPOCH, Started, Tap,
 };
 pub use event::{EventSink, MachineEvent, PowerRequest, ResetWay};
 pub use irq::IrqLineError;

@@ -39,6 +39,7 @@ mod serving;
 mod socket;
 mod standby;
 pub mod status;
+mod strays;
 mod threads;
 mod ui;
 mod vm;

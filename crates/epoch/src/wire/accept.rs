@@ -1,5 +1,7 @@
 //! The standby is ready for base pages.
 
+use std::fmt;
+
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -26,13 +28,27 @@ pub struct Accept {
     /// Whether the standby's memory is of the moment that the primary named
     /// ([`Hello::since`](super::Hello::since)). Otherwise it is zero.
     pub holds: bool,
+    /// With what the standby takes strays: frames that reach the primary's host when the guest is gone from there. It
+    /// takes them as UDP datagrams, at the port of the same number as that of this connection. `None` if it takes none.
+    pub strays: Option<StrayKey>,
+}
+
+/// What seals strays: a secret of the two ends of a connection.
+#[derive(Clone, PartialEq, Eq)]
+pub struct StrayKey(pub [u8; 32]);
+
+impl fmt::Debug for StrayKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StrayKey(..)")
+    }
 }
 
 /// The first version of the payload that has the version of the stream.
 const WITH_VERSION: u16 = 2;
 
-/// The host's name follows as a text, the version of the stream, and, if it is not 0, one byte: 1 if the standby's memory
-/// is of the moment that the primary named. An older primary has named none.
+/// The host's name follows as a text, the version of the stream, and, as far as there is something to say, one byte: 1 if
+/// the standby's memory is of the moment that the primary named (an older primary has named none); and the key for
+/// strays.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -45,20 +61,21 @@ impl Accept {
         let mut fields = Fields::new(SectionKind::Accept, payload);
         let head: &Head = fields.fixed()?;
         let host = fields.text(MAX_TEXT)?;
-        let (stream, holds) = if version >= WITH_VERSION {
+        let (stream, holds, strays) = if version >= WITH_VERSION {
             let number = fields.fixed::<U32>()?.get();
             let stream = ProtocolVersion::from_wire(number).ok_or_else(|| {
                 fields.malformed("a version of the stream that was not offered", number.into())
             })?;
             let holds = fields.len() > 0 && *fields.fixed::<u8>()? == 1;
+            let strays = if fields.len() > 0 { Some(StrayKey(*fields.fixed()?)) } else { None };
             fields.skip_later();
-            (stream, holds)
+            (stream, holds, strays)
         } else {
             fields.end()?;
-            (ProtocolVersion::V2, false)
+            (ProtocolVersion::V2, false, None)
         };
         let (generation, dead_after_us) = (head.generation.get(), head.dead_after_us.get());
-        Ok(Self { generation, dead_after_us, host, version: stream, holds })
+        Ok(Self { generation, dead_after_us, host, version: stream, holds, strays })
     }
 }
 
@@ -76,7 +93,9 @@ impl Encoder {
             put_text(out, &accept.host);
             if version >= WITH_VERSION {
                 out.extend_from_slice(U32::new(accept.version as u32).as_bytes());
-                out.extend(accept.holds.then_some(1));
+                let says_holds = accept.holds || accept.strays.is_some();
+                out.extend(says_holds.then_some(u8::from(accept.holds)));
+                out.extend(accept.strays.iter().flat_map(|key| key.0));
             }
         });
         self.speak(accept.version);

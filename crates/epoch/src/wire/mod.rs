@@ -31,7 +31,7 @@ mod state;
 mod state_changes;
 mod version;
 
-pub use accept::Accept;
+pub use accept::{Accept, StrayKey};
 pub use ack::Ack;
 pub use audit::{Audit, AuditSpan, Audited};
 pub use checkpoint::{CheckpointBegin, CheckpointEnd, CheckpointFlags};

@@ -94,7 +94,8 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     let mut out = Preface { version: introduction }.encode().to_vec();
     let mut encoder = Encoder::speaking(introduction);
     let holds = version >= ProtocolVersion::V8;
-    let accept = Accept { generation: 3, dead_after_us: 500_000, host: "host-b".into(), version, holds };
+    let accept =
+        Accept { generation: 3, dead_after_us: 500_000, host: "host-b".into(), version, holds, strays: None };
     let ack = Ack { generation: 3, number: 40, stamp_us: 123_456 };
     encoder.accept(&mut out, &accept).unwrap();
     encoder.ack(&mut out, &ack);

@@ -35,7 +35,14 @@ fn answer(newest: ProtocolVersion, mut from: &[u8], to: &mut Vec<u8>) -> Option<
     let Message::Hello(hello) = Message::parse(&section).unwrap() else { panic!("no Hello") };
     match range(newest).common(hello.versions) {
         Ok(version) => {
-            let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version, holds: false };
+            let accept = Accept {
+                generation: 3,
+                dead_after_us: 1,
+                host: "b".into(),
+                version,
+                holds: false,
+                strays: None,
+            };
             encoder.accept(to, &accept).unwrap();
             reader.agree(version);
             Some((encoder, reader))
@@ -319,7 +326,8 @@ fn versions_that_make_no_sense_are_refused() {
     assert_eq!(parse(SectionKind::Hello, &hello[..hello.len() - 1]), Err(early.into()));
 
     let mut out = Vec::new();
-    let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version: V3, holds: false };
+    let accept =
+        Accept { generation: 3, dead_after_us: 1, host: "b".into(), version: V3, holds: false, strays: None };
     Encoder::new().accept(&mut out, &accept).unwrap();
     let mut accept = out[HEADER_LEN..].to_vec();
     assert_eq!(parse(SectionKind::Accept, &accept), Ok(()));
@@ -327,4 +335,33 @@ fn versions_that_make_no_sense_are_refused() {
     accept[version] = 77;
     let why = "section Accept: a version of the stream that was not offered (0x4d)";
     assert_eq!(parse(SectionKind::Accept, &accept), Err(why.into()));
+}
+
+#[test]
+fn an_acceptance_says_with_what_strays_are_taken_and_older_ones_do_not() {
+    let told = |holds: bool, strays: Option<[u8; 32]>| {
+        let strays = strays.map(StrayKey);
+        let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version: V3, holds, strays };
+        let mut out = Vec::new();
+        Encoder::new().accept(&mut out, &accept).unwrap();
+        (accept, out[HEADER_LEN..].to_vec())
+    };
+    let parse =
+        |payload: &[u8]| Message::parse_payload(SectionKind::Accept, 2, payload).map(|it| format!("{it:?}"));
+    let key: [u8; 32] = std::array::from_fn(|index| index as u8);
+    let (plain, before) = told(false, None);
+    for (accept, payload) in
+        [(plain, before.clone()), told(true, None), told(false, Some(key)), told(true, Some(key))]
+    {
+        let expected = Message::Accept(accept);
+        assert_eq!(Message::parse_payload(SectionKind::Accept, 2, &payload), Ok(expected.clone()));
+        // What a later release appends is passed over, but only behind what this one knows.
+        if payload.len() > before.len() + 1 {
+            let later = [&payload[..], b"later"].concat();
+            assert_eq!(Message::parse_payload(SectionKind::Accept, 2, &later), Ok(expected));
+        }
+    }
+    let (accept, whole) = told(true, Some(key));
+    assert!(parse(&whole[..whole.len() - 1]).is_err(), "a part of a key is none");
+    assert!(!format!("{accept:?}").contains("31"), "nobody reads it in a log");
 }

@@ -37,7 +37,7 @@ use std::time::Duration;
 use crate::keys::Certificate;
 pub(crate) use dial::{Hangup, Listener, MayNot, NewConnection, dial, lasts, was_reached};
 pub(crate) use jobs::{CheckpointPart, Job, SenderReport, SentRound, Shipped};
-pub(crate) use receiver::{Heard, receive};
+pub(crate) use receiver::{Agreed, Heard, receive};
 pub use security::LinkKind;
 pub(crate) use security::{Security, SecurityError, may_be_open, usable};
 pub(crate) use sender::Sender;
@@ -110,6 +110,11 @@ impl Connection {
 pub(crate) struct Reader(Arc<dyn Transport>);
 
 impl Reader {
+    /// The peer's address.
+    pub(crate) fn peer(&self) -> String {
+        self.0.peer()
+    }
+
     /// Sets how long a read may wait from now on; `None` means until bytes come.
     ///
     /// # Errors

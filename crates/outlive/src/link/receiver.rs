@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use outlive_epoch::{
     ArbiterSight, Audited, DiskAudited, DiskWant, Message, Peer, ProtocolVersion, ReadError, SectionKind,
-    SectionReader, WireError,
+    SectionReader, StrayKey, WireError,
 };
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
@@ -15,9 +15,8 @@ use super::Reader;
 pub(crate) enum Heard {
     /// Its preface: it introduces itself in this version.
     Introduction(ProtocolVersion),
-    /// Both sides use this version of the stream from now on, and whether the standby holds the memory that was named
-    /// to it. Comes before the event.
-    Agreed(ProtocolVersion, bool),
+    /// It has accepted. Comes before the event.
+    Agreed(Agreed),
     /// An event for the state machine.
     Event(PrimaryEvent),
     /// Its request for chunks of a disk: to the state machine only a sign of life.
@@ -28,6 +27,16 @@ pub(crate) enum Heard {
     Sees(ArbiterSight),
     /// The same of disks.
     DiskAudited(DiskAudited),
+}
+
+/// What both sides have agreed on.
+pub(crate) struct Agreed {
+    /// The version of the stream that both use from now on.
+    pub(crate) version: ProtocolVersion,
+    /// Whether the standby holds the memory that was named to it.
+    pub(crate) holds: bool,
+    /// With what it takes strays.
+    pub(crate) strays: Option<StrayKey>,
 }
 
 /// Reads the link until it ends and turns every message into what was heard. Runs on its own thread. It calls
@@ -70,7 +79,7 @@ fn next(
                 return Err(WireError::Malformed { kind, what, value: version as u64 }.into());
             }
             reader.agree(version);
-            tell(Heard::Agreed(version, accept.holds));
+            tell(Heard::Agreed(Agreed { version, holds: accept.holds, strays: accept.strays }));
             PrimaryEvent::Accepted { link, dead_after: Duration::from_micros(accept.dead_after_us) }
         }
         Message::Refuse(refuse) => PrimaryEvent::Refused { link, code: refuse.code, text: refuse.text },

@@ -254,6 +254,11 @@ impl Coordinator {
     fn base_failed(&mut self, link: Link, error: &BaseError) {
         let why = error.to_string();
         tracing::error!("protection cannot start: {why}");
+        // What this base has taken counts for no other one. And nobody would empty the dirty logs: a full one holds the
+        // guest.
+        self.with.known = None;
+        self.with.driver.forgets_writes();
+        self.with.machine.disable_tracking();
         self.with.machine.write_log().set_mode(LogMode::Off);
         self.with.driver.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
     }

@@ -263,9 +263,7 @@ impl Coordinator {
             }
             Inbox::DiskAudited(audited) => self.disks_audited(&audited),
             Inbox::BootRead(number, outcome) => {
-                if let Some(way) = self.with.own_kernel.read(number) {
-                    self.restart(way, Some(outcome));
-                }
+                self.with.own_kernel.heard(number, outcome);
             }
             Inbox::DisksHashed(hashed) => self.with.self_check.hashed(hashed),
             Inbox::Detached(link) => self.detached(link),
@@ -378,6 +376,9 @@ impl Coordinator {
     fn restart_if_due(&mut self) {
         if self.with.driver.stands_still() {
             return;
+        }
+        if let Some((way, outcome)) = self.with.own_kernel.take() {
+            self.restart(way, Some(outcome));
         }
         if let Some(way) = self.with.own_kernel.too_late(Instant::now()) {
             let why = "its disk did not answer within --disk-timeout".to_owned();

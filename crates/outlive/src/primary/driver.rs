@@ -9,20 +9,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{Moment, ProtocolVersion};
+use outlive_epoch::Moment;
 use outlive_machine::Valve;
 use outlive_pair::{
     After, ClaimResult, Link, Primary, PrimaryDriver, PrimaryEvent, PrimaryStatus, Ticket, Wanted,
 };
 
 use super::inbox::{Inbox, Queue};
-use super::ports::{Commit, Connection, Ports};
+use super::ports::{Commit, Connection, Ports, StrayWay};
 use super::stats::Totals;
 use crate::arbiter::{Claim, ClaimWorker};
 use crate::clock::Clock;
 use crate::events::{Event, EventWriter};
-use crate::link::{CheckpointPart, Job};
+use crate::link::{Agreed, CheckpointPart, Job};
 use crate::pulse::Pulse;
+use crate::strays::Following;
 
 /// How often, and in what distance, the lock is tried by a thread that must not wait for it.
 const LOCK_LOOKS: u32 = 100;
@@ -136,8 +137,15 @@ impl SharedDriver {
 
     /// Both sides of a link have agreed on a version of the stream. To be called before the acceptance is
     /// handled.
-    pub(super) fn agreed(&self, link: Link, version: ProtocolVersion, holds: bool) {
-        self.lock().ports_mut().agreed(link, version, holds);
+    pub(super) fn agreed(&self, link: Link, agreed: &Agreed, strays: Option<StrayWay>) {
+        self.lock().ports_mut().agreed(link, agreed, strays);
+    }
+
+    /// The guest stands still here, and its standby has it: frames that come from now on follow it.
+    pub(super) fn send_strays_after(&self) -> Option<Following> {
+        let strays = self.lock().ports().strays()?;
+        let following = strays.follow();
+        following.inspect_err(|error| tracing::debug!(%error, "late frames do not follow the guest")).ok()?
     }
 
     /// A checkpoint is captured. Called inside the pause; what it leaves to do is done after the pause.

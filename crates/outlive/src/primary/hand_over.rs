@@ -13,6 +13,7 @@ use outlive_pair::{Kept, PrimaryEvent};
 use super::coordinator::Coordinator;
 use super::inbox::{Inbox, Queue};
 use crate::events::Event;
+use crate::strays::Following;
 
 /// How long a process that ends next waits until its answer is written.
 const LAST_WORD: Duration = Duration::from_millis(500);
@@ -86,6 +87,8 @@ impl Waiting {
 pub(super) struct UnderWay {
     asked: Asked,
     began: Instant,
+    /// Frames that come too late for this host follow the guest.
+    strays: Option<Following>,
 }
 
 /// One that is over; somebody has won.
@@ -121,7 +124,7 @@ impl Coordinator {
             let _ = asked.answer.send(Err(HandOverError::UnderWay));
             return;
         }
-        self.hand_over = Some(UnderWay { asked, began: Instant::now() });
+        self.hand_over = Some(UnderWay { asked, began: Instant::now(), strays: None });
         self.with.driver.handle(PrimaryEvent::HandOver);
     }
 
@@ -138,6 +141,10 @@ impl Coordinator {
     /// The standby has all of it. What is committed leaves first: it would be lost with the VM here.
     pub(super) fn let_vm_go(&mut self) {
         self.with.driver.finish_output();
+        // From here on frames for the guest come too late for this host, and its queues are nobody's.
+        if let Some(under_way) = &mut self.hand_over {
+            under_way.strays = self.with.driver.send_strays_after();
+        }
         self.with.driver.handle(PrimaryEvent::OutputLeft);
     }
 
@@ -152,7 +159,9 @@ impl Coordinator {
 
     /// The VM goes on here.
     pub(super) fn not_handed_over(&mut self) {
-        let Some(UnderWay { asked, .. }) = self.hand_over.take() else { return };
+        // What has followed is lost, and this host's own card has the queues again.
+        let Some(UnderWay { asked, strays, .. }) = self.hand_over.take() else { return };
+        strays.iter().for_each(Following::stop);
         self.with.rivals.iter().for_each(|rivals| rivals.hurry(false));
         let why = HandOverError::NotTaken;
         tracing::warn!("{why}");

@@ -36,7 +36,10 @@ impl Known {
 impl Coordinator {
     /// A dirty log is full, and no standby is there: its pages are taken for later.
     pub(super) fn keep_dirty(&mut self) {
-        let Some(known) = &mut self.with.known else { return };
+        let Some(known) = &mut self.with.known else {
+            // Nobody wants to know. Without tracking a full log holds no vCPU.
+            return self.with.machine.disable_tracking();
+        };
         if let Err(error) = self.with.machine.take_dirty(&mut known.pages) {
             self.forget_writes();
             return self.capture_failed(&error);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::DeviceKind;
 use outlive_machine::{Machine, PartLog, Valve};
-use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
+use outlive_pair::{ExitReason, Primary, PrimaryConfig, Timing};
 
 use super::capture;
 use super::coordinator::{Coordinator, Setup};
@@ -196,6 +196,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         heartbeat: timing.heartbeat(),
         totals: totals.clone(),
         inbox: queue.clone(),
+        card: machine.net().filter(|_| options.frame_tail.is_on()).map(Arc::downgrade),
     };
     links::start(errands, &driver, plan).map_err(CoordinateError::NoThread)?;
     let mut end_notes = None;
@@ -222,8 +223,9 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     let reporter = report(totals.clone(), output, events.clone())
         .inspect_err(|error| tracing::warn!(%error, "no statistics"))
         .ok();
-    if let Some(reason) = stop {
-        driver.handle(PrimaryEvent::End { reason });
+    if stop {
+        // The guest is asked first, as by any order to stop.
+        queue.send(Inbox::Stop("told to stop before the takeover")).ok();
     }
     let replicated = vm::replicated(&machine);
     let start_sidecars = || {

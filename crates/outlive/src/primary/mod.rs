@@ -236,7 +236,7 @@ pub(crate) fn start(
     };
     let place = options.arbiter.clone();
     let options = active.clone();
-    let (sidecars, stop) = (None, None);
+    let (sidecars, stop) = (None, false);
     Ok(Launch {
         machine,
         machine_events,

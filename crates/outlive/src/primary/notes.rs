@@ -16,6 +16,23 @@ use crate::vm::Runs;
 /// The log repeats after this time that no standby can be reached.
 const UNREACHABLE_AGAIN: Duration = Duration::from_secs(60);
 
+/// A host that the arbiter has decided against learns of it within moments: after a hand-over it still ends its copy.
+/// One that says for so long that it runs the VM does not learn of it.
+const LEARNS_WITHIN: Duration = Duration::from_secs(10);
+
+/// The other host runs this VM, too, in an older generation: whether it has had the time to learn that it has lost.
+#[derive(Default)]
+struct Loser(Option<(u64, Instant)>);
+
+impl Loser {
+    /// It says that it runs the VM in this generation, older than that of the VM here.
+    fn had_its_time(&mut self, generation: u64, now: Instant) -> bool {
+        let same = self.0.filter(|(heard, _)| *heard == generation);
+        let (_, since) = *self.0.insert(same.unwrap_or((generation, now)));
+        now.saturating_duration_since(since) >= LEARNS_WITHIN
+    }
+}
+
 /// The writer; see the module.
 pub(super) struct Notes {
     events: EventWriter,
@@ -26,6 +43,7 @@ pub(super) struct Notes {
     unreachable_since: Option<Instant>,
     /// When the standby said that it cannot reach the arbiter, while that lasts.
     standby_without_arbiter: Option<Instant>,
+    loser: Loser,
 }
 
 impl Notes {
@@ -37,6 +55,7 @@ impl Notes {
             reminder: Reminder::default(),
             unreachable_since: None,
             standby_without_arbiter: None,
+            loser: Loser::default(),
         }
     }
 
@@ -168,12 +187,17 @@ impl Notes {
 
     /// Whether the VM that the other host runs is this one, or is called like it. Then it is said loudly. This VM runs
     /// on: nobody here can know which of the two is the right one.
-    fn runs_twice(&self, there: Runs) -> bool {
+    fn runs_twice(&mut self, there: Runs) -> bool {
         let Some(here) = self.standing.runs() else { return false };
         let Runs { name, id, generation } = there;
         let same_vm = id == here.id;
         if !same_vm && name != here.name {
             return false;
+        }
+        if same_vm && generation < here.generation && !self.loser.had_its_time(generation, Instant::now()) {
+            self.standing.now("the other host has not ended its copy of the VM yet");
+            tracing::debug!(generation, "the host that has lost the VM still has it");
+            return true;
         }
         let at = self.standing.other_hosts();
         let why = if same_vm {
@@ -207,5 +231,19 @@ impl Notes {
         } else {
             tracing::debug!("standby not reachable: {why}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_has_lost_the_vm_has_a_while_to_end_it() {
+        let (mut loser, began) = (Loser::default(), Instant::now());
+        let at = |seconds| began + Duration::from_secs(seconds);
+        let said = [(2, 0), (2, 9), (2, 10), (2, 60), (3, 61), (3, 70), (3, 71)];
+        let told = said.map(|(generation, second)| loser.had_its_time(generation, at(second)));
+        assert_eq!(told, [false, false, true, true, false, false, true]);
     }
 }

@@ -22,6 +22,8 @@ struct Pending {
     way: ResetWay,
     /// When the disk counts as one that does not answer.
     until: Option<Instant>,
+    /// What was read, until the guest may restart: it may stand still for its hand-over just then.
+    outcome: Option<Outcome>,
 }
 
 /// Reads the guest's disk for its restarts.
@@ -58,23 +60,34 @@ impl OwnKernel {
         if let Err(error) = self.reader.begin(machine, from, until, tell) {
             return Some(Some(error));
         }
-        self.pending = Some(Pending { number, way, until });
+        self.pending = Some(Pending { number, way, until, outcome: None });
         None
     }
 
     /// When a disk that has not answered is waited for no longer.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.pending.as_ref().and_then(|pending| pending.until)
+        self.pending.as_ref().filter(|pending| pending.outcome.is_none()).and_then(|pending| pending.until)
     }
 
-    /// The disk was read. Returns the way of the restart that has waited for it, if it still does.
-    pub(super) fn read(&mut self, number: u64) -> Option<ResetWay> {
-        self.pending.take_if(|pending| pending.number == number).map(|pending| pending.way)
+    /// The disk was read for a restart, which may wait for it no longer.
+    pub(super) fn heard(&mut self, number: u64, outcome: Outcome) {
+        if let Some(pending) = self.pending.as_mut().filter(|pending| pending.number == number) {
+            pending.outcome = Some(outcome);
+        }
+    }
+
+    /// The restart whose disk was read. To be asked when the guest may restart.
+    pub(super) fn take(&mut self) -> Option<(ResetWay, Outcome)> {
+        let pending = self.pending.take_if(|pending| pending.outcome.is_some())?;
+        Some((pending.way, pending.outcome?))
     }
 
     /// The restart that has waited for too long.
     pub(super) fn too_late(&mut self, now: Instant) -> Option<ResetWay> {
-        let late = self.pending.take_if(|pending| pending.until.is_some_and(|until| until <= now))?;
+        let is_late = |pending: &mut Pending| {
+            pending.outcome.is_none() && pending.until.is_some_and(|until| until <= now)
+        };
+        let late = self.pending.take_if(is_late)?;
         self.reader.give_up();
         Some(late.way)
     }

@@ -19,8 +19,10 @@ use super::pool::Pool;
 use super::stats::Totals;
 use crate::arbiter::{Busy, ClaimWorker, Watch};
 use crate::clock::Clock;
-use crate::link::{CheckpointPart, FrameTail, Job, Sender};
+use crate::link::{Agreed, CheckpointPart, FrameTail, Job, Sender};
 use crate::pulse::Pulse;
+use crate::sentinel::{self, Guarded};
+use crate::strays::Strays;
 
 /// A connection in use.
 pub(super) struct Connection {
@@ -34,6 +36,21 @@ pub(super) struct Connection {
     pub(super) version: Option<ProtocolVersion>,
     /// Whether the standby holds what it was offered ([`Since`]).
     pub(super) holds: bool,
+    /// How strays follow the guest to it.
+    pub(super) strays: Option<StrayWay>,
+}
+
+/// How strays follow the guest over a link: by its sentinel when this process dies, and otherwise by this process.
+pub(super) struct StrayWay {
+    strays: Arc<Strays>,
+    _guarded: Option<Guarded>,
+}
+
+impl StrayWay {
+    /// They follow as soon as this process dies.
+    pub(super) fn new(strays: Arc<Strays>) -> Self {
+        Self { _guarded: sentinel::guard_strays(&strays), strays }
+    }
 }
 
 /// A committed checkpoint.
@@ -188,12 +205,19 @@ impl Ports {
     }
 
     /// Both sides of this link have agreed on a version of the stream: what is sent from now on is in it.
-    pub(super) fn agreed(&mut self, link: Link, version: ProtocolVersion, holds: bool) {
+    pub(super) fn agreed(&mut self, link: Link, agreed: &Agreed, strays: Option<StrayWay>) {
+        let &Agreed { version, holds, .. } = agreed;
         if let Some(connection) = self.connection.as_mut().filter(|connection| connection.link == link) {
             connection.version = Some(version);
             connection.holds = holds;
+            connection.strays = strays;
             connection.sender.send(Job::Speak(version, self.tail.clone(), self.totals.audit().clone()));
         }
+    }
+
+    /// How strays follow the guest, if somebody takes them.
+    pub(super) fn strays(&self) -> Option<Arc<Strays>> {
+        Some(self.connection.as_ref()?.strays.as_ref()?.strays.clone())
     }
 
     /// Takes the connection out, for the end of the process.

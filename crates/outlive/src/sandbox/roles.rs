@@ -24,7 +24,7 @@ pub(super) enum Role {
     Vcpu,
     /// Carries a device's requests out.
     Device,
-    /// Sends checkpoints.
+    /// Sends checkpoints, or frames that come too late; hears such frames.
     Sender,
     /// Reads acknowledgements at the primary, and lets output out.
     Receiver,
@@ -67,7 +67,7 @@ impl Role {
     /// The role of the thread of this name. One that is not known stays what its parent is.
     pub(super) fn of(name: &str) -> Self {
         match name {
-            "sender" => Self::Sender,
+            "sender" | "strays" => Self::Sender,
             "receiver" => Self::Receiver,
             "session" => Self::Reader,
             "applier" => Self::Applier,

@@ -6,42 +6,67 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSliceMut, stderr, stdin, stdout};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, Shutdown, recvmsg, shutdown};
-use nix::unistd::close;
+use nix::sys::socket::{Shutdown, shutdown};
+use outlive_epoch::StrayKey;
+use outlive_machine::MacAddr;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use crate::{exit, sandbox};
+use crate::{exit, sandbox, strays};
 
-/// The most links that it keeps; a host has a handful.
+/// The most wards that it keeps; a host has a handful.
 const MOST: usize = 1024;
-const MESSAGE: usize = 9;
+/// A message about strays: order, number, the guest's address, the key.
+const MESSAGE: usize = 9 + 6 + 32;
+/// Most descriptors that come with a message: a socket, and a queue for each pair of a card.
+const DESCRIPTORS: usize = 1 + 8;
 
-/// What the parent says about a link: an order and the link's number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What the parent says. Each message has the ward's number.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Order {
     /// End this link, which comes with the message, when I die.
-    Guard = 1,
-    /// I am done with this link.
-    Release = 2,
+    Guard,
+    /// I am done with this link, or with these strays.
+    Release,
+    /// Send what comes to these queues of a tap to the standby when I die. The socket comes with the message, and the
+    /// queues behind it.
+    Follow { guest: MacAddr, key: StrayKey },
 }
 
 impl Order {
-    pub(super) fn message(self, number: u64) -> [u8; MESSAGE] {
-        let mut message = [self as u8; MESSAGE];
-        message[1..].copy_from_slice(&number.to_le_bytes());
+    pub(super) fn message(&self, number: u64) -> Vec<u8> {
+        let mut message = vec![match self {
+            Self::Guard => 1,
+            Self::Release => 2,
+            Self::Follow { .. } => 3,
+        }];
+        message.extend_from_slice(&number.to_le_bytes());
+        if let Self::Follow { guest, key } = self {
+            message.extend_from_slice(&guest.0);
+            message.extend_from_slice(&key.0);
+        }
         message
     }
 
-    fn parse(message: &[u8]) -> Option<(Self, u64)> {
-        let (&order, number) = message.split_first()?;
-        let number = u64::from_le_bytes(number.try_into().ok()?);
-        let order = [Self::Guard, Self::Release].into_iter().find(|it| *it as u8 == order)?;
-        Some((order, number))
+    pub(super) fn parse(message: &[u8]) -> Option<(Self, u64)> {
+        let (&order, rest) = message.split_first()?;
+        let (number, rest) = rest.split_first_chunk()?;
+        let order = match (order, rest.len()) {
+            (1, 0) => Self::Guard,
+            (2, 0) => Self::Release,
+            (3, _) => {
+                let (guest, key) = rest.split_first_chunk()?;
+                Self::Follow { guest: MacAddr(*guest), key: StrayKey(key.try_into().ok()?) }
+            }
+            _ => return None,
+        };
+        Some((order, u64::from_le_bytes(*number)))
     }
 }
 
@@ -68,9 +93,17 @@ pub(crate) fn command(confined: bool) -> u8 {
     }
 }
 
-/// The duplicates of the parent's links, by their numbers.
+/// What the parent has given into its care.
+enum Ward {
+    /// A duplicate of a link.
+    Link(OwnedFd),
+    /// Frames that come to a tap's queues too late.
+    Strays { to: OwnedFd, queues: Vec<OwnedFd>, guest: MacAddr, key: StrayKey },
+}
+
+/// The parent's wards, by their numbers.
 #[derive(Default)]
-pub(super) struct Links(BTreeMap<u64, RawFd>);
+pub(super) struct Links(BTreeMap<u64, Ward>);
 
 impl Links {
     /// Returns when one of the pipes ends, after ending the links, or when there are no more orders.
@@ -89,10 +122,11 @@ impl Links {
             let over = |pipe: &PollFd<'_>| pipe.any() == Some(true);
             let dead = over(&on[1]) || over(&on[2]);
             // Also when the parent is dead: links that it had told of are still on their way.
-            let heard = self.listen(orders.as_raw_fd());
-            // Whatever it has heard: the links that it has are its last duty.
+            let heard = self.listen(orders);
+            // Whatever it has heard: what it has in its care is its last duty, the links first.
             if dead {
                 self.end();
+                self.follow();
             }
             if heard? || dead {
                 return Ok(());
@@ -101,48 +135,67 @@ impl Links {
     }
 
     /// Hears everything that the parent has said. Returns whether it says nothing any more.
-    fn listen(&mut self, orders: RawFd) -> io::Result<bool> {
+    fn listen(&mut self, orders: BorrowedFd<'_>) -> io::Result<bool> {
         let mut text = [0; MESSAGE];
-        let mut room = nix::cmsg_space!([RawFd; 1]);
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         loop {
-            let mut text = [IoSliceMut::new(&mut text)];
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-            let heard = match recvmsg::<()>(orders, &mut text, Some(&mut room), flags) {
-                Ok(heard) => heard,
-                Err(Errno::EAGAIN) => return Ok(false),
-                Err(Errno::EINTR) => continue,
+            let mut rights = RecvAncillaryBuffer::new(&mut room);
+            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+            let heard = match recvmsg(orders, &mut [IoSliceMut::new(&mut text)], &mut rights, flags) {
+                Ok(heard) => heard.bytes,
+                Err(rustix::io::Errno::AGAIN) => return Ok(false),
+                Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             };
-            if heard.bytes == 0 {
+            if heard == 0 {
                 return Ok(true);
             }
-            let rights = heard.cmsgs()?.filter_map(|it| match it {
-                ControlMessageOwned::ScmRights(links) => Some(links),
+            let came = rights.drain().filter_map(|it| match it {
+                RecvAncillaryMessage::ScmRights(these) => Some(these),
                 _ => None,
             });
-            let links: Vec<RawFd> = rights.flatten().collect();
-            let order = heard.iovs().next().and_then(Order::parse);
-            self.carry_out(order, &links);
+            let came = came.flatten().collect();
+            self.carry_out(Order::parse(&text[..heard]), came);
         }
     }
 
-    pub(super) fn carry_out(&mut self, order: Option<(Order, u64)>, links: &[RawFd]) {
-        let unused = match (order, links) {
-            (Some((Order::Guard, number)), &[link]) if self.0.len() < MOST => self.0.insert(number, link),
-            (Some((Order::Release, number)), _) => self.0.remove(&number),
-            (_, links) => links.first().copied(),
+    pub(super) fn carry_out(&mut self, order: Option<(Order, u64)>, came: Vec<OwnedFd>) {
+        let Some((order, number)) = order else { return };
+        let mut came = came.into_iter();
+        let ward = match (order, came.next()) {
+            (Order::Release, _) => {
+                self.0.remove(&number);
+                None
+            }
+            (Order::Guard, Some(link)) => Some(Ward::Link(link)),
+            (Order::Follow { guest, key }, Some(to)) => {
+                Some(Ward::Strays { to, queues: came.collect(), guest, key })
+            }
+            (_, None) => None,
         };
-        if let Some(unused) = unused {
-            close(unused).ok();
+        if let Some(ward) = ward.filter(|_| self.0.len() < MOST) {
+            self.0.insert(number, ward);
         }
     }
 
     /// The peers read to the end what is on its way to them, and then the end. Not for reading too: then Linux
     /// answers everything that still comes with a reset, which may overtake the rest.
     fn end(&self) {
-        for link in self.0.values() {
-            // An error means that the connection is gone already.
-            shutdown(*link, Shutdown::Write).ok();
+        for ward in self.0.values() {
+            if let Ward::Link(link) = ward {
+                // An error means that the connection is gone already.
+                shutdown(link.as_raw_fd(), Shutdown::Write).ok();
+            }
+        }
+    }
+
+    /// The last duty, which takes a while: see [`strays`](crate::strays). A process has one VM, and so one card.
+    fn follow(&mut self) {
+        for ward in std::mem::take(&mut self.0).into_values() {
+            if let Ward::Strays { to, queues, guest, key } = ward {
+                let queues: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
+                strays::Way::new(&queues, to.as_fd(), &key, strays::Sender::Sentinel, guest).forward(|| true);
+            }
         }
     }
 }

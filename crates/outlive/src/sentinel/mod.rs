@@ -43,6 +43,7 @@ use nix::unistd::pipe2;
 pub(crate) use child::command;
 
 use crate::sandbox::{self, Ending, Pending};
+use crate::strays::Strays;
 
 /// The pause before a sentinel that has ended is replaced. It grows while they end soon.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
@@ -90,11 +91,40 @@ fn keeper(name: &str) -> io::Result<OwnedFd> {
 #[derive(Default)]
 struct Shared(Mutex<State>);
 
+/// What the sentinel cares for when this process dies.
+#[derive(Clone)]
+enum Ward {
+    /// It is ended.
+    Link(Weak<TcpStream>),
+    /// They follow the guest.
+    Strays(Weak<Strays>),
+}
+
+impl Ward {
+    fn entrust(&self, channel: &OwnedFd, number: u64) {
+        match self {
+            Self::Link(link) => {
+                if let Some(link) = link.upgrade() {
+                    send(channel, &child::Order::Guard, number, &[link.as_raw_fd()]);
+                }
+            }
+            Self::Strays(strays) => {
+                if let Some(strays) = strays.upgrade() {
+                    let (key, guest) = strays.secret();
+                    let order = child::Order::Follow { guest, key: key.clone() };
+                    let with: Vec<RawFd> = strays.descriptors().map(|it| it.as_raw_fd()).collect();
+                    send(channel, &order, number, &with);
+                }
+            }
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
     /// To the sentinel, while there is one.
     channel: Option<OwnedFd>,
-    links: BTreeMap<u64, Weak<TcpStream>>,
+    wards: BTreeMap<u64, Ward>,
     next: u64,
 }
 
@@ -117,10 +147,8 @@ impl Shared {
             }
         };
         self.with(|state| {
-            for (number, link) in &state.links {
-                if let Some(link) = link.upgrade() {
-                    send(&ours, child::Order::Guard, *number, Some(link.as_raw_fd()));
-                }
+            for (number, ward) in &state.wards {
+                ward.entrust(&ours, *number);
             }
             state.channel = Some(ours);
         });
@@ -189,18 +217,17 @@ pub(crate) fn spawn([orders, first, second]: [OwnedFd; 3], confined: bool) -> io
 }
 
 /// Never waits. A message that cannot be sent costs the sentinel's help for a link, or a descriptor.
-fn send(channel: &OwnedFd, order: child::Order, number: u64, link: Option<RawFd>) {
+fn send(channel: &OwnedFd, order: &child::Order, number: u64, descriptors: &[RawFd]) {
     let text = order.message(number);
-    let links = [link.unwrap_or(-1)];
-    let with = [ControlMessage::ScmRights(&links)];
-    let with = if link.is_some() { &with[..] } else { &[] };
+    let with = [ControlMessage::ScmRights(descriptors)];
+    let with = if descriptors.is_empty() { &[] } else { &with[..] };
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     if let Err(error) = sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(&text)], with, flags, None) {
         tracing::debug!(%error, number, "the sentinel does not hear of a link");
     }
 }
 
-/// A link that ends with this process. Dropping it ends the sentinel's interest in it, not the link.
+/// What the sentinel cares for when this process dies. Dropping it ends the sentinel's interest, and nothing else.
 #[derive(Debug)]
 pub(crate) struct Guarded(u64);
 
@@ -208,9 +235,9 @@ impl Drop for Guarded {
     fn drop(&mut self) {
         let Some(shared) = SENTINEL.get() else { return };
         shared.with(|state| {
-            state.links.remove(&self.0);
+            state.wards.remove(&self.0);
             if let Some(channel) = &state.channel {
-                send(channel, child::Order::Release, self.0, None);
+                send(channel, &child::Order::Release, self.0, &[]);
             }
         });
     }
@@ -218,13 +245,22 @@ impl Drop for Guarded {
 
 /// Ends this link as soon as this process dies. `None` without a sentinel.
 pub(crate) fn guard(link: &Arc<TcpStream>) -> Option<Guarded> {
-    SENTINEL.get()?.with(|state| {
+    Some(care_for(SENTINEL.get()?, Ward::Link(Arc::downgrade(link))))
+}
+
+/// Sends these strays after the guest as soon as this process dies. `None` without a sentinel.
+pub(crate) fn guard_strays(strays: &Arc<Strays>) -> Option<Guarded> {
+    Some(care_for(SENTINEL.get()?, Ward::Strays(Arc::downgrade(strays))))
+}
+
+fn care_for(shared: &Shared, ward: Ward) -> Guarded {
+    shared.with(|state| {
         let number = state.next;
         state.next += 1;
-        state.links.insert(number, Arc::downgrade(link));
         if let Some(channel) = &state.channel {
-            send(channel, child::Order::Guard, number, Some(link.as_raw_fd()));
+            ward.entrust(channel, number);
         }
-        Some(Guarded(number))
+        state.wards.insert(number, ward);
+        Guarded(number)
     })
 }

@@ -1,9 +1,12 @@
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpListener;
-use std::os::fd::{AsFd, BorrowedFd, IntoRawFd};
+use std::net::{TcpListener, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixDatagram;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use outlive_epoch::StrayKey;
+use outlive_machine::MacAddr;
 
 use super::child::{Links, Order};
 use super::*;
@@ -55,9 +58,9 @@ fn the_end_of_either_pipe_ends_the_links_although_their_sockets_are_open() {
     for dead in [0, 1] {
         let mut rig = Rig::new();
         let (mut kept, mut released) = (link(), link());
-        send(&rig.orders, Order::Guard, 1, Some(kept.0.as_raw_fd()));
-        send(&rig.orders, Order::Guard, 2, Some(released.0.as_raw_fd()));
-        send(&rig.orders, Order::Release, 2, None);
+        send(&rig.orders, &Order::Guard, 1, &[kept.0.as_raw_fd()]);
+        send(&rig.orders, &Order::Guard, 2, &[released.0.as_raw_fd()]);
+        send(&rig.orders, &Order::Release, 2, &[]);
         kept.0.write_all(b"last").unwrap();
         rig.writing.remove(dead);
         rig.serve();
@@ -75,7 +78,7 @@ fn a_sentinel_that_cannot_hear_its_dead_parent_ends_the_links_that_it_has() {
     let mut rig = Rig::new();
     let (ours, mut theirs) = link();
     let mut links = Links::default();
-    links.carry_out(Some((Order::Guard, 1)), &[ours.try_clone().unwrap().into_raw_fd()]);
+    links.carry_out(Some((Order::Guard, 1)), vec![ours.try_clone().unwrap().into()]);
     rig.writing.remove(1);
     let deaf = fs::File::open("/dev/null").unwrap();
     let pipes = [rig.reading[0].as_fd(), rig.reading[1].as_fd()];
@@ -85,12 +88,53 @@ fn a_sentinel_that_cannot_hear_its_dead_parent_ends_the_links_that_it_has() {
     assert!(hears_the_end(&mut theirs));
 }
 
+/// Behind the links: those are what a standby waits for.
+#[test]
+fn frames_that_wait_in_a_tap_follow_the_guest_when_its_host_is_dead() {
+    let mut rig = Rig::new();
+    let (standby, to) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+    to.connect(standby.local_addr().unwrap()).unwrap();
+    standby.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let (network, queue) = UnixDatagram::pair().unwrap();
+    queue.set_nonblocking(true).unwrap();
+    let (mut kept, guest, key) = (link(), MacAddr([2; 6]), StrayKey([5; 32]));
+    let strays = Strays::new(vec![queue.into()], to, key, guest);
+    let (wards, channel) = ([Ward::Strays(Arc::downgrade(&strays)), Ward::Link(Weak::new())], &rig.orders);
+    wards.iter().zip(1..).for_each(|(ward, number)| ward.entrust(channel, number));
+    send(channel, &Order::Guard, 3, &[kept.0.as_raw_fd()]);
+    let frame = |from: [u8; 6]| [&[0; 12][..], &guest.0, &from, b"text"].concat();
+    network.send(&frame([9; 6])).unwrap();
+    network.send(&frame(guest.0)).unwrap();
+    rig.writing.remove(0);
+    rig.serve();
+    assert!(hears_the_end(&mut kept.1));
+    let mut datagram = [0; 256];
+    let len = standby.recv(&mut datagram).unwrap();
+    assert_eq!(len, 12 + 2 + frame([9; 6]).len() + 16, "nonce, queue pair, frame, tag");
+    standby.set_nonblocking(true).unwrap();
+    assert!(standby.recv(&mut datagram).is_err(), "the guest's own words went with it");
+}
+
+#[test]
+fn orders_that_are_none_are_passed_over() {
+    let orders =
+        [Order::Guard, Order::Release, Order::Follow { guest: MacAddr([3; 6]), key: StrayKey([4; 32]) }];
+    let mut links = Links::default();
+    for order in orders {
+        let message = order.message(7);
+        assert_eq!(Order::parse(&message), Some((order, 7)));
+        assert_eq!(Order::parse(&message[..message.len() - 1]), None);
+        assert_eq!(Order::parse(&[&message[..], &[0]].concat()), None);
+        links.carry_out(Order::parse(&message), Vec::new());
+    }
+}
+
 #[test]
 fn a_sentinel_that_is_replaced_ends_no_link() {
     let mut rig = Rig::new();
     let (mut ours, mut theirs) = link();
-    send(&rig.orders, Order::Guard, 1, Some(ours.as_raw_fd()));
-    send(&rig.orders, Order::Guard, u64::MAX, None);
+    send(&rig.orders, &Order::Guard, 1, &[ours.as_raw_fd()]);
+    send(&rig.orders, &Order::Guard, u64::MAX, &[]);
     rig.orders = rig.theirs.try_clone().unwrap();
     rig.serve();
     assert!(!hears_the_end(&mut theirs));

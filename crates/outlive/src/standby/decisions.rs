@@ -25,6 +25,7 @@ use crate::disk::{Books, DiskEvent, STUCK};
 use crate::events::{self, EventWriter};
 use crate::network::Uplink;
 use crate::status::Standing;
+use crate::strays;
 use crate::vm::Shelf;
 
 /// Whether a decision was made or not, what the ports were given to do is done.
@@ -48,6 +49,8 @@ pub(super) struct Equipment {
     pub(super) standing: Arc<Standing>,
     /// The memory of a VM that this host has handed over.
     pub(super) shelf: Shelf,
+    /// Takes the frames that follow the guest from its old host; `None` if it may not.
+    pub(super) strays: Option<strays::Door>,
     /// How often copies on this host were found not to be the VM.
     pub(super) differences: Arc<Differences>,
 }

@@ -173,9 +173,20 @@ impl Post {
             tracker: None,
         });
         let (options, books) = (options.clone(), Books::default());
-        let (differences, shelf) = (Arc::default(), vm::Shelf::default());
-        let equipment =
-            Equipment { host, options, console, watch, uplink, events, books, standing, shelf, differences };
+        let (differences, shelf, strays) = (Arc::default(), vm::Shelf::default(), strays(&door, &options));
+        let equipment = Equipment {
+            host,
+            options,
+            console,
+            watch,
+            uplink,
+            events,
+            books,
+            standing,
+            shelf,
+            strays,
+            differences,
+        };
         Ok(Self { equipment, door, stops })
     }
 
@@ -194,9 +205,20 @@ impl Post {
         let (console, events) = (launch.console.clone(), launch.events.clone());
         let (standing, uplink) = (launch.standing.clone(), launch.uplink.clone());
         let books = launch.books.clone();
-        let (differences, shelf) = (Arc::default(), launch.shelf.clone());
-        let equipment =
-            Equipment { host, options, console, watch, uplink, events, books, standing, shelf, differences };
+        let (differences, shelf, strays) = (Arc::default(), launch.shelf.clone(), strays(&door, &options));
+        let equipment = Equipment {
+            host,
+            options,
+            console,
+            watch,
+            uplink,
+            events,
+            books,
+            standing,
+            shelf,
+            strays,
+            differences,
+        };
         Ok(Some(Self { equipment, door, stops: launch.stops.clone() }))
     }
 
@@ -295,6 +317,11 @@ impl Post {
             .inspect_err(|error| tracing::warn!(%error, "no statistics"));
         Waiting { decisions, inbox, stops: self.stops.clone() }.wait()
     }
+}
+
+/// Where frames are taken that follow a guest from its old host.
+fn strays(door: &Door, options: &StandbyOptions) -> Option<crate::strays::Door> {
+    (options.net.is_some() && options.active.frame_tail.is_on()).then(|| door.strays()).flatten()
 }
 
 /// Checks that the card can be made here and the images can be a standby's, and brings them to their last

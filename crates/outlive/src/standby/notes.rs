@@ -111,7 +111,13 @@ impl Notes {
             Note::StopWaits => {
                 tracing::warn!(
                     "the stop waits for the arbiter: this may be the only host that has the VM. When it answers, \
-                     this host takes the VM over and stops it in order; only SIGKILL ends the wait"
+                     this host takes the VM over and shuts it down in order, unless it was being handed over to this host; only SIGKILL ends the wait"
+                );
+            }
+            Note::StopForgotten => {
+                tracing::warn!(
+                    "TOLD TO STOP while the VM was handed over to this host: the VM runs here now, and runs on; order the \
+                     stop once more to shut it down, or hand it back first"
                 );
             }
             Note::NotReleased { why } => {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::{
     Accept, Ack, ArbiterSight, Audited, DiskAudited, DiskWant, EncodeError, Encoder, LeaveReason,
-    ProtocolVersion, RefuseCode,
+    ProtocolVersion, RefuseCode, StrayKey,
 };
 use outlive_pair::{Link, StandbyExit, StandbyNote, StandbyPorts, TakeOver};
 
@@ -79,6 +79,8 @@ pub(super) struct Session {
     pub(super) version: ProtocolVersion,
     /// Whether its memory is of the moment that the primary has named.
     pub(super) holds: bool,
+    /// With what it takes strays.
+    pub(super) strays: Option<StrayKey>,
     pub(super) handover: Arc<Handover>,
     /// Copies of the guest's frames.
     pub(super) tail: Arc<Tail>,
@@ -317,9 +319,9 @@ impl StandbyPorts for Ports {
     type Failure = PortError;
 
     fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), PortError> {
-        let Session { version, holds, .. } = *self.session(link)?;
-        let (dead_after_us, host) = (micros(dead_after), self.host.clone());
-        let accept = Accept { generation, dead_after_us, host, version, holds };
+        let Session { version, holds, ref strays, .. } = *self.session(link)?;
+        let (dead_after_us, host, strays) = (micros(dead_after), self.host.clone(), strays.clone());
+        let accept = Accept { generation, dead_after_us, host, version, holds, strays };
         self.put(link, |encoder, out| encoder.accept(out, &accept))
     }
 

@@ -9,9 +9,14 @@ use outlive_epoch::{TailFrame, TailFrames};
 use outlive_machine::{Frame, FrameRing, OutputLimits};
 use outlive_pair::TailUse;
 
+use crate::strays::Sink;
+
 /// How much is kept in each direction: several epochs of what a primary copies at most.
 const KEPT: OutputLimits = OutputLimits { frames: 1024, bytes: 1 << 20 };
 const NOTHING: OutputLimits = OutputLimits { frames: 0, bytes: 0 };
+
+/// Gives the running guest a frame: its queue pair, and the packet.
+type Give = dyn FnMut(u16, &[u8]) + Send;
 
 /// The tail of one session; see the module. Its lock is held for moments only, except by the takeover, after which
 /// nobody wants it. Nothing is freed under it.
@@ -21,6 +26,10 @@ struct Kept {
     /// By epoch, which never goes back.
     input: FrameRing<u64>,
     output: FrameRing<u64>,
+    /// Frames that reached the primary's host when the guest was gone from there.
+    strays: FrameRing<()>,
+    /// The guest runs here: it is given strays as they come.
+    guest: Option<Box<Give>>,
     /// The newest committed checkpoint.
     committed: u64,
 }
@@ -30,7 +39,7 @@ impl Tail {
     pub(super) fn new(wanted: bool) -> Self {
         let limits = if wanted { KEPT } else { NOTHING };
         let (input, output) = (FrameRing::new(limits), FrameRing::new(limits));
-        Self(Mutex::new(Kept { input, output, committed: 0 }))
+        Self(Mutex::new(Kept { input, output, strays: FrameRing::new(limits), guest: None, committed: 0 }))
     }
 
     /// The guest was given these frames. Those that find no room are left out: the ones before them are needed
@@ -84,13 +93,40 @@ impl Tail {
         let output_repeated =
             kept.output.iter().filter(|it| by.repeats(it.label)).filter(|it| repeat(*it)).count();
         let input_given = kept.input.iter().filter(|it| by.gives(it.label)).filter(|it| give(*it)).count();
+        let late = kept
+            .strays
+            .iter()
+            .filter(|it| give(Frame { label: 0, pair: it.pair, packet: it.packet }))
+            .count();
         kept.output.clear();
         kept.input.clear();
-        Spent { input_given: input_given as u64, output_repeated: output_repeated as u64 }
+        kept.strays.clear();
+        Spent { input_given: (input_given + late) as u64, output_repeated: output_repeated as u64 }
+    }
+
+    /// The guest runs here: `give` gives it the strays that still come.
+    pub(super) fn follow(&self, mut give: impl FnMut(u16, &[u8]) + Send + 'static) {
+        let mut kept = self.kept();
+        while let Some(stray) = kept.strays.front() {
+            give(stray.pair, stray.packet);
+            kept.strays.pop();
+        }
+        kept.guest = Some(Box::new(give));
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Sink for Tail {
+    fn stray(&self, pair: u16, packet: &[u8]) {
+        let mut kept = self.kept();
+        match &mut kept.guest {
+            Some(give) => give(pair, packet),
+            // The first ones are what clients wait for.
+            None => drop(kept.strays.push((), pair, packet)),
+        }
     }
 }
 

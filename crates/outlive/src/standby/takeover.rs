@@ -7,12 +7,13 @@
 //! under way when the primary died is in no checkpoint.
 //!
 //! The frame tail comes between the two: what may not have left the primary is in the output before the guest can
-//! send anything, and what died with the primary is in the card before the card looks at this host's tap.
+//! send anything, and what died with the primary is in the card before the card looks at this host's tap. Behind it come
+//! the strays (`strays/`): frames for the guest that have reached its old host since.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use outlive_epoch::{EndReason, Moment};
+use outlive_epoch::Moment;
 use outlive_machine::{Machine, RestoreError};
 use outlive_pair::TakeOver;
 
@@ -89,6 +90,14 @@ pub(super) fn take_over(
     // What is repeated. An answer to it is not thrown away any more, as what waited in the tap is.
     machine.valve().drain();
     machine.resume();
+    if let Some((net, door)) = machine.net().zip(equipment.strays.as_ref()) {
+        let guest = Arc::downgrade(net);
+        frames.follow(move |pair, packet| {
+            // One that is not taken is lost, as in any network.
+            let _ = guest.upgrade().is_some_and(|net| net.give_late(pair, packet));
+        });
+        door.runs_here(frames);
+    }
     let running = Instant::now();
     let micros =
         |later: Instant, earlier: Instant| later.saturating_duration_since(earlier).as_micros() as u64;
@@ -133,7 +142,7 @@ pub(super) fn take_over(
         options: options.active.clone(),
         sidecars,
         events: events.clone(),
-        stop: stop.then_some(EndReason::Stopped),
+        stop,
         console: console.clone(),
         uplink: equipment.uplink.clone(),
         standing: equipment.standing.clone(),

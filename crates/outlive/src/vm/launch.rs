@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use outlive_epoch::{DeviceInfo, EndReason, Moment};
+use outlive_epoch::{DeviceInfo, Moment};
 use outlive_machine::{MacAddr, Machine, MachineEvent};
 use outlive_pair::{ExitReason, StandbyExit};
 
@@ -53,8 +53,8 @@ pub(crate) struct Launch {
     pub(crate) sidecars: Option<Arc<Sidecars>>,
     /// Events.
     pub(crate) events: EventWriter,
-    /// Set when the VM must end at once.
-    pub(crate) stop: Option<EndReason>,
+    /// The operator has ordered a stop already.
+    pub(crate) stop: bool,
     /// The host's ends of its ports; closed after the machine is gone.
     pub(crate) console: Arc<Console>,
     /// Watches this host's way to the guest's clients.

@@ -15,6 +15,7 @@
 //! is just discarding gives way to a new one of the same name.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use outlive_epoch::Wiring;
 use outlive_machine::Tap;
@@ -28,6 +29,10 @@ use crate::sandbox::{self, StewardError};
 
 /// The MTU of Ethernet.
 const USUAL_MTU: u32 = 1500;
+/// A process that has just ended may have a sentinel that still sends late frames after the guest
+/// ([`strays`](crate::strays)).
+const FOLLOWING: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// The first byte of a tap's address: the highest that is locally administered and not multicast.
 const HIGH: u8 = 0xfe;
 
@@ -101,6 +106,20 @@ pub(crate) fn open_card(net: &NetSpec, pairs: u16, wiring: Wiring) -> Result<Arc
 /// # Errors
 /// See [`CardError`].
 pub(crate) fn place_card(net: &NetSpec, pairs: u16, wiring: Wiring) -> Result<Tap, CardError> {
+    let until = Instant::now() + FOLLOWING;
+    loop {
+        match place_now(net, pairs, wiring) {
+            Err(
+                CardError::Tap(TapError::Busy { .. }) | CardError::Place(PlaceError::VlanOfOthers { .. }),
+            ) if Instant::now() < until => {
+                std::thread::sleep(LOOK_AGAIN);
+            }
+            placed => return placed,
+        }
+    }
+}
+
+fn place_now(net: &NetSpec, pairs: u16, wiring: Wiring) -> Result<Tap, CardError> {
     let place = TapPlace::look(net, wiring)?;
     let tap = Tap::with_queues(&net.tap, pairs)?;
     place.join()?;

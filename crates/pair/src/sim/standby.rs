@@ -233,6 +233,10 @@ impl World {
         if acked.flags.end.is_some() || self.truth.ended {
             self.truth.fail(format!("invariant 8: {life:?} takes over a VM that has ended in order"));
         }
+        if stop && handed {
+            self.truth
+                .fail(format!("{life:?} stops a VM that was handed over to it, by an order to a standby"));
+        }
         self.truth.goes_on(generation, life);
         self.stats.takeovers += 1;
         self.write_out_all(life);

@@ -257,6 +257,13 @@ impl Standby {
         if planted!(self.bug, GivesCommittedInput) {
             tail.given_after = checkpoint.saturating_sub(1);
         }
+        // The order was for a standby. After a crash this may be the only side that has the VM, and the VM stops in order.
+        // A VM that its operator has just moved here was to run on, and the other side is about to let go of it.
+        let keeps = stop && handed;
+        if keeps {
+            out.push(Action::Note(Note::StopForgotten));
+        }
+        let stop = stop && !keeps;
         out.push(Action::TakeOver { link, checkpoint, generation: claim.generation, handed, tail, stop });
     }
 

@@ -341,6 +341,8 @@ pub enum StandbyNote {
     /// The operator's stop waits: this may be the only host that has the VM, so the arbiter must answer
     /// first.
     StopWaits,
+    /// The operator's stop is not carried out: the VM was handed over to this host, and runs on here.
+    StopForgotten,
     /// The operator's stop continues, but the rest of the copy could not be marked as given up.
     NotReleased {
         /// Why.

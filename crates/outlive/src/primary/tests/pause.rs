@@ -83,7 +83,7 @@ fn standby(mut stream: TcpStream, newest: ProtocolVersion) {
                 let version = versions.common(hello.versions).unwrap();
                 reader.agree(version);
                 let (generation, host) = (hello.generation, "standby".to_owned());
-                let accept = Accept { generation, dead_after_us, host, version, holds: false };
+                let accept = Accept { generation, dead_after_us, host, version, holds: false, strays: None };
                 encoder.accept(&mut out, &accept).unwrap();
             }
             Message::CheckpointBegin(begin) => open = Some(begin.generation),

@@ -17,7 +17,7 @@ use super::super::links::{self, Plan};
 use super::super::ports::Ports;
 use super::super::stats::Totals;
 use crate::clock::Clock;
-use crate::link::Security;
+use crate::link::{Agreed, Security};
 
 /// How long anything may take on a busy machine.
 pub(super) const BOUND: Duration = Duration::from_secs(30);
@@ -138,6 +138,7 @@ pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
         heartbeat: timing.heartbeat(),
         totals: totals.clone(),
         inbox: queue.clone(),
+        card: None,
     };
     links::start(errands, &driver, plan).unwrap();
     driver.handle(PrimaryEvent::Tick);
@@ -148,7 +149,8 @@ pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
 impl Rig {
     /// The standby accepts.
     pub(super) fn accepted(self) -> Self {
-        self.driver.agreed(LINK, ProtocolVersion::CURRENT, false);
+        let agreed = Agreed { version: ProtocolVersion::CURRENT, holds: false, strays: None };
+        self.driver.agreed(LINK, &agreed, None);
         self.driver.handle(PrimaryEvent::Accepted { link: LINK, dead_after: DEAD_AFTER });
         self
     }

@@ -54,6 +54,7 @@ fn a_primary_goes_on_in_the_version_that_was_agreed_on() {
         host: "b".into(),
         version: V2,
         holds: false,
+        strays: None,
     };
     let mut out = Preface { version }.encode().to_vec();
     Encoder::speaking(version).accept(&mut out, &accept).unwrap();
@@ -114,6 +115,7 @@ fn a_standby_that_accepts_twice_is_left() {
             host: "b".into(),
             version,
             holds: false,
+            strays: None,
         };
         encoder.accept(&mut out, &accept).unwrap();
         encoder.speak(ProtocolVersion::INTRODUCTION);

@@ -201,6 +201,32 @@ fn a_stop_during_arbitration_waits_for_the_answer() {
     assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, true)]);
 }
 
+/// The order was for a standby, and the other host is about to let go of a VM in good health.
+#[test]
+fn a_stop_does_not_end_a_vm_that_is_just_being_handed_over() {
+    let handed = CheckpointFlags { hand_over: true, ..PLAIN };
+    for stop_at in 0..3 {
+        let mut host = Host::protected();
+        assert_eq!(host.acts(staged(12, handed)), [ack(12), apply(12)]);
+        host.acts(applied(12));
+        for (at, event) in [lost(), settled(12)].into_iter().enumerate() {
+            if at == stop_at {
+                host.on(Stop);
+            }
+            host.acts(event);
+        }
+        if stop_at == 2 {
+            host.on(Stop);
+        }
+        let actions = host.on(Claimed { generation: 5, result: ClaimResult::Won });
+        assert!(actions.contains(&Note(StandbyNote::StopForgotten)), "{actions:?}");
+        assert!(
+            matches!(actions.last(), Some(TakeOver { checkpoint: 12, handed: true, stop: false, .. })),
+            "{actions:?}"
+        );
+    }
+}
+
 /// The primary was heard last at 300 ms, and its lease lasts for one second from then.
 fn asks_when_the_lease_is_over(mut host: Host, lost: StandbyEvent) {
     host.now = 300;

@@ -1,7 +1,7 @@
 //! The network card: what a driver reads and sets, and what the port and the network are told.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -25,7 +25,7 @@ use crate::devices::valve::Permit;
 use crate::devices::virtio::chain::Broken;
 use crate::devices::virtio::persist::{DeviceState, TransportState};
 use crate::devices::virtio::ring::Queues;
-use crate::devices::virtio::slot::{Batch, CONFIG_BYTES, Identity, Model, Outcome, Shared, Slot};
+use crate::devices::virtio::slot::{Batch, CONFIG_BYTES, Core, Identity, Model, Outcome, Shared, Slot};
 use crate::devices::virtio::{ActivateError, DeviceHost, MAX_QUEUES};
 
 /// Largest size of the queues that carry frames: 256 each way.
@@ -37,6 +37,8 @@ const COMMANDS: u16 = 64;
 pub const MAX_PAIRS: u16 = 8;
 const _: () = assert!(2 * (MAX_PAIRS as usize) < MAX_QUEUES);
 
+/// Most frames that wait for the guest beside those of the port.
+const MAX_LATE: usize = 1024;
 /// Most stale frames thrown away when the device goes live: more than a tap queues by default (1000).
 const MAX_STALE: u64 = 10_000;
 /// The transmit queues of all pairs.
@@ -196,6 +198,37 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         }
         card.pairs[index].given.push_back(packet.into());
         true
+    }
+
+    /// Has the running guest given a packet that reached another host after the guest had gone from there. It comes
+    /// before those that wait in the port, and may be lost as they may. Returns whether it was taken; only so many
+    /// wait at the same time.
+    pub fn give_late(&self, pair: u16, packet: &[u8]) -> bool {
+        let mut core = self.shared().core();
+        let Core { queues, model: card, .. } = &mut *core;
+        let used = usize::from(card.settings.pairs).min(card.pairs.len());
+        let index = if usize::from(pair) < used { pair.into() } else { 0 };
+        let Some(queues) = queues.as_mut().filter(|_| packet.len() <= MAX_PACKET && used > 0) else {
+            return false;
+        };
+        let given = &mut card.pairs[index].given;
+        if given.len() >= MAX_LATE {
+            return false;
+        }
+        given.push_back(packet.into());
+        queues.look_at(rx_bit(index));
+        drop(core);
+        self.shared().wake_thread();
+        true
+    }
+
+    /// The queues of the tap, for somebody who reads them when the guest does not run here any more.
+    ///
+    /// # Errors
+    /// The operating system's, when there are no descriptors left.
+    pub fn tap_queues(&self) -> io::Result<Vec<OwnedFd>> {
+        let port = &self.model().port;
+        (0..port.pairs()).map(|pair| port.duplicate(pair)).collect()
     }
 
     /// Sends a packet again that the guest has sent in a committed epoch, on another host, and that may not have

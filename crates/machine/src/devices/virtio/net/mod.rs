@@ -42,6 +42,7 @@ mod tests;
 pub use control::Settings;
 pub use device::{MAX_PAIRS, Net, NetConfig, NetDevice, NetError};
 pub use mac::MacAddr;
+pub use offload::HEADER as PACKET_HEADER;
 pub use output::{FrameSink, MAX_FRAME, MAX_PACKET, Output, OutputLimits, OutputStats, Pushed, Released};
 pub use persist::{CardState, ImpossibleSetting, NetState};
 pub use ring::{Frame, FrameRing};

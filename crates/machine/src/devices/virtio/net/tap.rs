@@ -38,6 +38,14 @@ pub trait FramePort: FrameSink {
     /// when all queues are in use.
     fn fd(&self, pair: usize) -> RawFd;
 
+    /// Another descriptor of a queue. A port need not have any.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn duplicate(&self, _pair: usize) -> io::Result<OwnedFd> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Takes the next frame of a queue; [`io::ErrorKind::WouldBlock`] if there is none. A frame longer than
     /// `buffer` is cut.
     fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize>;
@@ -184,6 +192,10 @@ impl FramePort for Tap {
 
     fn fd(&self, pair: usize) -> RawFd {
         self.files[pair].as_raw_fd()
+    }
+
+    fn duplicate(&self, pair: usize) -> io::Result<OwnedFd> {
+        self.files[pair].as_fd().try_clone_to_owned()
     }
 
     fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize> {
