@@ -2,8 +2,8 @@
 
 use outlive_epoch::{
     Accept, Encoder, HEADER_LEN, Hello, MAX_VCPU_CONSTANT, Message, Moment, Peer, Preface, ProtocolVersion,
-    ReadError, Refuse, RefuseCode, SectionHeader, SectionKind, SectionReader, VcpuConstant, VersionRange,
-    WireError, Wiring,
+    ReadError, Refuse, RefuseCode, SectionHeader, SectionKind, SectionReader, StrayKey, VcpuConstant,
+    VersionRange, WireError, Wiring,
 };
 
 use crate::common::{Content, hello};

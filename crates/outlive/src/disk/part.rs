@@ -24,6 +24,7 @@ use std::time::Duration;
 use outlive_pair::{Danger, Differs, ImageRole};
 
 use super::blank::{self, Content};
+use super::prepare::cannot_open;
 use super::provenance::DangerKind;
 use super::sidecar::{CopyEnd, Sidecar, SidecarError};
 use super::standing::{Given, Told, judge};
@@ -68,7 +69,7 @@ pub(crate) enum PartError {
     #[error(transparent)]
     Sidecar(#[from] SidecarError),
     /// An image cannot be read.
-    #[error("cannot read the disk image {image}: {source}")]
+    #[error("{}", cannot_open(.image, .source))]
     Read {
         /// The image.
         image: PathBuf,

@@ -303,7 +303,7 @@ fn not_opened(path: &Path, source: io::Error) -> PrepareError {
     PrepareError::Open { image: path.to_path_buf(), source }
 }
 
-fn cannot_open(path: &Path, error: &io::Error) -> String {
+pub(super) fn cannot_open(path: &Path, error: &io::Error) -> String {
     let image = path.display();
     match error.kind() {
         io::ErrorKind::NotFound => {

@@ -46,7 +46,7 @@ use crate::events::{Event, EventWriter, Part, Place};
 use crate::link::SenderReport;
 use crate::report::Reporter;
 use crate::status::Standing;
-use crate::vm::{BootDiskError, End, Shelf};
+use crate::vm::{BootDiskError, End, KeptVm, Shelf};
 use crate::{audit, notify, process};
 
 /// How long an ending process lets its last messages go out.
@@ -569,7 +569,8 @@ impl Coordinator {
         self.with.sidecars.written_within(FAREWELL).ok();
         if let (Some(moment), ExitReason::Fenced { .. }) = (self.with.driver.handed_over(), &reason) {
             let (shelf, vm) = &self.with.shelf;
-            shelf.put(KeptMemory { vm: *vm, moment }, self.with.machine.ram().clone());
+            let tap = self.with.machine.net().and_then(|net| net.keep_tap());
+            shelf.put(KeptMemory { vm: *vm, moment }, KeptVm { ram: self.with.machine.ram().clone(), tap });
         }
         if let (Some(handed), ExitReason::Fenced { generation, owner }) = (handed, &reason) {
             handed.to(*generation, owner);

@@ -19,7 +19,7 @@ use crate::console::Port;
 use crate::disk::{DiskEvent, Provenance, Replica, ReplicaStartError};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
-use crate::vm::{self, CardError, Identity, Relay, VmMemoryError};
+use crate::vm::{self, CardError, Identity, KeptVm, Relay, VmMemoryError};
 
 /// The copy; see the module. The applier owns it.
 pub(super) struct VmCopy {
@@ -112,7 +112,7 @@ impl VmCopy {
         hello: &Hello,
         equipment: &Equipment,
         mut arbiter: Box<dyn Arbiter>,
-        kept: Option<Arc<Ram>>,
+        kept: Option<KeptVm>,
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, CopyError> {
         let Equipment { host, options, console, books, .. } = equipment;
@@ -122,8 +122,13 @@ impl VmCopy {
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has seen this number of queues.
         let card = plan.card.zip(options.net.as_ref());
-        let open = |(Card { pairs, wiring }, net)| -> Result<NetConfig, CardError> {
-            let tap = vm::open_card(net, pairs, wiring)?;
+        let (ram, tap) = kept.map_or((None, None), |KeptVm { ram, tap }| (Some(ram), tap));
+        let open = |(Card { pairs, wiring }, net): (Card, &NetSpec)| -> Result<NetConfig, CardError> {
+            // The same VM, so it is wired as it must be.
+            let tap = match tap.filter(|tap| pairs == 1 && tap.name() == net.tap) {
+                Some(tap) => Arc::new(tap),
+                None => vm::open_card(net, pairs, wiring)?,
+            };
             Ok(NetConfig { pairs, mtu: wiring.mtu, ..vm::card(net, tap, mac) })
         };
         let card = card.map(open).transpose()?;
@@ -142,7 +147,7 @@ impl VmCopy {
             max_dirty: options.active.max_dirty * 2,
             events: Arc::new(machine_events.sender()),
         };
-        let mut machine = match kept {
+        let mut machine = match ram {
             Some(ram) => Machine::with_memory(host.clone(), &machine_options, ram)?,
             None => Machine::new(host.clone(), &machine_options)?,
         };

@@ -2,7 +2,7 @@
 //! decides alone: no device is guessed from the kind of guest.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use outlive_epoch::{DeviceInfo, DeviceKind, Hello, Wiring};
 use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine, SectorSize};
@@ -58,10 +58,7 @@ pub(super) enum PlanError {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DisksError {
     /// An image is too small, or too large.
-    #[error(
-        "disk {disk} has {there} bytes at the primary and {} has {here}: make it as large with `truncate -s {there} {}`",
-        .image.display(), .image.display()
-    )]
+    #[error("disk {disk} has {there} bytes at the primary and {} has {here}: {}", .image.display(), size_remedy(.image, *.there, *.here))]
     Size { disk: u16, image: PathBuf, there: u64, here: u64 },
     /// The system has no descriptor left.
     #[error("{}: {source}", .image.display())]
@@ -69,6 +66,15 @@ pub(super) enum DisksError {
     /// An image may be the only copy of something else.
     #[error(transparent)]
     Overwrite(#[from] OverwriteError),
+}
+
+/// One that is longer may be another server's: what would be cut off is gone.
+fn size_remedy(image: &Path, there: u64, here: u64) -> String {
+    if here < there {
+        format!("make it as large with `truncate -s {there} {}`", image.display())
+    } else {
+        format!("is it the right image? Give an empty one of {there} bytes")
+    }
 }
 
 /// What to build, if this host has everything that it needs.

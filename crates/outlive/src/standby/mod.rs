@@ -47,7 +47,7 @@ use outlive_machine::{Host, HostError};
 use outlive_pair::{StandbyEvent, StandbyExit, StandbyNote, TakeOver};
 
 use crate::arbiter::{self, ArbiterSpecError, Here, Watch};
-use crate::cli::StandbyOptions;
+use crate::cli::{NetSpec, StandbyOptions};
 use crate::console::{Console, ConsoleError};
 use crate::disk::{Books, CopyEnd, PrepareError, ReplicaEndError};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
@@ -66,7 +66,7 @@ use takeover::{TakeoverError, Won};
 
 /// How often, and how long, a process that goes back to the standby's role tries to get back what it has just
 /// let go: the kernel frees a tap and an image a moment after their last user.
-const AGAIN: Duration = Duration::from_millis(250);
+const AGAIN: Duration = Duration::from_millis(50);
 const LET_GO: Duration = Duration::from_secs(15);
 /// How long a process whose copy has failed waits until it offers to hold another one, as long as systemd would wait
 /// before it started a new one: what failed will most likely fail again.
@@ -149,7 +149,7 @@ impl Post {
         stops: Stops,
     ) -> Result<Self, PostError> {
         let host = Arc::new(Host::open()?);
-        check(options)?;
+        check(options, None)?;
         door.listen()?;
         let uplink = vm::watch_uplink(options.net.as_ref(), &options.active)?;
         // Opening the arbiter and the event stream may make files, so everything that is likely to fail comes
@@ -236,7 +236,7 @@ impl Post {
         self.waits_again(why);
         let deadline = Instant::now() + LET_GO;
         loop {
-            match check(&self.equipment.options) {
+            match check(&self.equipment.options, Some(&self.equipment.shelf)) {
                 Err(why) if Instant::now() < deadline => tracing::debug!("not yet: {why}"),
                 checked => return checked,
             }
@@ -254,7 +254,7 @@ impl Post {
             if self.stops.was_used() {
                 return false;
             }
-            let Err(why) = check(&self.equipment.options) else { return true };
+            let Err(why) = check(&self.equipment.options, Some(&self.equipment.shelf)) else { return true };
             let why = why.to_string();
             if why != said {
                 tracing::error!("this host cannot be the VM's standby yet: {why}; trying again");
@@ -325,9 +325,10 @@ fn strays(door: &Door, options: &StandbyOptions) -> Option<crate::strays::Door> 
 }
 
 /// Checks that the card can be made here and the images can be a standby's, and brings them to their last
-/// commit.
-fn check(options: &StandbyOptions) -> Result<(), PartsError> {
-    if let Some(net) = &options.net {
+/// commit. A card whose tap this process still has need not be tried.
+fn check(options: &StandbyOptions, shelf: Option<&vm::Shelf>) -> Result<(), PartsError> {
+    let has_tap = |net: &&NetSpec| shelf.is_some_and(|shelf| shelf.has_tap(&net.tap));
+    if let Some(net) = options.net.as_ref().filter(|net| !has_tap(net)) {
         copy::try_card(net)?;
     }
     Ok(disk::for_standby(&options.disks)?)

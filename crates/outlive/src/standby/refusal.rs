@@ -42,14 +42,14 @@ pub(super) enum Refusal {
     Place(#[from] ArbiterSpecError),
     /// The hosts have two arbiters.
     #[error(
-        "the standby's arbiter {spec} (id {here}) is not the primary's (id {there}): give both hosts the same directory"
+        "the standby's arbiter {spec} (id {here}) is not the primary's (id {there}): give both hosts the same --arbiter"
     )]
     OtherArbiter { spec: String, here: String, there: String },
     /// Somebody has won the VM since.
     #[error("generation {introduced} is out of date: the arbiter knows generation {highest}")]
     Stale { introduced: u64, highest: u64 },
     /// The arbiter has not seen the primary's claim.
-    #[error("the standby's arbiter {0} does not know this VM: give both hosts the same directory")]
+    #[error("the standby's arbiter {0} does not know this VM: give both hosts the same --arbiter")]
     UnknownVm(String),
     /// The arbiter does not answer.
     #[error("the standby's arbiter {spec} cannot be read: {source}")]

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::{Status, place};
 use crate::cli::StatusOptions;
+use crate::events::Role;
 use crate::{exit, socket};
 
 /// How long an answer may take.
@@ -71,12 +72,19 @@ struct Answer {
 
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
-enum Said {
+pub(super) enum Said {
     Status(Box<Status>),
     /// The process is there, but nothing of use came from it.
     Nothing {
         error: String,
     },
+}
+
+impl Said {
+    /// Whether the process has the VM.
+    pub(super) fn runs(&self) -> bool {
+        matches!(self, Self::Status(status) if status.role == Role::Primary)
+    }
 }
 
 fn code(answers: &[Answer]) -> u8 {
@@ -114,7 +122,7 @@ fn all(folders: &[PathBuf]) -> Result<Vec<Answer>, StatusError> {
 ///
 /// # Errors
 /// The operating system's, when there is no such process.
-fn ask(path: &Path) -> io::Result<Said> {
+pub(super) fn ask(path: &Path) -> io::Result<Said> {
     let nothing = |error: String| Ok(Said::Nothing { error });
     let socket = match socket::connect(path) {
         Err(error) if error.kind() == ErrorKind::WouldBlock => {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use outlive_pair::Unwelcome;
 use serde::{Deserialize, Serialize};
 
+use super::command::ask as ask_status;
 use super::standing::Facts;
 use super::{Standing, place};
 use crate::arbiter::{NotTaken, Taken, Word, desk};
@@ -275,19 +276,25 @@ pub(crate) fn give_up(options: &WordOptions) -> u8 {
 }
 
 fn command(socket: Option<&Path>, order: Order) -> u8 {
-    let path = socket.map_or_else(|| only(&place::folders()), |path| Ok(path.to_owned()));
+    let path = socket.map_or_else(|| only(&place::folders(), order), |path| Ok(path.to_owned()));
     let said = path.and_then(|path| say(&path, order));
     let printed = said.and_then(|done| writeln!(io::stdout().lock(), "{done}").map_err(WordError::Print));
     printed.map_or_else(exit::usage, |()| exit::OK)
 }
 
-/// The only process that answers.
-fn only(folders: &[PathBuf]) -> Result<PathBuf, WordError> {
+/// The only process that answers; of several, the only one that the order can be for.
+fn only(folders: &[PathBuf], order: Order) -> Result<PathBuf, WordError> {
     let files = folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten();
     let mut sockets: Vec<PathBuf> = files.map(|file| file.path()).collect();
     sockets.retain(|path| {
         path.extension().is_some_and(|it| it == place::ENDING) && socket::connect(path).is_ok()
     });
+    if sockets.len() > 1 && order == Order::HandOver {
+        let is_for = |path: &PathBuf| ask_status(path).is_ok_and(|said| said.runs());
+        let running: Vec<PathBuf> = sockets.iter().filter(|path| is_for(path)).cloned().collect();
+        // Without any, all of them are named.
+        sockets = if running.is_empty() { sockets } else { running };
+    }
     match &sockets[..] {
         [] => Err(WordError::Nobody),
         [one] => Ok(one.clone()),
@@ -348,9 +355,9 @@ mod tests {
         assert!(refused(Order::HandOver).contains("does not run here"));
         // Another arbiter than a person is asked.
         assert!(refused(Order::GoOnAlone { generation: 2 }).contains("nobody waits for a word"));
-        assert_eq!(only(&[directory.path().to_owned()]).unwrap(), path);
+        assert_eq!(only(&[directory.path().to_owned()], Order::HandOver).unwrap(), path);
         drop(server);
-        assert!(matches!(only(&[directory.path().to_owned()]), Err(WordError::Nobody)));
+        assert!(matches!(only(&[directory.path().to_owned()], Order::HandOver), Err(WordError::Nobody)));
         assert!(matches!(say(&path, Order::GiveUp { generation: 1 }), Err(WordError::Silent { .. })));
     }
 

@@ -1,4 +1,5 @@
-//! The memory that a host keeps of a VM which it has handed over.
+//! The memory that a host keeps of a VM which it has handed over, and the tap of its card: to make either anew takes longer
+//! than everything else until the VM is protected again.
 //!
 //! It is what the VM runs on from at its new host. As a standby this host needs only what is written there from then
 //! on, and protection is back within moments. The decision whether a primary's base may build on it is
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use outlive_epoch::Hello;
-use outlive_machine::Ram;
+use outlive_machine::{Ram, Tap};
 use outlive_pair::{Introduction, KeptMemory};
 
 /// How long it is kept. Later nobody can use it: the new host knows for a while only what was written.
@@ -24,10 +25,16 @@ const KEPT_FOR: Duration = Duration::from_secs(20);
 
 struct Kept {
     about: KeptMemory,
-    ram: Arc<Ram>,
+    vm: KeptVm,
     until: Instant,
     /// The machine is gone, and the memory is unchanged.
     is_proven: bool,
+}
+
+/// What is kept of a VM.
+pub(crate) struct KeptVm {
+    pub(crate) ram: Arc<Ram>,
+    pub(crate) tap: Option<Tap>,
 }
 
 /// Where a process keeps it when its role changes. Clones share it.
@@ -35,17 +42,23 @@ struct Kept {
 pub(crate) struct Shelf(Arc<Mutex<Option<Kept>>>);
 
 impl Shelf {
-    /// Puts the memory of a machine here that ends next.
-    pub(crate) fn put(&self, about: KeptMemory, ram: Arc<Ram>) {
+    /// Puts what is kept of a machine here that ends next.
+    pub(crate) fn put(&self, about: KeptMemory, vm: KeptVm) {
         let until = Instant::now() + KEPT_FOR;
-        *self.shelf() = Some(Kept { about, ram, until, is_proven: false });
+        *self.shelf() = Some(Kept { about, vm, until, is_proven: false });
+    }
+
+    /// Whether it has this tap.
+    pub(crate) fn has_tap(&self, name: &str) -> bool {
+        self.shelf().as_ref().and_then(|kept| kept.vm.tap.as_ref()).is_some_and(|tap| tap.name() == name)
     }
 
     /// The machine is gone: drops its memory if somebody still has it, or has written to it.
     pub(crate) fn prove(&self) {
         let mut shelf = self.shelf();
         let Some(mut kept) = shelf.take() else { return };
-        let (alone, same) = (Arc::strong_count(&kept.ram) == 1, kept.ram.log().is_unwritten());
+        let KeptVm { ram, .. } = &kept.vm;
+        let (alone, same) = (Arc::strong_count(ram) == 1, ram.log().is_unwritten());
         if alone && same {
             kept.is_proven = true;
             *shelf = Some(kept);
@@ -54,15 +67,16 @@ impl Shelf {
         }
     }
 
-    /// Takes the memory if a primary's base may build on it; drops it otherwise, because that primary's VM is the
-    /// next that this host has a copy of.
-    pub(crate) fn take_for(&self, hello: &Hello, introduction: &Introduction) -> Option<Arc<Ram>> {
+    /// Takes it if a primary's base may build on it; drops it otherwise, because that primary's VM is the next that this
+    /// host has a copy of.
+    pub(crate) fn take_for(&self, hello: &Hello, introduction: &Introduction) -> Option<KeptVm> {
         let kept = self.shelf().take()?;
+        let ram = &kept.vm.ram;
         let serves = kept.is_proven
-            && kept.ram.log().is_unwritten()
+            && ram.log().is_unwritten()
             && kept.about.serves(introduction, hello.since)
-            && kept.ram.is_of(hello.memory_bytes, hello.firmware_bytes);
-        serves.then_some(kept.ram)
+            && ram.is_of(hello.memory_bytes, hello.firmware_bytes);
+        serves.then_some(kept.vm)
     }
 
     /// Frees memory that nobody has come for.
@@ -96,7 +110,7 @@ mod tests {
     }
 
     fn put(shelf: &Shelf, ram: Arc<Ram>) {
-        shelf.put(KeptMemory { vm: VmId([1; 16]), moment: MOMENT }, ram);
+        shelf.put(KeptMemory { vm: VmId([1; 16]), moment: MOMENT }, KeptVm { ram, tap: None });
         shelf.prove();
     }
 
@@ -122,7 +136,7 @@ mod tests {
     fn memory_that_nobody_has_touched_is_given_once_to_the_next_host() {
         let (shelf, (hello, introduction)) = (Shelf::default(), hello());
         put(&shelf, ram());
-        let kept = shelf.take_for(&hello, &introduction).unwrap();
+        let kept = shelf.take_for(&hello, &introduction).unwrap().ram;
         let mut page = [0; 4096];
         assert!(kept.read_page(Gfn(3), &mut page) && page == [7; 4096]);
         assert!(shelf.take_for(&hello, &introduction).is_none());
@@ -141,7 +155,8 @@ mod tests {
         put(&shelf, shared);
         assert!(shelf.take_for(&hello, &introduction).is_none(), "shared");
         drop(other);
-        shelf.put(KeptMemory { vm: VmId([1; 16]), moment: MOMENT }, ram());
+        let kept = KeptVm { ram: ram(), tap: None };
+        shelf.put(KeptMemory { vm: VmId([1; 16]), moment: MOMENT }, kept);
         assert!(shelf.take_for(&hello, &introduction).is_none(), "its machine may still be there");
     }
 

@@ -12,7 +12,7 @@
 //! relay.rs      keeps a machine's events until it has a coordinator
 //! remedy.rs     which option helps against an error of the machine
 //! runs.rs       how a host tells another one which VM it runs
-//! kept.rs       the memory of a VM that was handed over
+//! kept.rs       the memory and the tap of a VM that was handed over
 //! launch.rs     a running machine with its identity, on its way to its coordinator
 //! ```
 
@@ -38,7 +38,7 @@ pub(crate) use host::{
     watch_uplink,
 };
 pub(crate) use introduce::{IntroductionError, devices, fixed_queues, hello};
-pub(crate) use kept::Shelf;
+pub(crate) use kept::{KeptVm, Shelf};
 pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};
 pub(crate) use relay::{Relay, Stops};

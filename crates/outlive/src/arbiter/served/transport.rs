@@ -19,7 +19,8 @@ impl<T: Read + Write + Send> Stream for T {}
 /// A host that poses as the arbiter, or has been given the wrong certificate.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "host {0} may not be the arbiter: give it a certificate that allows it (`outlive keys issue --host {0} --arbiter`)"
+    "host {0} may not be the arbiter: serve it on a third machine, with keys of its own (`outlive keys issue --host NAME \
+     --arbiter`, on the host with the CA); with that option alone, a host of VMs could run and hold none any more"
 )]
 pub(super) struct NoArbiter(String);
 

@@ -231,6 +231,11 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         (0..port.pairs()).map(|pair| port.duplicate(pair)).collect()
     }
 
+    /// The tap, for the card that has it when this one is gone. `None` if it must be opened anew.
+    pub fn keep_tap(&self) -> Option<Tap> {
+        self.model().port.keep()
+    }
+
     /// Sends a packet again that the guest has sent in a committed epoch, on another host, and that may not have
     /// left there. After the output was opened and before the machine goes live, so that nothing of the guest
     /// comes before it; a [drain](Output::drain) must follow. Returns whether the packet was taken.

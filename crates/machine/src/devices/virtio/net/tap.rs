@@ -46,6 +46,12 @@ pub trait FramePort: FrameSink {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// The tap itself, open once more, for the card that has it next. `None` if there is none, or if it has several queues,
+    /// of which another card would not know which are in use.
+    fn keep(&self) -> Option<Tap> {
+        None
+    }
+
     /// Takes the next frame of a queue; [`io::ErrorKind::WouldBlock`] if there is none. A frame longer than
     /// `buffer` is cut.
     fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize>;
@@ -196,6 +202,12 @@ impl FramePort for Tap {
 
     fn duplicate(&self, pair: usize) -> io::Result<OwnedFd> {
         self.files[pair].as_fd().try_clone_to_owned()
+    }
+
+    fn keep(&self) -> Option<Tap> {
+        let [file] = &self.files[..] else { return None };
+        let files = vec![file.try_clone().ok()?];
+        Some(Tap { files, attached: AtomicUsize::new(1), name: self.name.clone() })
     }
 
     fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize> {
