@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use outlive::events::Event;
 
 use crate::rejoin::writing;
-use crate::support::{MemoryLoad, PROGRAM, Process, Side, Witnesses, World};
+use crate::support::{Client, MemoryLoad, PROGRAM, Process, Side, Value, Witnesses, World};
 
 /// What `outlive hand-over` says to a process: its exit code, and all that it prints.
 pub(crate) fn hand_over(process: &Process) -> (Option<i32>, String) {
@@ -47,6 +47,8 @@ fn a_vm_is_handed_back_and_forth_without_a_lost_connection() {
         assert!(!hosts[old].ended());
     }
     println!("hand-overs took {took:?} ms");
+    // The old host still ends its copy when it is asked first. That is no second VM.
+    assert!(!hosts.iter_mut().any(|host| host.has(|e| matches!(e, Event::RunsTwice { .. }))));
     witnesses.hear_all();
     witnesses.finish(&world);
 }
@@ -118,6 +120,34 @@ fn a_host_that_comes_back_with_its_memory_has_its_disk_too() {
     let (first, later) = to_and_fro(&mut hosts, 4);
     println!("the first base had {first} pages, the later ones {later:?}");
     assert!(hosts.iter().all(|host| host.log().contains("it gets what was written since")));
+}
+
+/// Nothing is protected then, and nothing else: who has no base must not be held by a log that nobody empties.
+#[test]
+fn a_vm_that_cannot_be_protected_after_its_hand_over_runs_on() {
+    const MORE: u64 = 150 << 20;
+    let Some(world) = World::new() else { return };
+    let [here, there] = [Side::A, Side::B].map(|side| side.addr().to_string());
+    let mut new = world.staying_standby_with(Side::B, &["--standby", &here]);
+    let mut old = world.run_with(Side::A, &["--standby", &there, "--listen", &here, "--memory", "1G"]);
+    old.wait_protected();
+    let most = new.address_space() + MORE;
+    new.limit_address_space(Some(most));
+    let (code, said) = hand_over(&old);
+    assert_eq!(code, Some(0), "{said}");
+    new.wait_says("protection cannot start: ", 1);
+    // More pages than all dirty logs have room for.
+    let load = MemoryLoad::start(&world, 120_000, 1_000_000);
+    let mut client = Client::connect(&world);
+    let until = Instant::now() + Duration::from_secs(4);
+    let mut number = 0;
+    while Instant::now() < until {
+        number += 1;
+        assert_eq!(client.ask("INCR runs"), Ok(Value::Integer(number)));
+    }
+    new.limit_address_space(None);
+    new.wait_protected();
+    load.finish(&world);
 }
 
 /// The old host is killed at once, so nobody comes back with the memory: the next standby gets all of it.

@@ -11,6 +11,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use outlive::events::{Event, Record};
+use rustix::process::{Resource, Rlimit, prlimit};
 
 use super::PATIENCE;
 
@@ -73,6 +74,20 @@ impl Process {
     /// Sends it a signal.
     pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid() as i32), signal).unwrap();
+    }
+
+    /// How many bytes of addresses it has.
+    pub(crate) fn address_space(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+        size.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+    }
+
+    /// From now on it gets no memory beyond so many bytes of addresses.
+    pub(crate) fn limit_address_space(&self, most: Option<u64>) {
+        let limit = Rlimit { current: most, maximum: None };
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32);
+        prlimit(pid, Resource::As, limit).unwrap();
     }
 
     /// SIGKILL, like a power cut; the process is gone when this returns.
