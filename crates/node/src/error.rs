@@ -39,6 +39,12 @@ pub enum NodeError {
     /// It runs on the other host.
     #[error("VM {0} does not run on this host, which is its standby")]
     IsStandby(String),
+    /// Only a standby was to be ended.
+    #[error("VM {0} runs here, so nothing was stopped")]
+    RunsHere(String),
+    /// Only a standby was to be ended, and nobody knows whether it is one.
+    #[error("the process of VM {0} does not say whether the VM runs here, so nothing was stopped")]
+    SaysNothing(String),
     /// There is no process.
     #[error("VM {0} does not run on this host")]
     NotRunning(String),
@@ -106,6 +112,10 @@ impl NodeError {
                 "is_standby",
                 "say it on the host where the VM runs; `outlive vm stop --only-standby` ends its protection here",
             ),
+            Self::RunsHere(_) => (409, "runs_here", "leave --only-standby out to shut it down"),
+            Self::SaysNothing(_) => {
+                (409, "says_nothing", "say it again in a moment; `outlive vm logs NAME` says what it does")
+            }
             Self::NotRunning(_) => (409, "not_running", "`outlive vm show NAME` says why"),
             Self::Foreign { .. } => (
                 409,

@@ -222,7 +222,7 @@ impl Node {
             Some(vm) => vm.tell(order(answer)),
             None => return Err(NodeError::NoSuchVm(name.to_owned())),
         }
-        // It may be asking its process, which takes two seconds at most.
+        // It may be asking its process, a few times and two seconds each at most.
         let heard = heard.recv_timeout(Duration::from_secs(10));
         heard.map_err(|_| NodeError::NoSuchVm(name.to_owned()))?
     }

@@ -143,6 +143,43 @@ fn a_process_that_no_node_has_started_is_left_alone() {
     drop(hand);
 }
 
+/// Said where the VM runs, it must not press the power button, however new that is.
+#[test]
+fn only_a_standby_is_ended_as_one() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", &two_hosts(1)).unwrap();
+    done(&node, node.begin_start("web").unwrap());
+    let pid = node.get("web").unwrap().pid;
+    for now in [false, true] {
+        assert!(matches!(node.begin_stop("web", true, now), Err(NodeError::RunsHere(_))));
+    }
+    // The node has last heard that it is the standby, and by now it has taken the VM over.
+    world.tell("web", "role", "standby");
+    wait(&node, "web", |it| it.state == State::Standby);
+    world.tell("web", "role", "primary");
+    assert!(matches!(node.begin_stop("web", true, false), Err(NodeError::RunsHere(_))));
+    // It does so while the job begins.
+    world.tell("web", "role", "standby");
+    wait(&node, "web", |it| it.state == State::Standby);
+    world.tell("web", "turns", "primary");
+    match node.begin_stop("web", true, false) {
+        Ok(job) => assert_eq!(done(&node, job).error.unwrap().code, "runs_here"),
+        // The keeper had just asked by itself.
+        Err(why) => assert!(matches!(why, NodeError::RunsHere(_)), "{why}"),
+    }
+    let view = wait(&node, "web", |it| it.state == State::Running);
+    assert_eq!((view.pid, view.desired), (pid, Desired::Running), "nothing was stopped");
+    // One that says nothing may be anything.
+    world.tell("web", "mute", "");
+    assert!(matches!(node.begin_stop("web", true, false), Err(NodeError::SaysNothing(_))));
+    world.untell("web", "mute");
+    world.tell("web", "role", "standby");
+    let job = done(&node, node.begin_stop("web", true, false).unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    assert_eq!(node.get("web").unwrap().desired, Desired::Stopped);
+}
+
 /// One after another; what cannot be moved stops the drain before, or at, its turn.
 #[test]
 fn a_drain_moves_all_or_says_which_stays() {

@@ -93,8 +93,8 @@ impl World {
         }
     }
 
-    /// What the fake process of a VM is told: `role` (primary, standby), `bare` (unprotected), `exit` (a code), or
-    /// what the fake hand-over is told: `stays`.
+    /// What the fake process of a VM is told: `role` (primary, standby), `turns` (the role after the next answer), `bare`
+    /// (unprotected), `mute` (no answer), `exit` (a code), or what the fake hand-over is told: `stays`.
     pub(crate) fn tell(&self, vm: &str, what: &str, text: &str) {
         let file = self.folder.path().join(format!("{vm}.{what}"));
         let new = self.folder.path().join(format!("{vm}.{what}.new"));
@@ -158,7 +158,13 @@ fn fake_process() {
             std::process::exit(code.parse().unwrap());
         }
         if let Ok((mut client, _)) = listener.accept() {
+            if told("mute").is_some() {
+                continue;
+            }
             let role = told("role").unwrap_or_else(|| "primary".into());
+            if told("turns").is_some() {
+                fs::rename(format!("{vm}.turns"), format!("{vm}.role")).unwrap();
+            }
             let protected = told("bare").is_none();
             let status = serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": null });
             let _ = client.write_all(status.to_string().as_bytes());

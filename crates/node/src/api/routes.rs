@@ -99,7 +99,7 @@ struct Stop {
 
 async fn stop(State(node): Of, Path(name): Path<String>, body: Body) -> Answer {
     let Stop { now, only_standby } = body.or_default()?;
-    accepted(node.begin_stop(&name, only_standby, now))
+    accepted(beside(move || node.begin_stop(&name, only_standby, now)).await)
 }
 
 async fn hand_over(State(node): Of, Path(name): Path<String>) -> Answer {

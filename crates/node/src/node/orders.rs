@@ -71,7 +71,7 @@ impl Node {
     }
 
     /// Stops a VM: presses its power button. `only_standby`: ends its protection by this host instead. `now`: the
-    /// guest is not waited for.
+    /// guest is not waited for. It may wait for the VM's process.
     ///
     /// # Errors
     /// See [`NodeError`].
@@ -81,10 +81,8 @@ impl Node {
         only_standby: bool,
         now: bool,
     ) -> Result<Job, NodeError> {
-        let view = self.get(name)?;
-        if view.state == State::Standby && !only_standby {
-            return Err(NodeError::IsStandby(name.to_owned()));
-        }
+        // Said at once, and looked at once more when it is done.
+        self.order(name, |answer| Order::MayStop { only_standby, answer })?;
         let (node, name) = (self.clone(), name.to_owned());
         self.jobs.begin((Kind::Stop, Some(&name.clone())), false, move |work| {
             node.stop_vm(&name, only_standby, now, work)
@@ -95,7 +93,7 @@ impl Node {
         let began = Instant::now();
         let stop = |answer| Order::Stop { only_standby, answer };
         self.order(name, stop)?;
-        if now {
+        if now && !only_standby {
             // A second word means that the guest is not waited for.
             self.order(name, stop)?;
         }
