@@ -17,13 +17,22 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The longest answer, in bytes.
 const LONGEST: u64 = 64 << 10;
 
+/// How a process begins to say why it protects nothing, while it asks the arbiter which host starts the VM.
+pub const UNDECIDED: &str = "it is not decided yet which host starts the VM";
+/// How it begins while the VM is its own and does not run yet.
+pub const BEING_STARTED: &str = "the VM is being started";
+
 /// What a process says.
 #[derive(Clone, Debug)]
 pub(crate) struct Told {
     /// Whose socket it is, as the kernel knows.
     pub(crate) pid: u32,
-    /// The VM runs there.
+    /// The VM runs there, or is about to.
     pub(crate) runs: bool,
+    /// It is about to, which may still come to nothing.
+    pub(crate) starts: bool,
+    /// It is not decided yet whether the VM will run there.
+    pub(crate) decides: bool,
     /// A standby has all of it.
     pub(crate) protected: bool,
     /// Why not.
@@ -60,7 +69,10 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     let all: Value = serde_json::from_slice(&bytes)?;
     let Parts { role, protected, why } = serde_json::from_value(all.clone())?;
     let pid = u32::try_from(pid).map_err(|_| ErrorKind::InvalidData)?;
-    Ok(Told { pid, runs: role == "primary", protected, why, all })
+    let runs = role == "primary";
+    let says = |words: &str| why.as_ref().is_some_and(|it| it.starts_with(words));
+    let (starts, decides) = (runs && says(BEING_STARTED), !runs && says(UNDECIDED));
+    Ok(Told { pid, runs, starts, decides, protected, why, all })
 }
 
 #[cfg(test)]

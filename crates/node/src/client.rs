@@ -32,7 +32,7 @@ pub(crate) enum ClientError {
     #[error("the node at {} cannot be asked: {why}; is it of another release?", .path.display())]
     Broken { path: PathBuf, why: String },
     /// The node says no.
-    #[error("{}; {}", .0.message, .0.remedy)]
+    #[error("{0}")]
     Refused(ErrorBody),
 }
 

@@ -83,14 +83,28 @@ fn here(node: &Node) -> Vec<View> {
     node.list().into_iter().filter(|it| matches!(it.state, State::Running | State::Stopping)).collect()
 }
 
+/// Waits for VMs of which it is not certain yet whether they will run here.
+fn settle(node: &Node, wait: Duration, work: &Work) -> Result<(), NodeError> {
+    let is_open = |vm: &View| vm.pid.is_some() && matches!(vm.state, State::Starting | State::Deciding);
+    for vm in node.list().into_iter().filter(is_open) {
+        work.at(0, 1, &format!("it is not certain yet whether VM {} will run here", vm.name));
+        node.wait(&vm.name, wait, "the decision whether it runs here", |vm| {
+            work.goes_on()?;
+            Ok((!is_open(vm)).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
 fn move_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError> {
     let began = Instant::now();
+    settle(node, wait, work)?;
     let all = here(node);
     // Nothing is moved if it is known that not everything can be.
     for vm in &all {
         if !vm.has_standby && !vm.protected {
             let name = &vm.name;
-            return Err(NodeError::Failed(format!(
+            return Err(NodeError::Said(format!(
                 "VM {name} has no standby, so it cannot leave this host, and no VM was moved: stop it first, or give \
                  its definition listen, standby and arbiter"
             )));
@@ -106,9 +120,10 @@ fn move_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError
             Err(NodeError::Cancelled) => return Err(NodeError::Cancelled),
             Err(why) => {
                 let (count, total) = (moved.len(), all.len());
-                return Err(NodeError::Failed(format!(
+                let why = format!(
                     "VM {name} stays here, {count} of {total} VMs were moved, and this host is active again: {why}"
-                )));
+                );
+                return Err(NodeError::Failed { vm: name.clone(), why });
             }
         }
     }
@@ -136,7 +151,7 @@ fn move_one(node: &Node, name: &str, wait: Duration, work: &Work) -> Result<Opti
 /// For the end of the host: what can be moved is moved, and every process ends in order. What is desired stays.
 fn stop_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError> {
     let began = Instant::now();
-    let all: Vec<_> = node.list().into_iter().filter(|it| it.pid.is_some()).collect();
+    let all: Vec<_> = node.list().into_iter().filter(|it| it.state.is_kept()).collect();
     let (mut moved, mut stopped) = (Vec::new(), Vec::new());
     for (number, vm) in all.iter().enumerate() {
         let name = &vm.name;
@@ -157,7 +172,9 @@ fn stop_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError
     let left = |began: Instant| ENDS.saturating_sub(began.elapsed());
     let ends = Instant::now();
     for vm in &all {
-        node.wait(&vm.name, left(ends), "the end of its process", |vm| Ok(vm.pid.is_none().then_some(())))?;
+        node.wait(&vm.name, left(ends), "the end of its process", |vm| {
+            Ok((!vm.state.is_kept()).then_some(()))
+        })?;
         stopped.push(vm.name.clone());
     }
     Ok(json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved, "stopped": stopped }))

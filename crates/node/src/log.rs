@@ -60,11 +60,47 @@ pub(crate) fn tail(path: &Path, bytes: u64) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&tail).into_owned())
 }
 
+/// The longest line that is told elsewhere, in characters.
+const LINE: usize = 400;
+
+/// What a process has said last, behind the first `from` bytes of its log: its line for people, if it has one. A log that
+/// was cut meanwhile counts from its beginning.
+pub(crate) fn last_line(path: &Path, from: u64) -> Option<String> {
+    let length = fs::metadata(path).ok()?.len();
+    let own = if length < from { length } else { length - from };
+    // With the end of the line before, because the first line that may be a part of one is left out.
+    let tail = tail(path, own.min(16 << 10) + 1).ok()?;
+    let lines = || tail.lines().rev().map(str::trim).filter(|line| !line.is_empty());
+    let for_people = |line: &str| {
+        let line = line.strip_prefix("outlive: ").or_else(|| line.strip_prefix("error: "));
+        line.map(str::to_owned)
+    };
+    let line = lines().find_map(for_people).or_else(|| lines().next().map(str::to_owned))?;
+    Some(if line.chars().count() > LINE { line.chars().take(LINE).collect::<String>() + "…" } else { line })
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn the_last_line_is_the_process_s_own_and_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.log");
+        let line = |text: &str, from| {
+            fs::write(&path, text).unwrap();
+            last_line(&path, from)
+        };
+        assert_eq!(last_line(&path, 0), None);
+        assert_eq!(line("outlive: old\n", 13), None);
+        assert_eq!(line("outlive: old\nnew\n\n", 13).as_deref(), Some("new"));
+        assert_eq!(line("outlive: why; do it\nINFO more\n", 0).as_deref(), Some("why; do it"));
+        assert_eq!(line("error: no such option\n\nUsage: x\n", 0).as_deref(), Some("no such option"));
+        assert_eq!(line("short\n", 1000).as_deref(), Some("short"), "it was cut");
+        assert_eq!(line(&"ä".repeat(5000), 0).unwrap().chars().count(), LINE + 1);
+    }
 
     #[test]
     fn a_log_stays_short_while_its_process_writes() {

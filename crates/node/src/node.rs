@@ -244,7 +244,11 @@ impl Node {
                 return Ok(it);
             }
             if began.elapsed() > most {
-                return Err(NodeError::TooLong(what.to_owned(), most.as_secs()));
+                return Err(NodeError::TooLong {
+                    vm: name.to_owned(),
+                    what: what.to_owned(),
+                    secs: most.as_secs(),
+                });
             }
             thread::sleep(STEP);
         }

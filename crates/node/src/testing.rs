@@ -94,7 +94,8 @@ impl World {
     }
 
     /// What the fake process of a VM is told: `role` (primary, standby), `turns` (the role after the next answer), `bare`
-    /// (unprotected), `mute` (no answer), `exit` (a code), or what the fake hand-over is told: `stays`.
+    /// (unprotected), `why`, `mute` (no answer), `exit` (a code), `refuses` (its last words), or what the fake hand-over is
+    /// told: `stays`.
     pub(crate) fn tell(&self, vm: &str, what: &str, text: &str) {
         let file = self.folder.path().join(format!("{vm}.{what}"));
         let new = self.folder.path().join(format!("{vm}.{what}.new"));
@@ -140,12 +141,17 @@ fn fake_process() {
     let value =
         |name: &str| arguments.split(' ').find_map(|it| it.strip_prefix(name)?.strip_prefix('=')).unwrap();
     eprintln!("the fake process begins");
-    let (vm, socket, events) =
-        (value("--name"), PathBuf::from(value("--status")), PathBuf::from(value("--events")));
+    let vm = value("--name");
+    let told = |what: &str| fs::read_to_string(format!("{vm}.{what}")).ok().map(|it| it.trim().to_owned());
+    if let Some(words) = told("refuses") {
+        // As one that does not even have events.
+        eprintln!("{words}\nINFO it ends");
+        std::process::exit(2);
+    }
+    let (socket, events) = (PathBuf::from(value("--status")), PathBuf::from(value("--events")));
     let _ = fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).unwrap();
     listener.set_nonblocking(true).unwrap();
-    let told = |what: &str| fs::read_to_string(format!("{vm}.{what}")).ok().map(|it| it.trim().to_owned());
     // The node has started it in `/`.
     env::set_current_dir(Path::new(&socket).parent().unwrap().parent().unwrap()).unwrap();
     while socket.exists() {
@@ -166,7 +172,8 @@ fn fake_process() {
                 fs::rename(format!("{vm}.turns"), format!("{vm}.role")).unwrap();
             }
             let protected = told("bare").is_none();
-            let status = serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": null });
+            let status =
+                serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": told("why") });
             let _ = client.write_all(status.to_string().as_bytes());
         }
         thread::sleep(Duration::from_millis(2));

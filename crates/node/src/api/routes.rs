@@ -165,7 +165,7 @@ async fn beside<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
 ) -> Result<T, NodeError> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|_| Err(NodeError::Failed("the node has failed at this; its log says more".into())))
+    done.unwrap_or_else(|_| Err(NodeError::Said("the node has failed at this; its log says more".into())))
 }
 
 /// A request's body, or why it is refused, in the API's own words.

@@ -297,6 +297,7 @@ fn events_are_told_once_from_where_a_client_was() {
     api.job("/v1/vms/web/start", None);
     // It comes back, from its last event and from the one before.
     let mut again = follow(&api.path(), Some(&id)).skip(1);
+    assert_eq!(again.next().unwrap().1, "vm_state");
     assert_eq!(again.next().unwrap().1, "process_started");
     let mut earlier = follow(&api.path(), Some(&start)).skip(1);
     assert_eq!(earlier.next().unwrap().0, id);

@@ -64,7 +64,7 @@ pub(super) fn job(json: bool, job: Job) -> Outcome {
     match (job.state, &job.error) {
         (JobState::Succeeded, _) if json => Ok(()),
         (JobState::Succeeded, _) => print(false, &job, |job| result(job.result.as_ref())),
-        (_, Some(error)) => Err(Said::Failed(format!("{}; {}", error.message, error.remedy))),
+        (_, Some(error)) => Err(Said::Failed(error.to_string())),
         (_, None) => Err(Said::Failed("the job has not succeeded".into())),
     }
 }

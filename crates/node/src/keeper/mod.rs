@@ -24,6 +24,7 @@ use crate::node::Shared;
 use crate::process::{Life, Process};
 use crate::records::{By, Desired, Record, Started, boot};
 use crate::view::{State, View, now};
+use crate::words::of_node;
 
 /// How often the thread looks.
 const EVERY: Duration = Duration::from_millis(200);
@@ -81,6 +82,8 @@ struct Keeper {
     record: Record,
     process: Option<Process>,
     since: Instant,
+    /// How long the log was when the process began.
+    log_from: u64,
     /// An operator has asked for the end of this process.
     asked: bool,
     /// The host is about to end.
@@ -120,6 +123,7 @@ impl Keeper {
             record,
             process: None,
             since: Instant::now(),
+            log_from: 0,
             asked: false,
             parked: false,
             plan: Plan::default(),
@@ -187,7 +191,8 @@ impl Keeper {
             Some(Ok(Life::Lives)) => return self.hear(),
             Some(Ok(Life::Ended(status))) => {
                 let pid = self.process.as_ref().and_then(Process::pid).unwrap_or_default();
-                self.has_ended(End::of_child(status, pid, &self.events()));
+                let log = self.log();
+                self.has_ended(End::of_child(status, pid, &self.events(), (&log, self.log_from)));
             }
             Some(Ok(Life::Gone)) => {
                 let pid = self.process.as_ref().and_then(Process::pid).unwrap_or_default();
@@ -196,20 +201,25 @@ impl Keeper {
             Some(Err(error)) => tracing::error!(vm = self.name, %error, "cannot look after the process"),
         }
         let wanted = self.record.desired == Desired::Running && !self.parked && !self.plan.is_given_up();
-        self.foreign = None;
-        if !wanted || !self.plan.wait(Instant::now()).is_zero() {
+        let starts = wanted && self.plan.wait(Instant::now()).is_zero();
+        self.looks = self.looks.wrapping_add(1);
+        if !starts && !self.looks.is_multiple_of(ASK_EVERY) {
             return;
         }
-        // Whoever answers there was not started by a node. Two would be one too many.
-        if let Ok(told) = ask(&self.socket()) {
-            self.foreign = Some(told.pid);
-            self.told = Some(told);
+        if self.finds_another() || !starts {
             return;
         }
         if let Some(Ok(definition)) = &self.source {
             let arguments = self.arguments(definition);
             self.start(arguments);
         }
+    }
+
+    /// Looks for a process that was not started by a node: with one of the node's there would be two.
+    fn finds_another(&mut self) -> bool {
+        self.told = ask(&self.socket()).ok();
+        self.foreign = self.told.as_ref().map(|it| it.pid);
+        self.foreign.is_some()
     }
 
     fn hear(&mut self) {
@@ -239,6 +249,7 @@ impl Keeper {
     }
 
     fn start(&mut self, arguments: Vec<String>) {
+        self.log_from = std::fs::metadata(self.log()).map_or(0, |it| it.len());
         let started = log::open(&self.log())
             .and_then(|log| Process::start(&self.shared.program.path, &arguments, &self.lock(), log));
         match started {
@@ -248,7 +259,7 @@ impl Keeper {
                 let pid = process.pid().unwrap_or_default();
                 self.process = Some(process);
                 self.since = Instant::now();
-                (self.asked, self.told) = (false, None);
+                (self.asked, self.told, self.foreign) = (false, None, None);
                 self.record.process = Some(Started { pid, boot: boot(), arguments });
                 self.keep_record();
                 self.tell("process_started", format!("the VM's process is {pid}"), json!({ "pid": pid }));
@@ -260,7 +271,8 @@ impl Keeper {
         }
     }
 
-    fn has_ended(&mut self, end: End) {
+    fn has_ended(&mut self, mut end: End) {
+        end.what = of_node(&end.what, &self.name);
         let limit = match &self.source {
             Some(Ok(definition)) => definition.restart_limit,
             _ => 0,
@@ -275,9 +287,11 @@ impl Keeper {
         }
         self.keep_record();
         let then = match next {
-            Next::Again => "; it is started again",
-            Next::GivenUp => "; it has failed too often and is left alone until `outlive vm start`",
-            Next::Ended | Next::Stopped => "",
+            Next::Again => "; it is started again".to_owned(),
+            Next::GivenUp => {
+                format!("; it has failed too often and is left alone until `outlive vm start {}`", self.name)
+            }
+            Next::Ended | Next::Stopped => String::new(),
         };
         let text = format!("the VM's process has ended: {}{then}", end.what);
         self.tell("process_ended", text, json!({ "code": end.code, "signal": end.signal }));

@@ -36,20 +36,23 @@ pub(crate) type Answer = Sender<Result<(), NodeError>>;
 
 impl Keeper {
     pub(super) fn obey(&mut self, order: Order) {
-        // Nobody may listen for an answer any more.
         match order {
             Order::Start(answer) => {
-                let _ = answer.send(self.shall_run());
+                let said = self.shall_run();
+                self.answer(&answer, said);
             }
             Order::MayStop { only_standby, answer } => {
-                let _ = answer.send(self.may_stop(only_standby));
+                let said = self.may_stop(only_standby);
+                self.answer(&answer, said);
             }
             Order::Stop { only_standby, answer } => {
-                let _ = answer.send(self.shall_stop(only_standby));
+                let said = self.shall_stop(only_standby);
+                self.answer(&answer, said);
             }
             Order::Park(answer) => {
                 self.parked = true;
-                let _ = answer.send(self.end_process());
+                let said = self.end_process();
+                self.answer(&answer, said);
             }
             Order::Unpark => self.parked = false,
             Order::Define(read) => self.is_defined(*read),
@@ -60,6 +63,13 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// Whoever hears it finds what has become of the VM.
+    fn answer(&self, answer: &Answer, said: Result<(), NodeError>) {
+        self.show();
+        // Nobody may listen any more.
+        let _ = answer.send(said);
     }
 
     fn is_defined(&mut self, read: Result<Definition, DefinitionError>) {
@@ -77,6 +87,13 @@ impl Keeper {
             None => return Err(NodeError::NoDefinition(self.name.clone(), "its file is gone".into())),
             _ => {}
         }
+        // Before anything is kept: what is refused must not be done later.
+        if self.process.is_none()
+            && self.finds_another()
+            && let Some(pid) = self.foreign
+        {
+            return Err(NodeError::Foreign { vm: self.name.clone(), pid });
+        }
         self.plan.forgive();
         self.parked = false;
         self.desire(Desired::Running, By::Operator)
@@ -87,25 +104,24 @@ impl Keeper {
     fn may_stop(&mut self, only_standby: bool) -> Result<(), NodeError> {
         let name = self.name.clone();
         let socket = self.socket();
-        let Some(process) = &mut self.process else {
-            return match self.foreign {
-                Some(pid) => Err(NodeError::Foreign { vm: name, pid }),
-                None => Ok(()),
-            };
-        };
+        if self.process.is_none() && self.finds_another() {
+            return Err(NodeError::Foreign { vm: name, pid: self.foreign.unwrap_or_default() });
+        }
+        let Some(process) = &mut self.process else { return Ok(()) };
         let is_its = |told: &Told| process.pid().is_none_or(|pid| pid == told.pid);
         let fresh = ask(&socket).ok().filter(is_its);
         if let Some(told) = &fresh {
             process.is_known_as(told.pid);
         }
-        match (fresh.as_ref().map(|it| it.runs), only_standby) {
-            (Some(true), true) => return Err(NodeError::RunsHere(name)),
+        match (&fresh, only_standby) {
+            (Some(told), true) if told.runs => return Err(NodeError::RunsHere(name)),
             (None, true) => return Err(NodeError::SaysNothing(name)),
-            (Some(false), false) => return Err(NodeError::IsStandby(name)),
-            // One that stands still has last said that it is the standby.
-            (None, false) if self.told.as_ref().is_some_and(|it| !it.runs) => {
-                return Err(NodeError::IsStandby(name));
-            }
+            _ => {}
+        }
+        // One that stands still has said before what it is.
+        match fresh.as_ref().or(self.told.as_ref()) {
+            Some(told) if told.decides && !only_standby => return Err(NodeError::Undecided(name)),
+            Some(told) if !told.runs && !only_standby => return Err(NodeError::IsStandby(name)),
             _ => {}
         }
         self.told = fresh.or(self.told.take());
@@ -116,6 +132,11 @@ impl Keeper {
         self.may_stop(only_standby)?;
         let before = self.record.clone();
         self.desire(Desired::Stopped, By::Operator)?;
+        if self.process.is_none() {
+            // What failed before is over.
+            self.plan.forgive();
+            return Ok(());
+        }
         if !only_standby {
             return self.end_process();
         }

@@ -9,6 +9,7 @@ use crate::definition::Definition;
 use crate::process::Process;
 use crate::records::{By, Desired};
 use crate::view::{State, now};
+use crate::words::of_node;
 
 impl Keeper {
     pub(super) fn show(&self) {
@@ -53,11 +54,13 @@ impl Keeper {
             let told = self.told.as_ref();
             let state = match told {
                 _ if self.asked => State::Stopping,
+                Some(told) if told.starts => State::Starting,
                 Some(told) if told.runs => State::Running,
+                Some(told) if told.decides => State::Deciding,
                 Some(_) => State::Standby,
                 None => State::Starting,
             };
-            return (state, told.and_then(|it| it.why.clone()));
+            return (state, told.and_then(|it| it.why.as_deref()).map(|why| of_node(why, &self.name)));
         }
         let end = self.last_end.as_ref().map(|it| it.what.clone());
         if let Some(pid) = self.foreign {
@@ -67,9 +70,12 @@ impl Keeper {
             (None | Some(Err(_)), _) => (State::Misdefined, None),
             (_, Desired::Stopped) if self.record.by == By::Guest => (State::Ended, end),
             (_, Desired::Stopped) if self.record.by == By::Damage => {
-                (State::Stopped, Some("its record cannot be read: `outlive vm start` starts it anew".into()))
+                let name = &self.name;
+                let why = format!("its record cannot be read: `outlive vm start {name}` starts it anew");
+                (State::Stopped, Some(why))
             }
-            (_, Desired::Stopped) => (State::Stopped, end),
+            // It is as somebody wants it, however the last process ended.
+            (_, Desired::Stopped) => (State::Stopped, None),
             _ if self.plan.is_given_up() => (State::Failed, end),
             _ if self.parked => (State::Stopped, Some("this host is about to stop".into())),
             _ if self.plan.failures() > 0 => (State::Waiting, end),

@@ -57,7 +57,10 @@ impl Node {
     pub(crate) fn undefine(&self, name: &str) -> Result<(), NodeError> {
         let _one = self.defining();
         let view = self.get(name)?;
-        if view.pid.is_some() || view.desired == Desired::Running && view.state != State::Misdefined {
+        // A process of somebody else needs no definition.
+        if view.pid.is_some() && view.state != State::Foreign
+            || view.desired == Desired::Running && view.state != State::Misdefined
+        {
             return Err(NodeError::HasProcess(name.to_owned()));
         }
         self.folder.remove(name).map_err(|error| self.no_folder(error))?;
