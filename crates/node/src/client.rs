@@ -28,6 +28,9 @@ pub(crate) enum ClientError {
     /// Nobody is there.
     #[error("no node answers at {}: {source}; start it with `outlive node run`, or give its --socket", .path.display())]
     Nobody { path: PathBuf, source: std::io::Error },
+    /// It is there, and not for this user.
+    #[error("you may not ask the node at {}: ask as root, or as a member of the node's --socket-group", .0.display())]
+    NotAllowed(PathBuf),
     /// The answer cannot be used.
     #[error("the node at {} cannot be asked: {why}; is it of another release?", .path.display())]
     Broken { path: PathBuf, why: String },
@@ -107,8 +110,7 @@ impl Client {
         route: &str,
         body: Option<(&str, String)>,
     ) -> Result<(StatusCode, Bytes), ClientError> {
-        let nobody = |source| ClientError::Nobody { path: self.path.clone(), source };
-        let stream = UnixStream::connect(&self.path).await.map_err(nobody)?;
+        let stream = UnixStream::connect(&self.path).await.map_err(|it| unanswered(&self.path, it))?;
         let (mut ask, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|it| self.broken(it))?;
         tokio::spawn(connection);
@@ -123,5 +125,26 @@ impl Client {
         let bytes =
             Limited::new(answer.into_body(), LONGEST).collect().await.map_err(|it| self.broken(it))?;
         Ok((status, bytes.to_bytes()))
+    }
+}
+
+fn unanswered(path: &Path, source: std::io::Error) -> ClientError {
+    match source.kind() {
+        std::io::ErrorKind::PermissionDenied => ClientError::NotAllowed(path.to_owned()),
+        _ => ClientError::Nobody { path: path.to_owned(), source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_not_ask_is_not_told_to_start_a_node() {
+        let path = Path::new("/run/x");
+        let said = |kind: std::io::ErrorKind| unanswered(path, kind.into()).to_string();
+        let denied = said(std::io::ErrorKind::PermissionDenied);
+        assert!(denied.contains("--socket-group") && !denied.contains("node run"), "{denied}");
+        assert!(said(std::io::ErrorKind::NotFound).contains("`outlive node run`"));
     }
 }

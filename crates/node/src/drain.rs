@@ -28,6 +28,20 @@ pub(crate) enum Mode {
     Draining,
     /// It has given them away.
     Drained,
+    /// It has given them away, or shut them down, and is about to stop.
+    Stopping,
+}
+
+impl Mode {
+    /// For people.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Stopping => "stopping",
+        }
+    }
 }
 
 /// The mode of this host, also after its node has ended.
@@ -38,7 +52,7 @@ pub(crate) struct Modes {
 }
 
 impl Modes {
-    /// Reads what an earlier node has kept. A drain that it did not end has ended with it.
+    /// Reads what an earlier node has kept.
     pub(crate) fn open(file: PathBuf) -> Self {
         let kept = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let mode = if kept == Some(Mode::Drained) { Mode::Drained } else { Mode::Active };
@@ -50,7 +64,8 @@ impl Modes {
         *self.mode.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes it, durably.
+    /// Changes it. What is only for a while, a drain or the end of the host, ends with the node: then the host is what it
+    /// was before.
     ///
     /// # Errors
     /// The disk does not take it.
@@ -59,10 +74,13 @@ impl Modes {
         if *now == mode {
             return Ok(());
         }
-        replace(&self.file, &serde_json::to_vec(&mode).expect("a mode is plain data"))
-            .map_err(|error| NodeError::System("cannot keep the mode of the host".into(), error))?;
+        if matches!(mode, Mode::Active | Mode::Drained) {
+            // Plain data: this cannot fail.
+            replace(&self.file, &serde_json::to_vec(&mode).expect("a mode is plain data"))
+                .map_err(|error| NodeError::System("cannot keep the mode of the host".into(), error))?;
+        }
         *now = mode;
-        let name = format!("{mode:?}").to_lowercase();
+        let name = mode.name();
         feed.tell("node_mode", None, format!("this host is {name}"), json!({ "mode": mode }));
         Ok(())
     }
@@ -70,12 +88,19 @@ impl Modes {
 
 /// Gives all VMs away. If one does not go, those that went stay where they are, and the host is active again.
 pub(crate) fn drain(node: &Node, stop: bool, wait: Duration, work: &Work) -> Result<Value, NodeError> {
+    let before = node.modes.get();
     node.modes.set(Mode::Draining, node.feed())?;
-    let drained = if stop { stop_all(node, wait, work) } else { move_all(node, wait, work) };
-    // A host that stops is active when it is back.
-    let mode = if drained.is_ok() && !stop { Mode::Drained } else { Mode::Active };
-    node.modes.set(mode, node.feed())?;
-    drained
+    if !stop {
+        let drained = move_all(node, wait, work);
+        node.modes.set(if drained.is_ok() { Mode::Drained } else { Mode::Active }, node.feed())?;
+        return drained;
+    }
+    let stopped = stop_all(node, wait, work);
+    // One that was cancelled before anything was shut down.
+    if node.modes.get() == Mode::Draining {
+        node.modes.set(before, node.feed())?;
+    }
+    stopped
 }
 
 /// The VMs that run here.
@@ -165,7 +190,8 @@ fn stop_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError
             }
         }
     }
-    // From here on nothing can be taken back.
+    // From here on nothing can be taken back. A host that was drained is so when it is back.
+    node.modes.set(Mode::Stopping, node.feed())?;
     for vm in node.list() {
         node.order(&vm.name, Order::Park)?;
     }
@@ -194,6 +220,11 @@ mod tests {
         assert_eq!(open().get(), Mode::Active);
         open().set(Mode::Drained, &feed).unwrap();
         assert_eq!(open().get(), Mode::Drained);
+        // The host is started anew in its maintenance.
+        let modes = open();
+        modes.set(Mode::Draining, &feed).unwrap();
+        modes.set(Mode::Stopping, &feed).unwrap();
+        assert_eq!((modes.get(), open().get()), (Mode::Stopping, Mode::Drained));
         open().set(Mode::Active, &feed).unwrap();
         assert_eq!(open().get(), Mode::Active);
     }

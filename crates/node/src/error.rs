@@ -5,6 +5,14 @@ use std::io;
 
 use crate::definition::DefinitionError;
 
+/// The code of a definition that cannot be used.
+pub(crate) const BAD_DEFINITION: &str = "bad_definition";
+/// The code of a name that cannot be a VM's.
+pub(crate) const BAD_NAME: &str = "bad_name";
+/// What such a name should be.
+pub(crate) const NAMES: &str =
+    "a name has 1 to 48 letters, digits, '-', '_' and '.', and begins with a letter or a digit";
+
 /// Why the node does not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
@@ -37,6 +45,9 @@ pub enum NodeError {
     /// Maintenance.
     #[error("this host is drained: no VM is started here")]
     Drained,
+    /// The host ends.
+    #[error("this host is about to stop: no VM is started here")]
+    Stopping,
     /// It runs on the other host.
     #[error("VM {0} does not run on this host, which is its standby")]
     IsStandby(String),
@@ -126,11 +137,12 @@ impl NodeError {
         match self {
             Self::NoSuchVm(_) => (404, "no_such_vm"),
             Self::NoSuchJob(_) => (404, "no_such_job"),
-            Self::BadName(_) => (400, "bad_name"),
-            Self::BadDefinition(_) | Self::NoDefinition(..) => (422, "bad_definition"),
+            Self::BadName(_) => (400, BAD_NAME),
+            Self::BadDefinition(_) | Self::NoDefinition(..) => (422, BAD_DEFINITION),
             Self::HasProcess(_) => (409, "has_process"),
             Self::Busy { .. } => (409, "busy"),
             Self::Drained => (409, "drained"),
+            Self::Stopping => (409, "stopping"),
             Self::IsStandby(_) => (409, "is_standby"),
             Self::RunsHere(_) => (409, "runs_here"),
             Self::SaysNothing(_) => (409, "says_nothing"),
@@ -153,12 +165,11 @@ impl NodeError {
         let said = match self {
             Self::NoSuchVm(_) => "`outlive vm list` shows the VMs of this host",
             Self::NoSuchJob(_) => "the node keeps its last jobs until it ends: ask for the VM's state",
-            Self::BadName(_) => {
-                "a name has 1 to 48 letters, digits, '-', '_' and '.', and begins with a letter or a digit"
-            }
+            Self::BadName(_) => NAMES,
             Self::HasProcess(vm) => return format!("stop the VM first: `outlive vm stop {vm}`").into(),
             Self::Busy { .. } => "wait for the job, or cancel it",
             Self::Drained => "`outlive node undrain` ends the maintenance",
+            Self::Stopping => "`outlive node undrain` takes it back, if the host stays",
             Self::IsStandby(vm) => {
                 return format!(
                     "say it on the host where the VM runs; `outlive vm stop {vm} --only-standby` ends its protection here"

@@ -45,4 +45,4 @@ mod words;
 pub use asking::{BEING_STARTED, UNDECIDED};
 pub use error::NodeError;
 pub use node::{Node, Places, StartError};
-pub use program::{Program, one_line};
+pub use program::{Judge, Program, Remark, Sense, one_line};

@@ -72,17 +72,17 @@ fn a_vm_outlives_its_node() {
         (State::Stopped, 1),
         "it stays stopped"
     );
+    let lock = world.places().run.join("web.lock");
+    assert!(lock.exists());
     node.undefine("web").unwrap();
-    while node.get("web").is_ok() {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    assert!(node.list().is_empty() && !lock.exists(), "nothing of it is left");
 }
 
 #[test]
 fn a_fault_is_started_again_and_an_orderly_end_is_not() {
     let world = World::new();
     let node = world.node();
-    node.define("web", &format!("{AUTOSTART} = true\nrestart-limit = 3")).unwrap();
+    node.define("web", &format!("{AUTOSTART} = true\nrestart-limit = 3\nmemory = '1G'")).unwrap();
     let first = wait(&node, "web", |it| it.state == State::Running);
     kill(first.pid.unwrap());
     let second = wait(&node, "web", |it| it.state == State::Running && it.pid != first.pid);
@@ -137,7 +137,7 @@ fn a_process_that_no_node_has_started_is_left_alone() {
     by_hand(&world, "auto");
     let node = world.node();
     node.define("web", "memory = '1G'").unwrap();
-    node.define("auto", &format!("{AUTOSTART} = true")).unwrap();
+    node.define("auto", &format!("{AUTOSTART} = true\nmemory = '1G'")).unwrap();
     wait(&node, "auto", |it| it.state == State::Foreign);
     by_hand(&world, "web");
     let view = wait(&node, "web", |it| it.state == State::Foreign);
@@ -253,7 +253,7 @@ fn a_drain_moves_all_or_says_which_stays() {
     assert!(matches!(node.begin_hand_over("c"), Err(NodeError::IsStandby(_))));
     let drain = |wait| done(&node, node.begin_drain(false, Duration::from_secs(wait)).unwrap());
     // A VM of one host.
-    node.define("alone", "").unwrap();
+    node.define("alone", "memory = '1G'").unwrap();
     world.tell("alone", "bare", "");
     done(&node, node.begin_start("alone").unwrap());
     wait(&node, "alone", |it| it.state == State::Running && !it.protected);
@@ -286,6 +286,11 @@ fn a_drain_moves_all_or_says_which_stays() {
     assert_eq!(done(&node, node.begin_start("alone").unwrap()).state, JobState::Succeeded);
     let job = done(&node, node.begin_drain(true, Duration::from_secs(1)).unwrap());
     assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    assert_eq!(node.modes.get(), Mode::Stopping);
+    assert!(matches!(node.begin_start("alone"), Err(NodeError::Stopping)));
+    node.define("late", &format!("{AUTOSTART} = true\nmemory = '1G'")).unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(world.starts("late"), 0, "the host is about to stop");
     for vm in ["a", "b", "c", "alone"] {
         let view = node.get(vm).unwrap();
         assert_eq!(

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::node::{Node, Places};
-use crate::program::Program;
+use crate::program::{Program, Remark, Sense};
 use crate::view::View;
 
 /// How long anything may take; far longer than on a host that is not overloaded.
@@ -48,7 +48,16 @@ fn program_at(path: impl Into<PathBuf>) -> Program {
         .args(["insecure", "lock-memory", "accept-replica"].map(flag))
         .arg(flag("or-standby").requires("listen").requires("arbiter").requires("disk"))
         .arg(flag("exit-with-stdin").hide(true));
-    Program::new(path.into(), run)
+    Program::new(path.into(), run).judged_by(judge)
+}
+
+/// A kernel may come later.
+fn judge(options: &ArgMatches) -> Sense {
+    let kernel = options.get_one::<String>("kernel").filter(|it| !Path::new(it).exists());
+    let warnings =
+        kernel.map(|it| Remark::new("kernel", format!("there is no file {it}"))).into_iter().collect();
+    let wrong = options.get_one::<String>("memory").filter(|it| *it == "256");
+    Sense { wrong: wrong.map(|_| Remark::new("memory", "256 bytes are too little: give more")), warnings }
 }
 
 /// A host for a node, with a program that tells a status and runs nothing. What it tells is in files, which the test

@@ -87,6 +87,9 @@ pub(crate) struct View {
     pub(crate) definition_changed: bool,
     /// What is wrong with the definition.
     pub(crate) definition_error: Option<String>,
+    /// What this host lacks for the definition, while the VM has no process.
+    #[serde(default)]
+    pub(crate) warnings: Vec<String>,
     /// What the process says: the object of `outlive status --json`.
     pub(crate) status: Option<Value>,
 }

@@ -9,8 +9,8 @@ use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::body::json as answer;
@@ -19,6 +19,7 @@ use crate::definition;
 use crate::error::NodeError;
 use crate::jobs::Job;
 use crate::node::Node;
+use crate::view::View;
 
 /// The longest body of a request, in bytes: a definition in JSON, with its escapes.
 const LONGEST: usize = 2 * definition::LONGEST;
@@ -76,8 +77,16 @@ async fn define(State(node): Of, Path(name): Path<String>, headers: HeaderMap, b
         String::from_utf8(body.to_vec())
             .map_err(|_| NodeError::BadRequest("a definition is text in UTF-8".into()))?
     };
-    let view = beside(move || node.define(&name, &text)).await?;
-    Ok(answer(StatusCode::OK, &view))
+    let (vm, changed) = beside(move || node.define(&name, &text)).await?;
+    Ok(answer(StatusCode::OK, &Defined { vm, changed }))
+}
+
+/// A VM, and whether its definition is another one now.
+#[derive(Serialize)]
+struct Defined {
+    #[serde(flatten)]
+    vm: View,
+    changed: bool,
 }
 
 async fn undefine(State(node): Of, Path(name): Path<String>) -> Answer {

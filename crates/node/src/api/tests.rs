@@ -185,8 +185,21 @@ fn the_server_is_as_its_description_says() {
     assert_eq!(code(&api.ask("PUT", "/v1/vms/web", json("[1]"))), "bad_request");
     let long = "#".repeat(crate::definition::LONGEST * 3);
     assert_eq!(code(&api.ask("PUT", "/v1/vms/web", toml(&long))), "bad_request");
+    // The text is in no file of the node's.
+    let said = api.ask("PUT", "/v1/vms/web", toml("memory = 256")).1;
+    assert_eq!(
+        (&said["message"], &said["remedy"]),
+        (&"memory: 256 bytes are too little: give more".into(), &"".into())
+    );
     let (status, vm) = api.ask("PUT", "/v1/vms/web", toml(TWO_HOSTS));
-    assert_eq!((status, &vm["state"]), (200, &"stopped".into()));
+    assert_eq!((status, &vm["state"], &vm["changed"]), (200, &"stopped".into(), &true.into()));
+    assert_eq!(api.ask("PUT", "/v1/vms/web", toml(TWO_HOSTS)).1["changed"], false);
+    let lacks = api.ask("PUT", "/v1/vms/lacks", toml("kernel = '/no/kernel'")).1;
+    assert_eq!(
+        (&lacks["changed"], &lacks["warnings"][0]),
+        (&true.into(), &"kernel: there is no file /no/kernel".into())
+    );
+    assert_eq!(api.ask("DELETE", "/v1/vms/lacks", None).0, 204);
     let other = r#"{"memory":"1G","host":{"hosta":{"vcpus":2}}}"#;
     assert_eq!(api.ask("PUT", "/v1/vms/other", json(other)).0, 200);
     assert_eq!(
@@ -289,7 +302,7 @@ fn events_are_told_once_from_where_a_client_was() {
     let mut first = follow(&api.path(), None);
     let (start, kind, _) = first.next().unwrap();
     assert_eq!(kind, "here");
-    api.node.define("web", "").unwrap();
+    api.node.define("web", "memory = '1G'").unwrap();
     let (id, kind, data) = first.next().unwrap();
     assert_eq!((kind.as_str(), &data["vm"]), ("vm_defined", &"web".into()));
     fits(&api.document, &json!({ "$ref": "#/components/schemas/Event" }), &data).unwrap();

@@ -14,7 +14,6 @@ use serde_json::json;
 
 use self::say::{Outcome, Said, print};
 use crate::client::Client;
-use crate::drain::Mode;
 use crate::jobs::Job;
 use crate::node::NodeView;
 use crate::program::Program;
@@ -61,7 +60,7 @@ fn status(api: &Api) -> Outcome {
         let mut text = format!(
             "host {}: {}, release {}, since {}\n",
             node.host,
-            mode(node.mode),
+            node.mode.name(),
             node.version,
             node.since
         );
@@ -75,17 +74,9 @@ fn status(api: &Api) -> Outcome {
     })
 }
 
-fn mode(mode: Mode) -> &'static str {
-    match mode {
-        Mode::Active => "active",
-        Mode::Draining => "draining",
-        Mode::Drained => "drained",
-    }
-}
-
 fn undrain(api: &Api) -> Outcome {
     let node: NodeView = client(api)?.send("POST", "/v1/node/undrain", None)?;
-    print(api.json, &node, |node| format!("host {} is {}\n", node.host, mode(node.mode)))
+    print(api.json, &node, |node| format!("host {} is {}\n", node.host, node.mode.name()))
 }
 
 /// Begins a job, follows it, and says what it has come to.

@@ -154,6 +154,21 @@ pub enum VmCommand {
     Logs(One),
 }
 
+impl VmCommand {
+    /// Which VM it is about.
+    pub(super) fn name(&self) -> Option<&str> {
+        match self {
+            Self::List(_) => None,
+            Self::Define { name, .. } | Self::Stop { name, .. } => Some(name),
+            Self::Show(one)
+            | Self::Undefine(one)
+            | Self::Start(one)
+            | Self::HandOver(one)
+            | Self::Logs(one) => Some(&one.name),
+        }
+    }
+}
+
 /// One VM.
 #[derive(Clone, Debug, Args)]
 pub struct One {
@@ -190,7 +205,9 @@ Examples:
   outlive node check
   outlive node check --vms . --host hostb      what host b would say to the definitions in this directory
 
-Exit codes: 0 all can be used; 2 one cannot, and one line for each says why.";
+A warning is about something that this host lacks now: a file, a user, a bridge.
+
+Exit codes: 0 all can be used, also with warnings; 2 one cannot, and one line for each says why.";
 
 const DRAIN_HELP: &str = "\
 Each VM moves as with outlive hand-over: no reboot, no lost connection. If one does not go, the others stay where they

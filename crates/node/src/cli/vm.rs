@@ -10,7 +10,9 @@ use super::options::{Api, One, VmCommand, VmOptions};
 use super::say::{Outcome, Said, print};
 use super::table::{table, width};
 use super::{client, job};
-use crate::definition::LONGEST;
+use crate::client::ClientError;
+use crate::definition::{LONGEST, is_name};
+use crate::error::BAD_DEFINITION;
 use crate::view::View;
 
 #[derive(Deserialize, Serialize)]
@@ -18,7 +20,13 @@ struct Vms {
     vms: Vec<View>,
 }
 
+/// The longest reason in a list, in characters. `outlive vm show` has all of it.
+const WHY: usize = 60;
+
 pub(super) fn command(options: &VmOptions) -> Outcome {
+    if let Some(name) = options.command.name().filter(|name| !is_name(name)) {
+        return Err(Said::Name(name.to_owned()));
+    }
     match &options.command {
         VmCommand::List(api) => list(api),
         VmCommand::Show(One { name, api }) => {
@@ -67,7 +75,10 @@ fn list(api: &Api) -> Outcome {
 fn row(vm: &View) -> [String; 5] {
     let pid = vm.pid.map_or_else(String::new, |pid| pid.to_string());
     let protected = if vm.protected { "yes" } else { "no" };
-    let why = vm.definition_error.clone().or_else(|| vm.why.clone()).unwrap_or_default();
+    let warning = || vm.warnings.first().map(|it| format!("warning: {it}"));
+    let why = vm.definition_error.clone().or_else(|| vm.why.clone()).or_else(warning).unwrap_or_default();
+    let why =
+        if why.chars().count() > WHY { why.chars().take(WHY - 1).collect::<String>() + "…" } else { why };
     [vm.name.clone(), vm.state.name().into(), protected.into(), pid, why]
 }
 
@@ -86,6 +97,7 @@ fn show(vm: &View) -> String {
     line("failures", (vm.failures > 0).then(|| vm.failures.to_string()));
     line("last end", vm.last_end.as_ref().map(|end| format!("{} ({})", end.what, end.at)));
     line("definition", vm.definition_error.clone());
+    vm.warnings.iter().for_each(|it| line("warning", Some(it.clone())));
     let changed = "has changed and counts from the next start";
     line("definition", vm.definition_changed.then(|| changed.to_owned()));
     let told = |key: &str| vm.status.as_ref().map(|it| &it[key]).filter(|it| !it.is_null());
@@ -97,16 +109,34 @@ fn show(vm: &View) -> String {
     text
 }
 
+/// A VM, and whether its definition is another one now.
+#[derive(Deserialize, Serialize)]
+struct Defined {
+    #[serde(flatten)]
+    vm: View,
+    changed: bool,
+}
+
 fn define(name: &str, file: &Path, api: &Api) -> Outcome {
-    let text = read(file).map_err(|error| Said::Read(file.display().to_string(), error))?;
-    let vm: View = client(api)?.send("PUT", &route(name, ""), Some(("application/toml", text)))?;
-    print(api.json, &vm, |vm| {
-        let then = if vm.pid.is_some() {
-            "its process keeps what it was started with until its next start".to_owned()
-        } else {
-            format!("`outlive vm start {name}` starts it")
+    let shown = if file == Path::new("-") { "standard input".into() } else { file.display().to_string() };
+    let text = read(file).map_err(|error| Said::Read(shown.clone(), error))?;
+    let answer = client(api)?.send("PUT", &route(name, ""), Some(("application/toml", text)));
+    let defined: Defined = answer.map_err(|why| match why {
+        // The node has the text and not its file.
+        ClientError::Refused(error) if error.code == BAD_DEFINITION => Said::Definition(shown.clone(), error),
+        why => why.into(),
+    })?;
+    if !api.json {
+        defined.vm.warnings.iter().for_each(|why| eprintln!("outlive: warning: {shown}: {why}"));
+    }
+    print(api.json, &defined, |Defined { vm, changed }| {
+        let is = if *changed { "is defined" } else { "is defined so already: nothing was changed" };
+        let then = match vm.pid {
+            Some(_) if !changed => String::new(),
+            Some(_) => "; its process keeps what it was started with until its next start".to_owned(),
+            None => format!("; `outlive vm start {name}` starts it"),
         };
-        format!("VM {name} is defined; {then}\n")
+        format!("VM {name} {is}{then}\n")
     })
 }
 

@@ -32,6 +32,8 @@ const EVERY: Duration = Duration::from_millis(200);
 const ASK_EVERY: u32 = 5;
 /// How many looks pass between two looks at the log's length.
 const LOG_EVERY: u32 = 25;
+/// How many looks pass between two looks at what this host lacks for a definition: half a minute.
+const JUDGE_EVERY: u32 = 150;
 /// How large the events that nobody has asked for may become: two files of this size.
 const EVENTS_MAX: &str = "1M";
 
@@ -93,6 +95,7 @@ struct Keeper {
     told: Option<Told>,
     foreign: Option<u32>,
     looks: u32,
+    warnings: Vec<String>,
     shown: Arc<Mutex<View>>,
 }
 
@@ -114,6 +117,7 @@ impl Keeper {
             last_end: None,
             definition_changed: false,
             definition_error: None,
+            warnings: Vec::new(),
             status: None,
         };
         let mut keeper = Self {
@@ -131,9 +135,11 @@ impl Keeper {
             told: None,
             foreign: None,
             looks: 0,
+            warnings: Vec::new(),
             shown: Arc::new(Mutex::new(view)),
         };
         keeper.adopt();
+        keeper.judge();
         keeper.show();
         keeper
     }
@@ -147,11 +153,11 @@ impl Keeper {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             self.look();
-            self.show();
             // What is desired stays on the disk: the file may come back.
             if self.source.is_none() && self.process.is_none() {
                 return;
             }
+            self.show();
         }
     }
 
@@ -203,6 +209,9 @@ impl Keeper {
         let wanted = self.record.desired == Desired::Running && !self.parked && !self.plan.is_given_up();
         let starts = wanted && self.plan.wait(Instant::now()).is_zero();
         self.looks = self.looks.wrapping_add(1);
+        if self.looks.is_multiple_of(JUDGE_EVERY) {
+            self.judge();
+        }
         if !starts && !self.looks.is_multiple_of(ASK_EVERY) {
             return;
         }
@@ -213,6 +222,14 @@ impl Keeper {
             let arguments = self.arguments(definition);
             self.start(arguments);
         }
+    }
+
+    /// Looks at what this host lacks for the definition.
+    fn judge(&mut self) {
+        self.warnings = match &self.source {
+            Some(Ok(it)) => it.warnings(&self.shared.program).iter().map(ToString::to_string).collect(),
+            _ => Vec::new(),
+        };
     }
 
     /// Looks for a process that was not started by a node: with one of the node's there would be two.

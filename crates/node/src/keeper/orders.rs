@@ -7,6 +7,7 @@ use super::Keeper;
 use crate::asking::{Told, ask};
 use crate::definition::{Definition, DefinitionError};
 use crate::error::NodeError;
+use crate::files::lock;
 use crate::records::{By, Desired, Record};
 
 /// What a keeper is told.
@@ -22,6 +23,8 @@ pub(crate) enum Order {
     Park(Answer),
     /// It may be started again after all.
     Unpark,
+    /// Says when everything that was told before is done.
+    Settle(Answer),
     /// A definition was read.
     Define(Box<Result<Definition, DefinitionError>>),
     /// The definition is gone.
@@ -54,14 +57,29 @@ impl Keeper {
                 let said = self.end_process();
                 self.answer(&answer, said);
             }
+            Order::Settle(answer) => self.answer(&answer, Ok(())),
             Order::Unpark => self.parked = false,
             Order::Define(read) => self.is_defined(*read),
             Order::Undefine { forget } => {
                 self.source = None;
                 if forget {
                     self.shared.records.remove(&self.name);
+                    self.forget_lock();
                 }
             }
+        }
+    }
+
+    /// Removes the file that a process of the VM would lock, unless one has it. Only this thread starts processes that do,
+    /// so nobody waits for the file that is removed.
+    fn forget_lock(&self) {
+        let path = self.lock();
+        let removed = lock(&path).and_then(|free| match free {
+            Some(_held) => std::fs::remove_file(&path),
+            None => Ok(()),
+        });
+        if let Err(error) = removed {
+            tracing::warn!(vm = self.name, %error, "its lock's file stays");
         }
     }
 
@@ -79,6 +97,7 @@ impl Keeper {
             self.tell("definition_bad", why.to_string(), serde_json::json!({}));
         }
         self.source = Some(read);
+        self.judge();
     }
 
     fn shall_run(&mut self) -> Result<(), NodeError> {

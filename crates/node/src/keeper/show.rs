@@ -25,6 +25,8 @@ impl Keeper {
         shown.adopted = self.process.as_ref().is_some_and(Process::is_adopted);
         shown.failures = self.plan.failures();
         shown.last_end.clone_from(&self.last_end);
+        // What has a process lacks nothing.
+        shown.warnings = if self.process.is_none() { self.warnings.clone() } else { Vec::new() };
         shown.status = told.map(|it| it.all.clone());
         (shown.definition_changed, shown.definition_error) = match &self.source {
             Some(Ok(it)) => (self.has_other_arguments(it), None),

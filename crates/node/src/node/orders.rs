@@ -31,8 +31,10 @@ impl Node {
     /// # Errors
     /// See [`NodeError`].
     pub(crate) fn begin_start(self: &Arc<Self>, name: &str) -> Result<Job, NodeError> {
-        if self.modes.get() != Mode::Active {
-            return Err(NodeError::Drained);
+        match self.modes.get() {
+            Mode::Active => {}
+            Mode::Stopping => return Err(NodeError::Stopping),
+            Mode::Draining | Mode::Drained => return Err(NodeError::Drained),
         }
         let view = self.get(name)?;
         if let Some(why) = view.definition_error.filter(|_| view.pid.is_none()) {
