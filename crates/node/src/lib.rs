@@ -12,7 +12,8 @@
 //!   `words`: its remedies, where a node keeps it.
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
-//! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API.
+//! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `sse`: its
+//!   stream of events, read.
 //!
 //! Nothing here runs in, or is waited for by, a process that runs a guest.
 
@@ -37,6 +38,7 @@ mod node_tests;
 mod process;
 mod program;
 mod records;
+mod sse;
 #[cfg(test)]
 mod testing;
 mod view;

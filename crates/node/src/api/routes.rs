@@ -115,9 +115,14 @@ async fn hand_over(State(node): Of, Path(name): Path<String>) -> Answer {
     accepted(node.begin_hand_over(&name))
 }
 
-async fn log(State(node): Of, Path(name): Path<String>) -> Answer {
-    let text = beside(move || node.log(&name, LOG)).await?;
-    Ok(answer(StatusCode::OK, &json!({ "log": text })))
+async fn log(State(node): Of, Path(name): Path<String>, uri: Uri) -> Answer {
+    let after = match uri.query().map(|query| query.strip_prefix("after=").map(str::parse)) {
+        None => None,
+        Some(Some(Ok(after))) => Some(after),
+        Some(_) => return Err(NodeError::BadRequest("a log has ?after=BYTES or nothing".into())),
+    };
+    let (text, next) = beside(move || node.log(&name, after, LOG)).await?;
+    Ok(answer(StatusCode::OK, &json!({ "log": text, "next": next })))
 }
 
 /// What a drain may say.

@@ -53,7 +53,7 @@ impl Api {
     }
 
     fn operation(&self, method: &str, route: &str) -> (String, &Value) {
-        let parts: Vec<_> = route.split('/').collect();
+        let parts: Vec<_> = route.split('?').next().unwrap_or_default().split('/').collect();
         let is = |path: &str| {
             let path: Vec<_> = path.split('/').collect();
             path.len() == parts.len() && path.iter().zip(&parts).all(|(a, b)| a == b || a.starts_with('{'))
@@ -216,6 +216,9 @@ fn the_server_is_as_its_description_says() {
     assert_eq!(api.ask("GET", "/v1/vms/web", None).1["status"]["role"], "primary");
     let log = api.ask("GET", "/v1/vms/web/log", None).1;
     assert!(log["log"].as_str().unwrap().contains("the fake process begins"), "{log}");
+    let next = api.ask("GET", &format!("/v1/vms/web/log?after={}", log["next"]), None).1;
+    assert_eq!((&next["log"], &next["next"]), (&"".into(), &log["next"]));
+    assert_eq!(code(&api.ask("GET", "/v1/vms/web/log?lines=7", None)), "bad_request");
     assert_eq!(api.job("/v1/vms/web/hand-over", None)["result"]["said"], "the standby has the VM");
     wait(&api.node, "web", |it| it.state == State::Standby);
     assert_eq!(code(&api.ask("POST", "/v1/vms/web/stop", None)), "is_standby");
@@ -329,6 +332,32 @@ fn events_are_told_once_from_where_a_client_was() {
     let mut late = follow(&api.path(), Some(&start)).skip(1);
     assert_eq!(late.next().unwrap().1, "reset");
     assert_eq!(late.next().unwrap().2["text"], "1");
+}
+
+/// As `outlive node events` does.
+#[test]
+fn a_client_goes_on_with_the_events_where_it_was() {
+    let api = Api::new();
+    let client = crate::client::Client::new(&api.path()).unwrap();
+    let events = |last: Option<&str>, count: usize| {
+        let mut seen = Vec::new();
+        client
+            .events(last, |event| {
+                if event.kind.is_none() && seen.is_empty() && last.is_none() {
+                    api.node.define("web", "memory = '1G'").unwrap();
+                }
+                seen.extend(event.kind.map(|kind| (event.id, kind)));
+                seen.len() < count
+            })
+            .unwrap();
+        seen
+    };
+    let (id, kind) = events(None, 1).remove(0);
+    assert_eq!(kind, "vm_defined");
+    api.job("/v1/vms/web/start", None);
+    let kinds: Vec<_> = events(Some(&id), 2).into_iter().map(|it| it.1).collect();
+    assert_eq!(kinds, ["vm_state", "process_started"]);
+    assert_eq!(events(Some("1-1"), 1)[0].1, "reset");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! `outlive node` and `outlive vm`: the commands, as clients of the API.
 
+mod events;
 mod options;
 mod say;
 mod serve;
@@ -42,6 +43,7 @@ pub fn node(
             say::conclude(job(api, "/v1/node/drain", Some(&body)))
         }
         NodeCommand::Undrain(api) => say::conclude(undrain(api)),
+        NodeCommand::Events { after, api } => say::conclude(events::command(after.clone(), api)),
     }
 }
 

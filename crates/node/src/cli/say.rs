@@ -66,6 +66,12 @@ pub(super) fn print<T: Serialize>(json: bool, it: &T, text: impl FnOnce(&T) -> S
     io::stdout().lock().write_all(text.as_bytes()).map_err(Said::Print)
 }
 
+/// Prints a line at once.
+pub(super) fn print_line(line: &str) -> Outcome {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(Said::Print)
+}
+
 /// Says what a job has come to.
 pub(super) fn job(json: bool, job: Job) -> Outcome {
     if json {

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -44,10 +45,7 @@ pub(super) fn command(options: &VmOptions) -> Outcome {
             job(api, &route(name, "/stop"), Some(&how))
         }
         VmCommand::HandOver(One { name, api }) => job(api, &route(name, "/hand-over"), None::<&()>),
-        VmCommand::Logs(One { name, api }) => {
-            let log: Value = client(api)?.get(&route(name, "/log"))?;
-            print(api.json, &log, |log| log["log"].as_str().unwrap_or_default().to_owned())
-        }
+        VmCommand::Logs { name, lines, follow, api } => logs(name, *lines, *follow, api),
     }
 }
 
@@ -140,6 +138,42 @@ fn define(name: &str, file: &Path, api: &Api) -> Outcome {
     })
 }
 
+/// How often a log is asked for what is new.
+const LOOKS: Duration = Duration::from_millis(500);
+
+#[derive(Deserialize, Serialize)]
+struct Log {
+    log: String,
+    next: u64,
+}
+
+fn logs(name: &str, lines: Option<usize>, follow: bool, api: &Api) -> Outcome {
+    let client = client(api)?;
+    let mut log: Log = client.get(&route(name, "/log"))?;
+    if let Some(lines) = lines {
+        log.log = last_lines(&log.log, lines).to_owned();
+    }
+    loop {
+        if !log.log.is_empty() || !follow {
+            print(api.json, &log, |it| it.log.clone())?;
+        }
+        if !follow {
+            return Ok(());
+        }
+        std::thread::sleep(LOOKS);
+        log = client.get(&route(name, &format!("/log?after={}", log.next)))?;
+    }
+}
+
+/// The last lines of a text.
+fn last_lines(text: &str, count: usize) -> &str {
+    let body = text.strip_suffix('\n').unwrap_or(text);
+    match count.checked_sub(1) {
+        None => "",
+        Some(breaks) => body.rmatch_indices('\n').nth(breaks).map_or(text, |(at, _)| &text[at + 1..]),
+    }
+}
+
 /// Reads a definition, and a little more than one can have, so that the node says so.
 fn read(file: &Path) -> std::io::Result<String> {
     let most = LONGEST as u64 + 1;
@@ -155,6 +189,15 @@ fn read(file: &Path) -> std::io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_lines_are_whole() {
+        for (text, count, last) in
+            [("a\nb\nc\n", 2, "b\nc\n"), ("a\nb", 1, "b"), ("a\n", 9, "a\n"), ("a\n", 0, "")]
+        {
+            assert_eq!(last_lines(text, count), last, "{text:?}");
+        }
+    }
 
     #[test]
     fn names_do_not_leave_their_place_in_a_url() {
