@@ -191,6 +191,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_list_has_the_beginning_of_a_reason_and_a_show_all_of_it() {
+        let vm = json!({
+            "name": "web", "state": "failed", "desired": "running", "protected": false, "has_standby": false,
+            "why": "x".repeat(100), "since": "", "pid": null, "adopted": false, "failures": 1, "last_end": null,
+            "definition_changed": false, "definition_error": null, "status": null
+        });
+        let vm: View = serde_json::from_value(vm).unwrap();
+        let [.., why] = row(&vm);
+        assert!(why.chars().count() == WHY && why.ends_with('…'), "{why}");
+        assert!(show(&vm).contains(&"x".repeat(100)));
+    }
+
+    #[test]
     fn the_last_lines_are_whole() {
         for (text, count, last) in
             [("a\nb\nc\n", 2, "b\nc\n"), ("a\nb", 1, "b"), ("a\n", 9, "a\n"), ("a\n", 0, "")]

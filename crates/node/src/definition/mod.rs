@@ -139,10 +139,9 @@ impl Definition {
                     .map_err(|why| (key.clone(), Fault::Value(why)))?;
             }
         }
-        if self.is_of_two_hosts() {
-            for (key, why) in OF_PAIR.iter().filter(|(key, _)| !self.options.contains_key(*key)) {
-                return Err(((*key).to_owned(), Fault::Needed(why)));
-            }
+        let missing = OF_PAIR.iter().find(|(key, _)| !self.options.contains_key(*key));
+        if let Some((key, why)) = missing.filter(|_| self.is_of_two_hosts()) {
+            return Err(((*key).to_owned(), Fault::Needed(why)));
         }
         let arguments = self.arguments();
         program.check(&arguments).map_err(|why| (String::new(), Fault::Together(why)))?;

@@ -170,13 +170,15 @@ impl Keeper {
 
     pub(super) fn end_process(&mut self) -> Result<(), NodeError> {
         let Some(process) = &mut self.process else { return Ok(()) };
-        self.asked = true;
-        match process.terminate() {
+        let ended = match process.terminate() {
             // It has ended meanwhile, or its number is not known yet: then it is told as soon as it is.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ESRCH as i32) => Ok(()),
             told => told.map_err(|error| NodeError::System("cannot end the VM's process".into(), error)),
-        }
+        };
+        // One that was told before is still told.
+        self.asked |= ended.is_ok();
+        ended
     }
 
     fn desire(&mut self, desired: Desired, by: By) -> Result<(), NodeError> {
