@@ -33,6 +33,8 @@ pub(crate) struct Told {
     pub(crate) starts: bool,
     /// It is not decided yet whether the VM will run there.
     pub(crate) decides: bool,
+    /// The other host is lost, and this standby may be about to take the VM over.
+    pub(crate) takes_over: bool,
     /// A standby has all of it.
     pub(crate) protected: bool,
     /// Why not.
@@ -47,6 +49,12 @@ struct Parts {
     role: String,
     protected: bool,
     why: Option<String>,
+    loss_of_this_host: Option<Loss>,
+}
+
+#[derive(Deserialize)]
+struct Loss {
+    survived: bool,
 }
 
 /// Asks the process that listens at `path`.
@@ -67,12 +75,15 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     let mut bytes = Vec::new();
     stream.take(LONGEST).read_to_end(&mut bytes)?;
     let all: Value = serde_json::from_slice(&bytes)?;
-    let Parts { role, protected, why } = serde_json::from_value(all.clone())?;
+    let Parts { role, protected, why, loss_of_this_host } = serde_json::from_value(all.clone())?;
     let pid = u32::try_from(pid).map_err(|_| ErrorKind::InvalidData)?;
     let runs = role == "primary";
     let says = |words: &str| why.as_ref().is_some_and(|it| it.starts_with(words));
     let (starts, decides) = (runs && says(BEING_STARTED), !runs && says(UNDECIDED));
-    Ok(Told { pid, runs, starts, decides, protected, why, all })
+    // Without a copy that counts, or with a primary, the VM would not depend on a standby.
+    let counts = loss_of_this_host.is_some_and(|loss| !loss.survived);
+    let takes_over = !runs && !protected && counts;
+    Ok(Told { pid, runs, starts, decides, takes_over, protected, why, all })
 }
 
 #[cfg(test)]

@@ -54,6 +54,9 @@ pub enum NodeError {
     /// Only a standby was to be ended.
     #[error("VM {0} runs here, so nothing was stopped")]
     RunsHere(String),
+    /// Only a standby was to be ended, and it may be the last host that has the VM.
+    #[error("the other host is lost, and this one may be taking VM {0} over, so nothing was stopped")]
+    TakesOver(String),
     /// Only a standby was to be ended, and nobody knows whether it is one.
     #[error("the process of VM {0} does not say whether the VM runs here, so nothing was stopped")]
     SaysNothing(String),
@@ -145,6 +148,7 @@ impl NodeError {
             Self::Stopping => (409, "stopping"),
             Self::IsStandby(_) => (409, "is_standby"),
             Self::RunsHere(_) => (409, "runs_here"),
+            Self::TakesOver(_) => (409, "takes_over"),
             Self::SaysNothing(_) => (409, "says_nothing"),
             Self::Undecided(_) => (409, "undecided"),
             Self::NotRunning(_) => (409, "not_running"),
@@ -177,6 +181,9 @@ impl NodeError {
                 .into();
             }
             Self::RunsHere(_) => "leave --only-standby out to shut it down",
+            Self::TakesOver(vm) => {
+                return format!("say it again when `outlive vm show {vm}` says which host has the VM").into();
+            }
             Self::SaysNothing(vm) => {
                 return format!("say it again in a moment; `outlive vm logs {vm}` says what it does").into();
             }

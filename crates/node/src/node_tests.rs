@@ -233,6 +233,11 @@ fn only_a_standby_is_ended_as_one() {
     assert!(matches!(node.begin_stop("web", true, false), Err(NodeError::SaysNothing(_))));
     world.untell("web", "mute");
     world.tell("web", "role", "standby");
+    // Its primary is lost, and it asks the arbiter.
+    world.tell("web", "last", "");
+    world.tell("web", "bare", "");
+    assert!(matches!(node.begin_stop("web", true, false), Err(NodeError::TakesOver(_))));
+    world.untell("web", "bare");
     let job = done(&node, node.begin_stop("web", true, false).unwrap());
     assert_eq!(job.state, JobState::Succeeded, "{job:?}");
     assert_eq!(node.get("web").unwrap().desired, Desired::Stopped);

@@ -103,7 +103,7 @@ impl World {
     }
 
     /// What the fake process of a VM is told: `role` (primary, standby), `turns` (the role after the next answer), `bare`
-    /// (unprotected), `why`, `mute` (no answer), `exit` (a code), `refuses` (its last words), or what the fake hand-over is
+    /// (unprotected), `why`, `last` (its loss would be the VM's), `mute` (no answer), `exit` (a code), `refuses` (its last words), or what the fake hand-over is
     /// told: `stays`.
     pub(crate) fn tell(&self, vm: &str, what: &str, text: &str) {
         let file = self.folder.path().join(format!("{vm}.{what}"));
@@ -181,8 +181,8 @@ fn fake_process() {
                 fs::rename(format!("{vm}.turns"), format!("{vm}.role")).unwrap();
             }
             let protected = told("bare").is_none();
-            let status =
-                serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": told("why") });
+            let status = serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": told("why"),
+                "loss_of_this_host": { "survived": told("last").is_none() } });
             let _ = client.write_all(status.to_string().as_bytes());
         }
         thread::sleep(Duration::from_millis(2));

@@ -134,6 +134,7 @@ impl Keeper {
         }
         match (&fresh, only_standby) {
             (Some(told), true) if told.runs => return Err(NodeError::RunsHere(name)),
+            (Some(told), true) if told.takes_over => return Err(NodeError::TakesOver(name)),
             (None, true) => return Err(NodeError::SaysNothing(name)),
             _ => {}
         }
@@ -161,7 +162,7 @@ impl Keeper {
         }
         // The disk may have taken long. A standby is ended by the same signal that presses the power button of a VM, so
         // the process is asked once more: what is left is the time from its answer to the signal, far below a
-        // millisecond. One that wins the VM within it shuts the guest down.
+        // millisecond. One that loses its primary within it may take the VM over, and shuts the guest down.
         self.may_stop(true).and_then(|()| self.end_process()).inspect_err(|_| {
             self.record = before;
             self.keep_record();
