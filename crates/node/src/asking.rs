@@ -17,13 +17,24 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The longest answer, in bytes.
 const LONGEST: u64 = 64 << 10;
 
+/// How a process begins to say why it protects nothing, while it asks the arbiter which host starts the VM.
+pub const UNDECIDED: &str = "it is not decided yet which host starts the VM";
+/// How it begins while the VM is its own and does not run yet.
+pub const BEING_STARTED: &str = "the VM is being started";
+
 /// What a process says.
 #[derive(Clone, Debug)]
 pub(crate) struct Told {
     /// Whose socket it is, as the kernel knows.
     pub(crate) pid: u32,
-    /// The VM runs there.
+    /// The VM runs there, or is about to.
     pub(crate) runs: bool,
+    /// It is about to, which may still come to nothing.
+    pub(crate) starts: bool,
+    /// It is not decided yet whether the VM will run there.
+    pub(crate) decides: bool,
+    /// The other host is lost, and this standby may be about to take the VM over.
+    pub(crate) takes_over: bool,
     /// A standby has all of it.
     pub(crate) protected: bool,
     /// Why not.
@@ -38,6 +49,12 @@ struct Parts {
     role: String,
     protected: bool,
     why: Option<String>,
+    loss_of_this_host: Option<Loss>,
+}
+
+#[derive(Deserialize)]
+struct Loss {
+    survived: bool,
 }
 
 /// Asks the process that listens at `path`.
@@ -58,9 +75,15 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     let mut bytes = Vec::new();
     stream.take(LONGEST).read_to_end(&mut bytes)?;
     let all: Value = serde_json::from_slice(&bytes)?;
-    let Parts { role, protected, why } = serde_json::from_value(all.clone())?;
+    let Parts { role, protected, why, loss_of_this_host } = serde_json::from_value(all.clone())?;
     let pid = u32::try_from(pid).map_err(|_| ErrorKind::InvalidData)?;
-    Ok(Told { pid, runs: role == "primary", protected, why, all })
+    let runs = role == "primary";
+    let says = |words: &str| why.as_ref().is_some_and(|it| it.starts_with(words));
+    let (starts, decides) = (runs && says(BEING_STARTED), !runs && says(UNDECIDED));
+    // Without a copy that counts, or with a primary, the VM would not depend on a standby.
+    let counts = loss_of_this_host.is_some_and(|loss| !loss.survived);
+    let takes_over = !runs && !protected && counts;
+    Ok(Told { pid, runs, starts, decides, takes_over, protected, why, all })
 }
 
 #[cfg(test)]

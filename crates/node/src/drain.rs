@@ -28,6 +28,20 @@ pub(crate) enum Mode {
     Draining,
     /// It has given them away.
     Drained,
+    /// It has given them away, or shut them down, and is about to stop.
+    Stopping,
+}
+
+impl Mode {
+    /// For people.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Stopping => "stopping",
+        }
+    }
 }
 
 /// The mode of this host, also after its node has ended.
@@ -38,7 +52,7 @@ pub(crate) struct Modes {
 }
 
 impl Modes {
-    /// Reads what an earlier node has kept. A drain that it did not end has ended with it.
+    /// Reads what an earlier node has kept.
     pub(crate) fn open(file: PathBuf) -> Self {
         let kept = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let mode = if kept == Some(Mode::Drained) { Mode::Drained } else { Mode::Active };
@@ -50,7 +64,8 @@ impl Modes {
         *self.mode.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes it, durably.
+    /// Changes it. What is only for a while, a drain or the end of the host, ends with the node: then the host is what it
+    /// was before.
     ///
     /// # Errors
     /// The disk does not take it.
@@ -59,10 +74,13 @@ impl Modes {
         if *now == mode {
             return Ok(());
         }
-        replace(&self.file, &serde_json::to_vec(&mode).expect("a mode is plain data"))
-            .map_err(|error| NodeError::System("cannot keep the mode of the host".into(), error))?;
+        if matches!(mode, Mode::Active | Mode::Drained) {
+            // Plain data: this cannot fail.
+            replace(&self.file, &serde_json::to_vec(&mode).expect("a mode is plain data"))
+                .map_err(|error| NodeError::System("cannot keep the mode of the host".into(), error))?;
+        }
         *now = mode;
-        let name = format!("{mode:?}").to_lowercase();
+        let name = mode.name();
         feed.tell("node_mode", None, format!("this host is {name}"), json!({ "mode": mode }));
         Ok(())
     }
@@ -70,12 +88,19 @@ impl Modes {
 
 /// Gives all VMs away. If one does not go, those that went stay where they are, and the host is active again.
 pub(crate) fn drain(node: &Node, stop: bool, wait: Duration, work: &Work) -> Result<Value, NodeError> {
+    let before = node.modes.get();
     node.modes.set(Mode::Draining, node.feed())?;
-    let drained = if stop { stop_all(node, wait, work) } else { move_all(node, wait, work) };
-    // A host that stops is active when it is back.
-    let mode = if drained.is_ok() && !stop { Mode::Drained } else { Mode::Active };
-    node.modes.set(mode, node.feed())?;
-    drained
+    if !stop {
+        let drained = move_all(node, wait, work);
+        node.modes.set(if drained.is_ok() { Mode::Drained } else { Mode::Active }, node.feed())?;
+        return drained;
+    }
+    let stopped = stop_all(node, wait, work);
+    // One that was cancelled before anything was shut down.
+    if node.modes.get() == Mode::Draining {
+        node.modes.set(before, node.feed())?;
+    }
+    stopped
 }
 
 /// The VMs that run here.
@@ -83,14 +108,28 @@ fn here(node: &Node) -> Vec<View> {
     node.list().into_iter().filter(|it| matches!(it.state, State::Running | State::Stopping)).collect()
 }
 
+/// Waits for VMs of which it is not certain yet whether they will run here.
+fn settle(node: &Node, wait: Duration, work: &Work) -> Result<(), NodeError> {
+    let is_open = |vm: &View| vm.pid.is_some() && matches!(vm.state, State::Starting | State::Deciding);
+    for vm in node.list().into_iter().filter(is_open) {
+        work.at(0, 1, &format!("it is not certain yet whether VM {} will run here", vm.name));
+        node.wait(&vm.name, wait, "the decision whether it runs here", |vm| {
+            work.goes_on()?;
+            Ok((!is_open(vm)).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
 fn move_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError> {
     let began = Instant::now();
+    settle(node, wait, work)?;
     let all = here(node);
     // Nothing is moved if it is known that not everything can be.
     for vm in &all {
         if !vm.has_standby && !vm.protected {
             let name = &vm.name;
-            return Err(NodeError::Failed(format!(
+            return Err(NodeError::Said(format!(
                 "VM {name} has no standby, so it cannot leave this host, and no VM was moved: stop it first, or give \
                  its definition listen, standby and arbiter"
             )));
@@ -106,9 +145,10 @@ fn move_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError
             Err(NodeError::Cancelled) => return Err(NodeError::Cancelled),
             Err(why) => {
                 let (count, total) = (moved.len(), all.len());
-                return Err(NodeError::Failed(format!(
+                let why = format!(
                     "VM {name} stays here, {count} of {total} VMs were moved, and this host is active again: {why}"
-                )));
+                );
+                return Err(NodeError::Failed { vm: name.clone(), why });
             }
         }
     }
@@ -136,7 +176,7 @@ fn move_one(node: &Node, name: &str, wait: Duration, work: &Work) -> Result<Opti
 /// For the end of the host: what can be moved is moved, and every process ends in order. What is desired stays.
 fn stop_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError> {
     let began = Instant::now();
-    let all: Vec<_> = node.list().into_iter().filter(|it| it.pid.is_some()).collect();
+    let all: Vec<_> = node.list().into_iter().filter(|it| it.state.is_kept()).collect();
     let (mut moved, mut stopped) = (Vec::new(), Vec::new());
     for (number, vm) in all.iter().enumerate() {
         let name = &vm.name;
@@ -150,14 +190,17 @@ fn stop_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError
             }
         }
     }
-    // From here on nothing can be taken back.
+    // From here on nothing can be taken back. A host that was drained is so when it is back.
+    node.modes.set(Mode::Stopping, node.feed())?;
     for vm in node.list() {
         node.order(&vm.name, Order::Park)?;
     }
     let left = |began: Instant| ENDS.saturating_sub(began.elapsed());
     let ends = Instant::now();
     for vm in &all {
-        node.wait(&vm.name, left(ends), "the end of its process", |vm| Ok(vm.pid.is_none().then_some(())))?;
+        node.wait(&vm.name, left(ends), "the end of its process", |vm| {
+            Ok((!vm.state.is_kept()).then_some(()))
+        })?;
         stopped.push(vm.name.clone());
     }
     Ok(json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved, "stopped": stopped }))
@@ -177,6 +220,11 @@ mod tests {
         assert_eq!(open().get(), Mode::Active);
         open().set(Mode::Drained, &feed).unwrap();
         assert_eq!(open().get(), Mode::Drained);
+        // The host is started anew in its maintenance.
+        let modes = open();
+        modes.set(Mode::Draining, &feed).unwrap();
+        modes.set(Mode::Stopping, &feed).unwrap();
+        assert_eq!((modes.get(), open().get()), (Mode::Stopping, Mode::Drained));
         open().set(Mode::Active, &feed).unwrap();
         assert_eq!(open().get(), Mode::Active);
     }

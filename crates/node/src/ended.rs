@@ -8,6 +8,8 @@ use std::process::ExitStatus;
 
 use serde::{Deserialize, Serialize};
 
+use crate::log;
+
 /// How much of a file of events is read to find its last line.
 const TAIL: i64 = 16 << 10;
 
@@ -25,10 +27,12 @@ pub(crate) struct End {
 }
 
 impl End {
-    /// Of a child; `events` is the file that says more.
-    pub(crate) fn of_child(status: ExitStatus, pid: u32, events: &Path) -> Self {
+    /// Of a child; `events` is the file that says more. `log`: its log, and where in it this process began. A process that
+    /// ends before it has events says there why.
+    pub(crate) fn of_child(status: ExitStatus, pid: u32, events: &Path, log: (&Path, u64)) -> Self {
         let said = last_word(events, pid).filter(|word| Some(word.code) == status.code());
-        Self::new(status.code(), status.signal(), said.map(|it| it.reason))
+        let last = || status.code().filter(|code| *code != 0).and_then(|_| log::last_line(log.0, log.1));
+        Self::new(status.code(), status.signal(), said.map(|it| it.reason).or_else(last))
     }
 
     /// Of a process that was adopted. Without a last word nobody knows, and that counts as a fault.
@@ -49,7 +53,7 @@ impl End {
             (Some(3), _) => "the other host won the VM",
             (Some(_), _) => "failed",
             (None, Some(_)) => "was killed",
-            (None, None) => "has gone without a word",
+            (None, None) => "ended, and left no word how",
         };
         Self { code, signal, what: reason.unwrap_or_else(|| what.to_owned()), at: crate::view::now() }
     }
@@ -89,7 +93,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let events = folder.path().join("events");
         let gone = End::of_adopted(7, &events);
-        assert!(!gone.is_orderly() && gone.what.contains("without a word"));
+        assert!(!gone.is_orderly() && gone.what.contains("left no word"));
         let ended = r#"{"event":"ended","reason":"the guest powered off","code":0,"t_us":5,"pid":7}"#;
         let other = r#"{"event":"stats","t_us":5,"pid":8}"#;
         std::fs::write(&events, format!("{}\n{ended}\n", "x".repeat(40_000))).unwrap();
@@ -99,9 +103,15 @@ mod tests {
         std::fs::write(&events, format!("{ended}\n{other}\n")).unwrap();
         assert!(!End::of_adopted(8, &events).is_orderly() && !End::of_adopted(7, &events).is_orderly());
         std::fs::write(&events, format!("{ended}\n")).unwrap();
-        let killed = End::of_child(ExitStatus::from_raw(9), 7, &events);
+        let log = folder.path().join("log");
+        std::fs::write(&log, "outlive: of an earlier process\n").unwrap();
+        let log = (&*log, 31);
+        let killed = End::of_child(ExitStatus::from_raw(9), 7, &events, log);
         assert_eq!((killed.code, killed.signal, killed.what.as_str()), (None, Some(9), "was killed"));
-        let failed = End::of_child(ExitStatus::from_raw(3 << 8), 9, &events);
+        let failed = End::of_child(ExitStatus::from_raw(3 << 8), 9, &events, log);
         assert_eq!((failed.code, failed.what.as_str()), (Some(3), "the other host won the VM"));
+        std::fs::write(log.0, "outlive: of an earlier process\noutlive: no image; give another\n").unwrap();
+        let refused = End::of_child(ExitStatus::from_raw(2 << 8), 9, &events, log);
+        assert_eq!(refused.what, "no image; give another");
     }
 }

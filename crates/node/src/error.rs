@@ -1,8 +1,17 @@
 //! What the node refuses, or cannot do: each with a code for programs, one line for people, and a remedy.
 
+use std::borrow::Cow;
 use std::io;
 
 use crate::definition::DefinitionError;
+
+/// The code of a definition that cannot be used.
+pub(crate) const BAD_DEFINITION: &str = "bad_definition";
+/// The code of a name that cannot be a VM's.
+pub(crate) const BAD_NAME: &str = "bad_name";
+/// What such a name should be.
+pub(crate) const NAMES: &str =
+    "a name has 1 to 48 letters, digits, '-', '_' and '.', and begins with a letter or a digit";
 
 /// Why the node does not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -36,9 +45,24 @@ pub enum NodeError {
     /// Maintenance.
     #[error("this host is drained: no VM is started here")]
     Drained,
+    /// The host ends.
+    #[error("this host is about to stop: no VM is started here")]
+    Stopping,
     /// It runs on the other host.
     #[error("VM {0} does not run on this host, which is its standby")]
     IsStandby(String),
+    /// Only a standby was to be ended.
+    #[error("VM {0} runs here, so nothing was stopped")]
+    RunsHere(String),
+    /// Only a standby was to be ended, and it may be the last host that has the VM.
+    #[error("the other host is lost, and this one may be taking VM {0} over, so nothing was stopped")]
+    TakesOver(String),
+    /// Only a standby was to be ended, and nobody knows whether it is one.
+    #[error("the process of VM {0} does not say whether the VM runs here, so nothing was stopped")]
+    SaysNothing(String),
+    /// Nobody knows yet where it will run.
+    #[error("it is not decided yet which host starts VM {0}, so nothing was stopped")]
+    Undecided(String),
     /// There is no process.
     #[error("VM {0} does not run on this host")]
     NotRunning(String),
@@ -62,12 +86,35 @@ pub enum NodeError {
     /// It was cancelled.
     #[error("the job was cancelled")]
     Cancelled,
-    /// The process ended, or said no.
+    /// The process of a VM has ended instead of beginning.
+    #[error("{why}")]
+    NotStarted {
+        /// The VM.
+        vm: String,
+        /// The process's own words.
+        why: String,
+    },
+    /// Something about a VM has failed.
+    #[error("{why}")]
+    Failed {
+        /// The VM.
+        vm: String,
+        /// What, and why.
+        why: String,
+    },
+    /// Something has failed, and the words say what helps.
     #[error("{0}")]
-    Failed(String),
+    Said(String),
     /// It takes too long.
-    #[error("{0} has not happened within {1} s")]
-    TooLong(String, u64),
+    #[error("VM {vm}: {what} has not come within {secs} s")]
+    TooLong {
+        /// The VM.
+        vm: String,
+        /// What was waited for.
+        what: String,
+        /// How long.
+        secs: u64,
+    },
     /// The request is not understood.
     #[error("{0}")]
     BadRequest(String),
@@ -83,46 +130,89 @@ pub enum NodeError {
 }
 
 impl NodeError {
-    /// HTTP status, code for programs, and what helps.
-    pub(crate) fn parts(&self) -> (u16, &'static str, &'static str) {
+    /// HTTP status, code for programs, and what helps; nothing where the message says it.
+    pub(crate) fn parts(&self) -> (u16, &'static str, Cow<'static, str>) {
+        let (status, code) = self.kind();
+        (status, code, self.remedy())
+    }
+
+    fn kind(&self) -> (u16, &'static str) {
         match self {
-            Self::NoSuchVm(_) => (404, "no_such_vm", "`outlive vm list` shows the VMs of this host"),
-            Self::NoSuchJob(_) => {
-                (404, "no_such_job", "the node keeps its last jobs until it ends: ask for the VM's state")
-            }
-            Self::BadName(_) => (
-                400,
-                "bad_name",
-                "a name has 1 to 48 letters, digits, '-', '_' and '.', and begins with a letter or a digit",
-            ),
-            Self::BadDefinition(_) | Self::NoDefinition(..) => {
-                (422, "bad_definition", "correct the definition; `outlive node check` looks at all of them")
-            }
-            Self::HasProcess(_) => (409, "has_process", "stop the VM first"),
-            Self::Busy { .. } => (409, "busy", "wait for the job, or cancel it"),
-            Self::Drained => (409, "drained", "`outlive node undrain` ends the maintenance"),
-            Self::IsStandby(_) => (
-                409,
-                "is_standby",
-                "say it on the host where the VM runs; `outlive vm stop --only-standby` ends its protection here",
-            ),
-            Self::NotRunning(_) => (409, "not_running", "`outlive vm show NAME` says why"),
-            Self::Foreign { .. } => (
-                409,
-                "foreign_process",
-                "stop it where it was started, for example with systemctl, and start the VM here",
-            ),
-            Self::TooManyJobs(_) | Self::TooManyFollowers(_) => {
-                (429, "too_many", "try again when one has ended")
-            }
-            Self::CannotCancel(_) => (409, "cannot_cancel", "wait for its end"),
-            Self::Cancelled => (409, "cancelled", "say it again if it is wanted after all"),
-            Self::Failed(_) => (409, "failed", "`outlive vm show NAME` and `outlive vm logs NAME` say more"),
-            Self::TooLong(..) => (504, "too_long", "`outlive vm show NAME` says what it waits for"),
-            Self::BadRequest(_) => (400, "bad_request", "docs/api/openapi.json has every request"),
-            Self::NoRoute(_) => (404, "no_route", "docs/api/openapi.json has every route"),
-            Self::NoMethod(_) => (405, "no_method", "docs/api/openapi.json has every route"),
-            Self::System(..) => (500, "system", "look at the node's log"),
+            Self::NoSuchVm(_) => (404, "no_such_vm"),
+            Self::NoSuchJob(_) => (404, "no_such_job"),
+            Self::BadName(_) => (400, BAD_NAME),
+            Self::BadDefinition(_) | Self::NoDefinition(..) => (422, BAD_DEFINITION),
+            Self::HasProcess(_) => (409, "has_process"),
+            Self::Busy { .. } => (409, "busy"),
+            Self::Drained => (409, "drained"),
+            Self::Stopping => (409, "stopping"),
+            Self::IsStandby(_) => (409, "is_standby"),
+            Self::RunsHere(_) => (409, "runs_here"),
+            Self::TakesOver(_) => (409, "takes_over"),
+            Self::SaysNothing(_) => (409, "says_nothing"),
+            Self::Undecided(_) => (409, "undecided"),
+            Self::NotRunning(_) => (409, "not_running"),
+            Self::Foreign { .. } => (409, "foreign_process"),
+            Self::TooManyJobs(_) | Self::TooManyFollowers(_) => (429, "too_many"),
+            Self::CannotCancel(_) => (409, "cannot_cancel"),
+            Self::Cancelled => (409, "cancelled"),
+            Self::NotStarted { .. } | Self::Failed { .. } | Self::Said(_) => (409, "failed"),
+            Self::TooLong { .. } => (504, "too_long"),
+            Self::BadRequest(_) => (400, "bad_request"),
+            Self::NoRoute(_) => (404, "no_route"),
+            Self::NoMethod(_) => (405, "no_method"),
+            Self::System(..) => (500, "system"),
         }
+    }
+
+    fn remedy(&self) -> Cow<'static, str> {
+        let said = match self {
+            Self::NoSuchVm(_) => "`outlive vm list` shows the VMs of this host",
+            Self::NoSuchJob(_) => "the node keeps its last jobs until it ends: ask for the VM's state",
+            Self::BadName(_) => NAMES,
+            Self::HasProcess(vm) => return format!("stop the VM first: `outlive vm stop {vm}`").into(),
+            Self::Busy { .. } => "wait for the job, or cancel it",
+            Self::Drained => "`outlive node undrain` ends the maintenance",
+            Self::Stopping => "`outlive node undrain` takes it back, if the host stays",
+            Self::IsStandby(vm) => {
+                return format!(
+                    "say it on the host where the VM runs; `outlive vm stop {vm} --only-standby` ends its protection here"
+                )
+                .into();
+            }
+            Self::RunsHere(_) => "leave --only-standby out to shut it down",
+            Self::TakesOver(vm) => {
+                return format!("say it again when `outlive vm show {vm}` says which host has the VM").into();
+            }
+            Self::SaysNothing(vm) => {
+                return format!("say it again in a moment; `outlive vm logs {vm}` says what it does").into();
+            }
+            Self::Undecided(vm) => {
+                return format!(
+                    "say it again when it is; `outlive vm stop {vm} --only-standby` leaves the VM to the other host"
+                )
+                .into();
+            }
+            Self::NotRunning(vm) => return format!("`outlive vm show {vm}` says why").into(),
+            Self::Foreign { .. } => "stop it where it was started, for example with systemctl",
+            Self::TooManyJobs(_) | Self::TooManyFollowers(_) => "try again when one has ended",
+            Self::CannotCancel(_) => "wait for its end",
+            Self::Cancelled => "say it again if it is wanted after all",
+            Self::NotStarted { vm, .. } => {
+                return format!("the node tries it again, until `outlive vm stop {vm}`").into();
+            }
+            Self::Failed { vm, .. } => {
+                return format!("`outlive vm show {vm}` and `outlive vm logs {vm}` say more").into();
+            }
+            Self::TooLong { vm, .. } => {
+                return format!("`outlive vm show {vm}` says what it waits for").into();
+            }
+            Self::BadRequest(_) => "docs/api/openapi.json has every request",
+            Self::NoRoute(_) | Self::NoMethod(_) => "docs/api/openapi.json has every route",
+            Self::System(..) => "look at the node's log",
+            // Each of these says it itself.
+            Self::BadDefinition(_) | Self::NoDefinition(..) | Self::Said(_) => "",
+        };
+        said.into()
     }
 }

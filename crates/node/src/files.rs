@@ -29,8 +29,8 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Takes the lock that a file stands for, as long as that is open. `None`: somebody has it. The file is never removed, or
-/// two could have a lock each.
+/// Takes the lock that a file stands for, as long as that is open. `None`: somebody has it. The file is removed only by who
+/// has the lock, and while nobody else may want it, or two could have a lock each.
 ///
 /// # Errors
 /// The operating system's.

@@ -251,7 +251,7 @@ mod tests {
         assert!(matches!(refused(Some("a")), NodeError::Busy { job, .. } if job == first.id));
         assert!(matches!(refused(None), NodeError::Busy { .. }));
         let other =
-            jobs.begin((Kind::Stop, Some("b")), false, |_| Err(NodeError::Failed("no".into()))).unwrap();
+            jobs.begin((Kind::Stop, Some("b")), false, |_| Err(NodeError::Said("no".into()))).unwrap();
         let other = wait(&jobs, &other.id);
         assert_eq!((other.state, other.error.unwrap().code.as_str()), (JobState::Failed, "failed"));
         assert!(matches!(jobs.cancel(&first.id), Err(NodeError::CannotCancel(_))));

@@ -9,9 +9,11 @@
 //!   they are, and its options.
 //! - `records`: desired state and process of each VM, on disk. `process`: one process, from its start or adoption to its
 //!   end. `ended`: how it ended. `log`: its output, bounded. `asking`: what it says at the socket of `outlive status`.
+//!   `words`: its remedies, where a node keeps it.
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
-//! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API.
+//! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `sse`: its
+//!   stream of events, read.
 //!
 //! Nothing here runs in, or is waited for by, a process that runs a guest.
 
@@ -36,10 +38,13 @@ mod node_tests;
 mod process;
 mod program;
 mod records;
+mod sse;
 #[cfg(test)]
 mod testing;
 mod view;
+mod words;
 
+pub use asking::{BEING_STARTED, UNDECIDED};
 pub use error::NodeError;
 pub use node::{Node, Places, StartError};
-pub use program::{Program, one_line};
+pub use program::{Judge, Program, Remark, Sense, one_line};

@@ -198,14 +198,18 @@ impl Node {
         self.vms().get(name).map(Kept::view).ok_or_else(|| NodeError::NoSuchVm(name.to_owned()))
     }
 
-    /// The end of a VM's log.
+    /// A VM's log from byte `after` on, or its end; and where that ends.
     ///
     /// # Errors
     /// There is none of this name, or the log cannot be read.
-    pub(crate) fn log(&self, name: &str, bytes: u64) -> Result<String, NodeError> {
+    pub(crate) fn log(&self, name: &str, after: Option<u64>, bytes: u64) -> Result<(String, u64), NodeError> {
         self.get(name)?;
         let path = self.shared.places.log_of(name);
-        log::tail(&path, bytes).map_err(|error| NodeError::System("cannot read the VM's log".into(), error))
+        let read = match after {
+            Some(after) => log::after(&path, after, bytes),
+            None => log::tail(&path, bytes),
+        };
+        read.map_err(|error| NodeError::System("cannot read the VM's log".into(), error))
     }
 
     /// Gives an order to a VM's keeper.
@@ -222,7 +226,7 @@ impl Node {
             Some(vm) => vm.tell(order(answer)),
             None => return Err(NodeError::NoSuchVm(name.to_owned())),
         }
-        // It may be asking its process, which takes two seconds at most.
+        // It may be asking its process, a few times and two seconds each at most.
         let heard = heard.recv_timeout(Duration::from_secs(10));
         heard.map_err(|_| NodeError::NoSuchVm(name.to_owned()))?
     }
@@ -244,7 +248,11 @@ impl Node {
                 return Ok(it);
             }
             if began.elapsed() > most {
-                return Err(NodeError::TooLong(what.to_owned(), most.as_secs()));
+                return Err(NodeError::TooLong {
+                    vm: name.to_owned(),
+                    what: what.to_owned(),
+                    secs: most.as_secs(),
+                });
             }
             thread::sleep(STEP);
         }

@@ -1,7 +1,9 @@
 //! A whole node, with processes that run nothing.
 
+use std::io::Write;
 use std::time::Duration;
 
+use crate::asking::{BEING_STARTED, UNDECIDED};
 use crate::definition::AUTOSTART;
 use crate::drain::Mode;
 use crate::error::NodeError;
@@ -70,17 +72,17 @@ fn a_vm_outlives_its_node() {
         (State::Stopped, 1),
         "it stays stopped"
     );
+    let lock = world.places().run.join("web.lock");
+    assert!(lock.exists());
     node.undefine("web").unwrap();
-    while node.get("web").is_ok() {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    assert!(node.list().is_empty() && !lock.exists(), "nothing of it is left");
 }
 
 #[test]
 fn a_fault_is_started_again_and_an_orderly_end_is_not() {
     let world = World::new();
     let node = world.node();
-    node.define("web", &format!("{AUTOSTART} = true\nrestart-limit = 3")).unwrap();
+    node.define("web", &format!("{AUTOSTART} = true\nrestart-limit = 3\nmemory = '1G'")).unwrap();
     let first = wait(&node, "web", |it| it.state == State::Running);
     kill(first.pid.unwrap());
     let second = wait(&node, "web", |it| it.state == State::Running && it.pid != first.pid);
@@ -117,30 +119,128 @@ fn a_fault_is_started_again_and_an_orderly_end_is_not() {
     assert_eq!((job.state, world.starts("web")), (JobState::Succeeded, starts + 1), "{job:?}");
 }
 
+/// A process by hand, until its socket is removed.
+fn by_hand(world: &World, vm: &str) {
+    std::fs::create_dir_all(world.places().run).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(world.places().socket_of(vm)).unwrap();
+    std::thread::spawn(move || {
+        while let Ok((mut client, _)) = listener.accept() {
+            let _ = client.write_all(br#"{"role":"primary","protected":true,"why":null}"#);
+        }
+    });
+}
+
+/// A start that was refused is not carried out later.
 #[test]
 fn a_process_that_no_node_has_started_is_left_alone() {
     let world = World::new();
+    by_hand(&world, "auto");
     let node = world.node();
-    node.define("web", "").unwrap();
-    let socket = world.places().socket_of("web");
-    let by_hand = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    let hand = std::thread::spawn(move || {
-        use std::io::Write;
-        while let Ok((mut client, _)) = by_hand.accept() {
-            let _ = client.write_all(br#"{"role":"primary","protected":true,"why":null}"#);
-            if !std::path::Path::new(&socket).exists() {
-                return;
-            }
-        }
-    });
+    node.define("web", "memory = '1G'").unwrap();
+    node.define("auto", &format!("{AUTOSTART} = true\nmemory = '1G'")).unwrap();
+    wait(&node, "auto", |it| it.state == State::Foreign);
+    by_hand(&world, "web");
+    let view = wait(&node, "web", |it| it.state == State::Foreign);
+    assert_eq!((view.pid, view.desired), (Some(std::process::id()), Desired::Stopped));
     let job = done(&node, node.begin_start("web").unwrap());
     assert_eq!(job.error.unwrap().code, "foreign_process");
-    let view = wait(&node, "web", |it| it.state == State::Foreign);
-    assert_eq!((view.pid, world.starts("web")), (Some(std::process::id()), 0));
-    // The one by hand ends, and the VM is what is desired.
-    std::fs::remove_file(world.places().socket_of("web")).unwrap();
-    wait(&node, "web", |it| it.state == State::Running);
-    drop(hand);
+    assert!(matches!(node.begin_stop("web", false, false), Err(NodeError::Foreign { .. })));
+    // Those by hand end. One VM shall run, and the other shall not.
+    for vm in ["web", "auto"] {
+        std::fs::remove_file(world.places().socket_of(vm)).unwrap();
+    }
+    wait(&node, "auto", |it| it.state == State::Running);
+    let view = wait(&node, "web", |it| it.state == State::Stopped);
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!((view.desired, view.protected, world.starts("web")), (Desired::Stopped, false, 0));
+    let job = done(&node, node.begin_start("web").unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+}
+
+/// While two hosts ask the arbiter, none of them is the standby.
+#[test]
+fn a_start_ends_with_the_decision() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", &two_hosts(1)).unwrap();
+    world.tell("web", "role", "standby");
+    world.tell("web", "why", &format!("{UNDECIDED}; this host starts the VM in 3.4 s"));
+    let job = node.begin_start("web").unwrap();
+    wait(&node, "web", |it| it.state == State::Deciding);
+    while !node.jobs.get(&job.id).unwrap().progress.now.contains("3.4 s") {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(matches!(node.begin_stop("web", false, false), Err(NodeError::Undecided(_))));
+    world.tell("web", "role", "primary");
+    world.tell("web", "why", BEING_STARTED);
+    wait(&node, "web", |it| it.state == State::Starting);
+    assert_eq!(node.jobs.get(&job.id).unwrap().state, JobState::Running);
+    world.untell("web", "why");
+    let job = done(&node, job);
+    assert_eq!((job.state, &job.result.unwrap()["state"]), (JobState::Succeeded, &"running".into()));
+}
+
+/// What the process has said is what its start comes to, and what the list says. A stop makes it the past.
+#[test]
+fn a_failure_says_its_reason_until_it_is_over() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", "restart-limit = 1\nmemory = '1G'").unwrap();
+    let why = "cannot read /no/kernel: no such file; give another one";
+    world.tell("web", "refuses", &format!("outlive: {why}"));
+    let job = done(&node, node.begin_start("web").unwrap());
+    let error = job.error.unwrap();
+    assert_eq!((error.code.as_str(), error.message.as_str()), ("failed", why));
+    assert!(error.remedy.contains("`outlive vm logs web`"), "{error:?}");
+    let view = wait(&node, "web", |it| it.state == State::Failed);
+    assert_eq!((view.why.as_deref(), view.failures), (Some(why), 1));
+    let job = done(&node, node.begin_stop("web", false, false).unwrap());
+    let result = job.result.unwrap();
+    assert_eq!((&result["said"], &result["end"]), (&"VM web is stopped".into(), &serde_json::Value::Null));
+    let view = wait(&node, "web", |it| it.state == State::Stopped);
+    assert_eq!((view.why, view.failures, view.last_end.unwrap().what.as_str()), (None, 0, why));
+}
+
+/// Said where the VM runs, it must not press the power button, however new that is.
+#[test]
+fn only_a_standby_is_ended_as_one() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", &two_hosts(1)).unwrap();
+    done(&node, node.begin_start("web").unwrap());
+    let pid = node.get("web").unwrap().pid;
+    for now in [false, true] {
+        assert!(matches!(node.begin_stop("web", true, now), Err(NodeError::RunsHere(_))));
+    }
+    // The node has last heard that it is the standby, and by now it has taken the VM over.
+    world.tell("web", "role", "standby");
+    wait(&node, "web", |it| it.state == State::Standby);
+    world.tell("web", "role", "primary");
+    assert!(matches!(node.begin_stop("web", true, false), Err(NodeError::RunsHere(_))));
+    // It does so while the job begins.
+    world.tell("web", "role", "standby");
+    wait(&node, "web", |it| it.state == State::Standby);
+    world.tell("web", "turns", "primary");
+    match node.begin_stop("web", true, false) {
+        Ok(job) => assert_eq!(done(&node, job).error.unwrap().code, "runs_here"),
+        // The keeper had just asked by itself.
+        Err(why) => assert!(matches!(why, NodeError::RunsHere(_)), "{why}"),
+    }
+    let view = wait(&node, "web", |it| it.state == State::Running);
+    assert_eq!((view.pid, view.desired), (pid, Desired::Running), "nothing was stopped");
+    // One that says nothing may be anything.
+    world.tell("web", "mute", "");
+    assert!(matches!(node.begin_stop("web", true, false), Err(NodeError::SaysNothing(_))));
+    world.untell("web", "mute");
+    world.tell("web", "role", "standby");
+    // Its primary is lost, and it asks the arbiter.
+    world.tell("web", "last", "");
+    world.tell("web", "bare", "");
+    assert!(matches!(node.begin_stop("web", true, false), Err(NodeError::TakesOver(_))));
+    world.untell("web", "bare");
+    let job = done(&node, node.begin_stop("web", true, false).unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    assert_eq!(node.get("web").unwrap().desired, Desired::Stopped);
 }
 
 /// One after another; what cannot be moved stops the drain before, or at, its turn.
@@ -158,7 +258,7 @@ fn a_drain_moves_all_or_says_which_stays() {
     assert!(matches!(node.begin_hand_over("c"), Err(NodeError::IsStandby(_))));
     let drain = |wait| done(&node, node.begin_drain(false, Duration::from_secs(wait)).unwrap());
     // A VM of one host.
-    node.define("alone", "").unwrap();
+    node.define("alone", "memory = '1G'").unwrap();
     world.tell("alone", "bare", "");
     done(&node, node.begin_start("alone").unwrap());
     wait(&node, "alone", |it| it.state == State::Running && !it.protected);
@@ -191,6 +291,11 @@ fn a_drain_moves_all_or_says_which_stays() {
     assert_eq!(done(&node, node.begin_start("alone").unwrap()).state, JobState::Succeeded);
     let job = done(&node, node.begin_drain(true, Duration::from_secs(1)).unwrap());
     assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    assert_eq!(node.modes.get(), Mode::Stopping);
+    assert!(matches!(node.begin_start("alone"), Err(NodeError::Stopping)));
+    node.define("late", &format!("{AUTOSTART} = true\nmemory = '1G'")).unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(world.starts("late"), 0, "the host is about to stop");
     for vm in ["a", "b", "c", "alone"] {
         let view = node.get(vm).unwrap();
         assert_eq!(

@@ -1,8 +1,9 @@
 //! The program whose processes the node starts, and the options that it has.
 
+use std::fmt;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Command};
+use clap::{ArgAction, ArgMatches, Command};
 
 /// `outlive`: where it is, and its command `run`.
 #[derive(Clone, Debug)]
@@ -12,6 +13,44 @@ pub struct Program {
     /// `outlive run`, as the program itself reads it. So a definition can have every option that the program has, and
     /// its values are checked by what will read them.
     run: Command,
+    judge: Option<Judge>,
+}
+
+/// What the program makes of options that it can read.
+pub type Judge = fn(&ArgMatches) -> Sense;
+
+/// Whether options make sense.
+#[derive(Clone, Debug, Default)]
+pub struct Sense {
+    /// Why the program would not start with them, on any host.
+    pub wrong: Option<Remark>,
+    /// What this host lacks for them now.
+    pub warnings: Vec<Remark>,
+}
+
+/// A remark about an option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remark {
+    /// The option, without `--`; empty if it is about several.
+    pub key: &'static str,
+    /// What is wrong, and what helps.
+    pub text: String,
+}
+
+impl Remark {
+    /// About this option.
+    pub fn new(key: &'static str, text: impl ToString) -> Self {
+        Self { key, text: text.to_string() }
+    }
+}
+
+impl fmt::Display for Remark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.key.is_empty() {
+            write!(f, "{}: ", self.key)?;
+        }
+        f.write_str(&self.text)
+    }
 }
 
 /// How an option is written in a definition.
@@ -31,7 +70,12 @@ impl Program {
         // Groups and what requires what are worked out here, once.
         let mut run = run.no_binary_name(true).disable_help_flag(true).disable_version_flag(true);
         run.build();
-        Self { path, run }
+        Self { path, run, judge: None }
+    }
+
+    /// Lets the program say what it thinks of options that go together.
+    pub fn judged_by(self, judge: Judge) -> Self {
+        Self { judge: Some(judge), ..self }
     }
 
     /// What kind of option this is; `None` if there is none of this name that people are told of.
@@ -64,6 +108,12 @@ impl Program {
             Ok(_) => Ok(()),
             Err(error) => Err(one_line(&error)),
         }
+    }
+
+    /// What the program thinks of arguments, if it can read them.
+    pub(crate) fn judge(&self, arguments: &[String]) -> Sense {
+        let read = self.run.clone().try_get_matches_from(arguments).ok();
+        self.judge.zip(read).map(|(judge, matches)| judge(&matches)).unwrap_or_default()
     }
 }
 

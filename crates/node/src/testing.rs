@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::node::{Node, Places};
-use crate::program::Program;
+use crate::program::{Program, Remark, Sense};
 use crate::view::View;
 
 /// How long anything may take; far longer than on a host that is not overloaded.
@@ -48,7 +48,16 @@ fn program_at(path: impl Into<PathBuf>) -> Program {
         .args(["insecure", "lock-memory", "accept-replica"].map(flag))
         .arg(flag("or-standby").requires("listen").requires("arbiter").requires("disk"))
         .arg(flag("exit-with-stdin").hide(true));
-    Program::new(path.into(), run)
+    Program::new(path.into(), run).judged_by(judge)
+}
+
+/// A kernel may come later.
+fn judge(options: &ArgMatches) -> Sense {
+    let kernel = options.get_one::<String>("kernel").filter(|it| !Path::new(it).exists());
+    let warnings =
+        kernel.map(|it| Remark::new("kernel", format!("there is no file {it}"))).into_iter().collect();
+    let wrong = options.get_one::<String>("memory").filter(|it| *it == "256");
+    Sense { wrong: wrong.map(|_| Remark::new("memory", "256 bytes are too little: give more")), warnings }
 }
 
 /// A host for a node, with a program that tells a status and runs nothing. What it tells is in files, which the test
@@ -93,8 +102,9 @@ impl World {
         }
     }
 
-    /// What the fake process of a VM is told: `role` (primary, standby), `bare` (unprotected), `exit` (a code), or
-    /// what the fake hand-over is told: `stays`.
+    /// What the fake process of a VM is told: `role` (primary, standby), `turns` (the role after the next answer), `bare`
+    /// (unprotected), `why`, `last` (its loss would be the VM's), `mute` (no answer), `exit` (a code), `refuses` (its last words), or what the fake hand-over is
+    /// told: `stays`.
     pub(crate) fn tell(&self, vm: &str, what: &str, text: &str) {
         let file = self.folder.path().join(format!("{vm}.{what}"));
         let new = self.folder.path().join(format!("{vm}.{what}.new"));
@@ -140,12 +150,17 @@ fn fake_process() {
     let value =
         |name: &str| arguments.split(' ').find_map(|it| it.strip_prefix(name)?.strip_prefix('=')).unwrap();
     eprintln!("the fake process begins");
-    let (vm, socket, events) =
-        (value("--name"), PathBuf::from(value("--status")), PathBuf::from(value("--events")));
+    let vm = value("--name");
+    let told = |what: &str| fs::read_to_string(format!("{vm}.{what}")).ok().map(|it| it.trim().to_owned());
+    if let Some(words) = told("refuses") {
+        // As one that does not even have events.
+        eprintln!("{words}\nINFO it ends");
+        std::process::exit(2);
+    }
+    let (socket, events) = (PathBuf::from(value("--status")), PathBuf::from(value("--events")));
     let _ = fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).unwrap();
     listener.set_nonblocking(true).unwrap();
-    let told = |what: &str| fs::read_to_string(format!("{vm}.{what}")).ok().map(|it| it.trim().to_owned());
     // The node has started it in `/`.
     env::set_current_dir(Path::new(&socket).parent().unwrap().parent().unwrap()).unwrap();
     while socket.exists() {
@@ -158,9 +173,16 @@ fn fake_process() {
             std::process::exit(code.parse().unwrap());
         }
         if let Ok((mut client, _)) = listener.accept() {
+            if told("mute").is_some() {
+                continue;
+            }
             let role = told("role").unwrap_or_else(|| "primary".into());
+            if told("turns").is_some() {
+                fs::rename(format!("{vm}.turns"), format!("{vm}.role")).unwrap();
+            }
             let protected = told("bare").is_none();
-            let status = serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": null });
+            let status = serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": told("why"),
+                "loss_of_this_host": { "survived": told("last").is_none() } });
             let _ = client.write_all(status.to_string().as_bytes());
         }
         thread::sleep(Duration::from_millis(2));

@@ -14,7 +14,9 @@ pub(crate) enum State {
     Running,
     /// This host is the VM's standby, or waits to become it.
     Standby,
-    /// The process is there and has not said anything yet.
+    /// It is not decided yet which host starts the VM.
+    Deciding,
+    /// The process has not said anything yet, or the VM is its own and does not run yet.
     Starting,
     /// It was told to end.
     Stopping,
@@ -33,11 +35,17 @@ pub(crate) enum State {
 }
 
 impl State {
+    /// Whether there is, or is about to be, a process that this node keeps.
+    pub(crate) fn is_kept(self) -> bool {
+        matches!(self, Self::Running | Self::Standby | Self::Deciding | Self::Starting | Self::Stopping)
+    }
+
     /// For people.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Running => "running",
             Self::Standby => "standby",
+            Self::Deciding => "deciding",
             Self::Starting => "starting",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
@@ -79,6 +87,9 @@ pub(crate) struct View {
     pub(crate) definition_changed: bool,
     /// What is wrong with the definition.
     pub(crate) definition_error: Option<String>,
+    /// What this host lacks for the definition, while the VM has no process.
+    #[serde(default)]
+    pub(crate) warnings: Vec<String>,
     /// What the process says: the object of `outlive status --json`.
     pub(crate) status: Option<Value>,
 }

@@ -13,14 +13,21 @@ pub struct ErrorBody {
     pub code: String,
     /// What is wrong, in one line.
     pub message: String,
-    /// What helps.
+    /// What helps; empty if the message says it.
     pub remedy: String,
 }
 
 impl ErrorBody {
     pub(crate) fn of(error: &NodeError) -> Self {
         let (_, code, remedy) = error.parts();
-        Self { code: code.to_owned(), message: error.to_string(), remedy: remedy.to_owned() }
+        Self { code: code.to_owned(), message: error.to_string(), remedy: remedy.into_owned() }
+    }
+}
+
+impl std::fmt::Display for ErrorBody {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)?;
+        if self.remedy.is_empty() { Ok(()) } else { write!(f, "; {}", self.remedy) }
     }
 }
 

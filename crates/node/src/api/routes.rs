@@ -9,8 +9,8 @@ use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::body::json as answer;
@@ -19,6 +19,7 @@ use crate::definition;
 use crate::error::NodeError;
 use crate::jobs::Job;
 use crate::node::Node;
+use crate::view::View;
 
 /// The longest body of a request, in bytes: a definition in JSON, with its escapes.
 const LONGEST: usize = 2 * definition::LONGEST;
@@ -76,8 +77,16 @@ async fn define(State(node): Of, Path(name): Path<String>, headers: HeaderMap, b
         String::from_utf8(body.to_vec())
             .map_err(|_| NodeError::BadRequest("a definition is text in UTF-8".into()))?
     };
-    let view = beside(move || node.define(&name, &text)).await?;
-    Ok(answer(StatusCode::OK, &view))
+    let (vm, changed) = beside(move || node.define(&name, &text)).await?;
+    Ok(answer(StatusCode::OK, &Defined { vm, changed }))
+}
+
+/// A VM, and whether its definition is another one now.
+#[derive(Serialize)]
+struct Defined {
+    #[serde(flatten)]
+    vm: View,
+    changed: bool,
 }
 
 async fn undefine(State(node): Of, Path(name): Path<String>) -> Answer {
@@ -99,16 +108,21 @@ struct Stop {
 
 async fn stop(State(node): Of, Path(name): Path<String>, body: Body) -> Answer {
     let Stop { now, only_standby } = body.or_default()?;
-    accepted(node.begin_stop(&name, only_standby, now))
+    accepted(beside(move || node.begin_stop(&name, only_standby, now)).await)
 }
 
 async fn hand_over(State(node): Of, Path(name): Path<String>) -> Answer {
     accepted(node.begin_hand_over(&name))
 }
 
-async fn log(State(node): Of, Path(name): Path<String>) -> Answer {
-    let text = beside(move || node.log(&name, LOG)).await?;
-    Ok(answer(StatusCode::OK, &json!({ "log": text })))
+async fn log(State(node): Of, Path(name): Path<String>, uri: Uri) -> Answer {
+    let after = match uri.query().map(|query| query.strip_prefix("after=").map(str::parse)) {
+        None => None,
+        Some(Some(Ok(after))) => Some(after),
+        Some(_) => return Err(NodeError::BadRequest("a log has ?after=BYTES or nothing".into())),
+    };
+    let (text, next) = beside(move || node.log(&name, after, LOG)).await?;
+    Ok(answer(StatusCode::OK, &json!({ "log": text, "next": next })))
 }
 
 /// What a drain may say.
@@ -165,7 +179,7 @@ async fn beside<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
 ) -> Result<T, NodeError> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|_| Err(NodeError::Failed("the node has failed at this; its log says more".into())))
+    done.unwrap_or_else(|_| Err(NodeError::Said("the node has failed at this; its log says more".into())))
 }
 
 /// A request's body, or why it is refused, in the API's own words.

@@ -53,7 +53,7 @@ impl Api {
     }
 
     fn operation(&self, method: &str, route: &str) -> (String, &Value) {
-        let parts: Vec<_> = route.split('/').collect();
+        let parts: Vec<_> = route.split('?').next().unwrap_or_default().split('/').collect();
         let is = |path: &str| {
             let path: Vec<_> = path.split('/').collect();
             path.len() == parts.len() && path.iter().zip(&parts).all(|(a, b)| a == b || a.starts_with('{'))
@@ -185,8 +185,21 @@ fn the_server_is_as_its_description_says() {
     assert_eq!(code(&api.ask("PUT", "/v1/vms/web", json("[1]"))), "bad_request");
     let long = "#".repeat(crate::definition::LONGEST * 3);
     assert_eq!(code(&api.ask("PUT", "/v1/vms/web", toml(&long))), "bad_request");
+    // The text is in no file of the node's.
+    let said = api.ask("PUT", "/v1/vms/web", toml("memory = 256")).1;
+    assert_eq!(
+        (&said["message"], &said["remedy"]),
+        (&"memory: 256 bytes are too little: give more".into(), &"".into())
+    );
     let (status, vm) = api.ask("PUT", "/v1/vms/web", toml(TWO_HOSTS));
-    assert_eq!((status, &vm["state"]), (200, &"stopped".into()));
+    assert_eq!((status, &vm["state"], &vm["changed"]), (200, &"stopped".into(), &true.into()));
+    assert_eq!(api.ask("PUT", "/v1/vms/web", toml(TWO_HOSTS)).1["changed"], false);
+    let lacks = api.ask("PUT", "/v1/vms/lacks", toml("kernel = '/no/kernel'")).1;
+    assert_eq!(
+        (&lacks["changed"], &lacks["warnings"][0]),
+        (&true.into(), &"kernel: there is no file /no/kernel".into())
+    );
+    assert_eq!(api.ask("DELETE", "/v1/vms/lacks", None).0, 204);
     let other = r#"{"memory":"1G","host":{"hosta":{"vcpus":2}}}"#;
     assert_eq!(api.ask("PUT", "/v1/vms/other", json(other)).0, 200);
     assert_eq!(
@@ -203,6 +216,9 @@ fn the_server_is_as_its_description_says() {
     assert_eq!(api.ask("GET", "/v1/vms/web", None).1["status"]["role"], "primary");
     let log = api.ask("GET", "/v1/vms/web/log", None).1;
     assert!(log["log"].as_str().unwrap().contains("the fake process begins"), "{log}");
+    let next = api.ask("GET", &format!("/v1/vms/web/log?after={}", log["next"]), None).1;
+    assert_eq!((&next["log"], &next["next"]), (&"".into(), &log["next"]));
+    assert_eq!(code(&api.ask("GET", "/v1/vms/web/log?lines=7", None)), "bad_request");
     assert_eq!(api.job("/v1/vms/web/hand-over", None)["result"]["said"], "the standby has the VM");
     wait(&api.node, "web", |it| it.state == State::Standby);
     assert_eq!(code(&api.ask("POST", "/v1/vms/web/stop", None)), "is_standby");
@@ -289,7 +305,7 @@ fn events_are_told_once_from_where_a_client_was() {
     let mut first = follow(&api.path(), None);
     let (start, kind, _) = first.next().unwrap();
     assert_eq!(kind, "here");
-    api.node.define("web", "").unwrap();
+    api.node.define("web", "memory = '1G'").unwrap();
     let (id, kind, data) = first.next().unwrap();
     assert_eq!((kind.as_str(), &data["vm"]), ("vm_defined", &"web".into()));
     fits(&api.document, &json!({ "$ref": "#/components/schemas/Event" }), &data).unwrap();
@@ -297,6 +313,7 @@ fn events_are_told_once_from_where_a_client_was() {
     api.job("/v1/vms/web/start", None);
     // It comes back, from its last event and from the one before.
     let mut again = follow(&api.path(), Some(&id)).skip(1);
+    assert_eq!(again.next().unwrap().1, "vm_state");
     assert_eq!(again.next().unwrap().1, "process_started");
     let mut earlier = follow(&api.path(), Some(&start)).skip(1);
     assert_eq!(earlier.next().unwrap().0, id);
@@ -315,6 +332,32 @@ fn events_are_told_once_from_where_a_client_was() {
     let mut late = follow(&api.path(), Some(&start)).skip(1);
     assert_eq!(late.next().unwrap().1, "reset");
     assert_eq!(late.next().unwrap().2["text"], "1");
+}
+
+/// As `outlive node events` does.
+#[test]
+fn a_client_goes_on_with_the_events_where_it_was() {
+    let api = Api::new();
+    let client = crate::client::Client::new(&api.path()).unwrap();
+    let events = |last: Option<&str>, count: usize| {
+        let mut seen = Vec::new();
+        client
+            .events(last, |event| {
+                if event.kind.is_none() && seen.is_empty() && last.is_none() {
+                    api.node.define("web", "memory = '1G'").unwrap();
+                }
+                seen.extend(event.kind.map(|kind| (event.id, kind)));
+                seen.len() < count
+            })
+            .unwrap();
+        seen
+    };
+    let (id, kind) = events(None, 1).remove(0);
+    assert_eq!(kind, "vm_defined");
+    api.job("/v1/vms/web/start", None);
+    let kinds: Vec<_> = events(Some(&id), 2).into_iter().map(|it| it.1).collect();
+    assert_eq!(kinds, ["vm_state", "process_started"]);
+    assert_eq!(events(Some("1-1"), 1)[0].1, "reset");
 }
 
 #[test]

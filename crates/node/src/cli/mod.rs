@@ -1,5 +1,6 @@
 //! `outlive node` and `outlive vm`: the commands, as clients of the API.
 
+mod events;
 mod options;
 mod say;
 mod serve;
@@ -14,7 +15,6 @@ use serde_json::json;
 
 use self::say::{Outcome, Said, print};
 use crate::client::Client;
-use crate::drain::Mode;
 use crate::jobs::Job;
 use crate::node::NodeView;
 use crate::program::Program;
@@ -43,6 +43,7 @@ pub fn node(
             say::conclude(job(api, "/v1/node/drain", Some(&body)))
         }
         NodeCommand::Undrain(api) => say::conclude(undrain(api)),
+        NodeCommand::Events { after, api } => say::conclude(events::command(after.clone(), api)),
     }
 }
 
@@ -61,7 +62,7 @@ fn status(api: &Api) -> Outcome {
         let mut text = format!(
             "host {}: {}, release {}, since {}\n",
             node.host,
-            mode(node.mode),
+            node.mode.name(),
             node.version,
             node.since
         );
@@ -75,17 +76,9 @@ fn status(api: &Api) -> Outcome {
     })
 }
 
-fn mode(mode: Mode) -> &'static str {
-    match mode {
-        Mode::Active => "active",
-        Mode::Draining => "draining",
-        Mode::Drained => "drained",
-    }
-}
-
 fn undrain(api: &Api) -> Outcome {
     let node: NodeView = client(api)?.send("POST", "/v1/node/undrain", None)?;
-    print(api.json, &node, |node| format!("host {} is {}\n", node.host, mode(node.mode)))
+    print(api.json, &node, |node| format!("host {} is {}\n", node.host, node.mode.name()))
 }
 
 /// Begins a job, follows it, and says what it has come to.

@@ -60,6 +60,16 @@ pub enum NodeCommand {
     },
     /// End the maintenance; VMs stay where they are
     Undrain(Api),
+    /// Show what happens with the VMs of this host, as it happens, until this command is interrupted
+    #[command(after_help = EVENTS_HELP)]
+    Events {
+        /// Begin after this event instead of now, so that none is missed
+        #[arg(long, value_name = "ID")]
+        after: Option<String>,
+        /// The node.
+        #[command(flatten)]
+        api: Api,
+    },
 }
 
 /// Where the node answers. It does not end like the sockets of VMs, which are `outlive status`'s and have any name.
@@ -151,7 +161,30 @@ pub enum VmCommand {
     /// Move a VM that runs here to its standby
     HandOver(One),
     /// Show the end of the log of a VM's process
-    Logs(One),
+    Logs {
+        /// Name of the VM
+        name: String,
+        /// Only the last lines
+        #[arg(short = 'n', long, value_name = "N")]
+        lines: Option<usize>,
+        /// Go on with what the process writes from now on, until this command is interrupted
+        #[arg(long, short)]
+        follow: bool,
+        /// The node.
+        #[command(flatten)]
+        api: Api,
+    },
+}
+
+impl VmCommand {
+    /// Which VM it is about.
+    pub(super) fn name(&self) -> Option<&str> {
+        match self {
+            Self::List(_) => None,
+            Self::Define { name, .. } | Self::Stop { name, .. } | Self::Logs { name, .. } => Some(name),
+            Self::Show(one) | Self::Undefine(one) | Self::Start(one) | Self::HandOver(one) => Some(&one.name),
+        }
+    }
 }
 
 /// One VM.
@@ -169,6 +202,7 @@ Examples:
   outlive node run                   as systemd/outlive-node.service does
   outlive node check                 look at /etc/outlive/vms before anything is started
   outlive node status
+  outlive node events                what happens with its VMs, as it happens
   outlive node drain                 empty this host before its maintenance
   outlive node undrain
 
@@ -190,7 +224,9 @@ Examples:
   outlive node check
   outlive node check --vms . --host hostb      what host b would say to the definitions in this directory
 
-Exit codes: 0 all can be used; 2 one cannot, and one line for each says why.";
+A warning is about something that this host lacks now: a file, a user, a bridge.
+
+Exit codes: 0 all can be used, also with warnings; 2 one cannot, and one line for each says why.";
 
 const DRAIN_HELP: &str = "\
 Each VM moves as with outlive hand-over: no reboot, no lost connection. If one does not go, the others stay where they
@@ -203,12 +239,23 @@ Examples:
 
 Exit codes: 0 done; 1 a VM stays, or it was cancelled; 2 nobody answers.";
 
+const EVENTS_HELP: &str = "\
+With --json each event is a line with its id, which --after takes. It goes on when the node is started anew. If events are
+lost, the line says so (reset): ask for the VMs again.
+
+Examples:
+  outlive node events
+  outlive node events --json --after 19ad2c1f3a0-17
+
+Exit codes: 2 nobody answers.";
+
 const VM_HELP: &str = "\
 Examples:
   outlive vm define web web.toml     web.toml: keys are the options of outlive run, see docs/node.md
   outlive vm start web
   outlive vm list
   outlive vm show web --json
+  outlive vm logs web -n 20 --follow
   outlive vm hand-over web
   outlive vm stop web
 

@@ -6,7 +6,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{FAILED, OK, USAGE};
+use crate::api::ErrorBody;
 use crate::client::ClientError;
+use crate::error::{BAD_DEFINITION, BAD_NAME, NAMES};
 use crate::jobs::{Job, JobState};
 
 /// Why a command says no.
@@ -15,6 +17,12 @@ pub(super) enum Said {
     /// The node does.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// The node refuses what is in a file.
+    #[error("{0}: {1}")]
+    Definition(String, ErrorBody),
+    /// No VM can have this name.
+    #[error("'{0}' cannot be a VM's name: {NAMES}")]
+    Name(String),
     /// A job has failed.
     #[error("{0}")]
     Failed(String),
@@ -39,7 +47,9 @@ pub(super) fn conclude(outcome: Outcome) -> u8 {
     let Err(why) = outcome else { return OK };
     eprintln!("outlive: {why}");
     match why {
-        Said::Client(ClientError::Refused(error)) if error.code != "bad_definition" => FAILED,
+        Said::Client(ClientError::Refused(error)) if ![BAD_DEFINITION, BAD_NAME].contains(&&*error.code) => {
+            FAILED
+        }
         Said::Failed(_) => FAILED,
         _ => USAGE,
     }
@@ -56,6 +66,12 @@ pub(super) fn print<T: Serialize>(json: bool, it: &T, text: impl FnOnce(&T) -> S
     io::stdout().lock().write_all(text.as_bytes()).map_err(Said::Print)
 }
 
+/// Prints a line at once.
+pub(super) fn print_line(line: &str) -> Outcome {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(Said::Print)
+}
+
 /// Says what a job has come to.
 pub(super) fn job(json: bool, job: Job) -> Outcome {
     if json {
@@ -64,7 +80,7 @@ pub(super) fn job(json: bool, job: Job) -> Outcome {
     match (job.state, &job.error) {
         (JobState::Succeeded, _) if json => Ok(()),
         (JobState::Succeeded, _) => print(false, &job, |job| result(job.result.as_ref())),
-        (_, Some(error)) => Err(Said::Failed(format!("{}; {}", error.message, error.remedy))),
+        (_, Some(error)) => Err(Said::Failed(error.to_string())),
         (_, None) => Err(Said::Failed("the job has not succeeded".into())),
     }
 }
@@ -86,4 +102,23 @@ fn result(result: Option<&Value>) -> String {
         lines += &format!("  VM {} has no process here any more\n", stopped.as_str().unwrap_or_default());
     }
     lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_input_has_its_own_exit_code_and_no_second_remedy() {
+        let error = |code: &str, remedy: &str| {
+            let (code, message, remedy) =
+                (code.to_owned(), "memory: too little".to_owned(), remedy.to_owned());
+            ErrorBody { code, message, remedy }
+        };
+        let refused = |code| conclude(Err(ClientError::Refused(error(code, "wait")).into()));
+        assert_eq!((refused("busy"), refused(BAD_NAME), refused(BAD_DEFINITION)), (FAILED, USAGE, USAGE));
+        assert_eq!(conclude(Err(Said::Name("a b".into()))), USAGE);
+        let line = Said::Definition("web.toml".into(), error(BAD_DEFINITION, "")).to_string();
+        assert_eq!(line, "web.toml: memory: too little");
+    }
 }

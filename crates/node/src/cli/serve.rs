@@ -1,6 +1,5 @@
 //! `outlive node run` and `outlive node check`.
 
-use std::fmt::Display;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
@@ -11,7 +10,7 @@ use super::options::Serve;
 use super::say::{Outcome, Said, print};
 use super::{OK, USAGE};
 use crate::api;
-use crate::definition::Folder;
+use crate::definition::{Definition, DefinitionError, Folder};
 use crate::node::{Node, Places};
 use crate::program::Program;
 
@@ -73,25 +72,50 @@ struct Checked {
     vm: String,
     /// What is wrong; `null`: nothing.
     error: Option<String>,
+    /// What this host lacks for it now.
+    warnings: Vec<String>,
 }
 
 pub(super) fn check(vms: &Path, name: Option<&str>, json: bool, program: &Program) -> Outcome {
     let wrong = |error| Said::NoFolder(vms.display().to_string(), error);
     let folder = Folder::new(absolute(vms).map_err(wrong)?, host(name));
     let read = folder.read(program).map_err(wrong)?;
-    let said = |error: &dyn Display| error.to_string();
-    let all: Vec<_> =
-        read.into_iter().map(|(vm, read)| Checked { vm, error: read.err().map(|why| said(&why)) }).collect();
+    let checked = |(vm, read): (String, Result<Definition, DefinitionError>)| match read {
+        Err(why) => Checked { vm, error: Some(why.to_string()), warnings: Vec::new() },
+        Ok(it) => {
+            let file = it.file.display().to_string();
+            let warnings = it.warnings(program).iter().map(|why| format!("{file}: {why}")).collect();
+            Checked { vm, error: None, warnings }
+        }
+    };
+    let all: Vec<_> = read.into_iter().map(checked).collect();
     let (bad, total) = (all.iter().filter(|it| it.error.is_some()).count(), all.len());
     if json {
         print(true, &all, |_| String::new())?;
     } else {
-        for why in all.iter().filter_map(|it| it.error.as_deref()) {
-            eprintln!("outlive: {why}");
+        for it in &all {
+            it.error.iter().for_each(|why| eprintln!("outlive: {why}"));
+            it.warnings.iter().for_each(|why| eprintln!("outlive: warning: {why}"));
         }
         if bad == 0 {
             print(false, &all, |all| format!("{} definitions can be used\n", all.len()))?;
         }
     }
     if bad > 0 { Err(Said::Bad(bad, total)) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warning_is_no_mistake() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |text: &str| std::fs::write(folder.path().join("web.toml"), text).unwrap();
+        let check = || check(folder.path(), Some("hosta"), false, &crate::testing::program());
+        write("kernel = '/no/kernel'");
+        check().unwrap();
+        write("");
+        assert!(matches!(check(), Err(Said::Bad(1, 1))));
+    }
 }

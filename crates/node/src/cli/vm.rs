@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -10,7 +11,9 @@ use super::options::{Api, One, VmCommand, VmOptions};
 use super::say::{Outcome, Said, print};
 use super::table::{table, width};
 use super::{client, job};
-use crate::definition::LONGEST;
+use crate::client::ClientError;
+use crate::definition::{LONGEST, is_name};
+use crate::error::BAD_DEFINITION;
 use crate::view::View;
 
 #[derive(Deserialize, Serialize)]
@@ -18,7 +21,13 @@ struct Vms {
     vms: Vec<View>,
 }
 
+/// The longest reason in a list, in characters. `outlive vm show` has all of it.
+const WHY: usize = 60;
+
 pub(super) fn command(options: &VmOptions) -> Outcome {
+    if let Some(name) = options.command.name().filter(|name| !is_name(name)) {
+        return Err(Said::Name(name.to_owned()));
+    }
     match &options.command {
         VmCommand::List(api) => list(api),
         VmCommand::Show(One { name, api }) => {
@@ -36,10 +45,7 @@ pub(super) fn command(options: &VmOptions) -> Outcome {
             job(api, &route(name, "/stop"), Some(&how))
         }
         VmCommand::HandOver(One { name, api }) => job(api, &route(name, "/hand-over"), None::<&()>),
-        VmCommand::Logs(One { name, api }) => {
-            let log: Value = client(api)?.get(&route(name, "/log"))?;
-            print(api.json, &log, |log| log["log"].as_str().unwrap_or_default().to_owned())
-        }
+        VmCommand::Logs { name, lines, follow, api } => logs(name, *lines, *follow, api),
     }
 }
 
@@ -67,7 +73,10 @@ fn list(api: &Api) -> Outcome {
 fn row(vm: &View) -> [String; 5] {
     let pid = vm.pid.map_or_else(String::new, |pid| pid.to_string());
     let protected = if vm.protected { "yes" } else { "no" };
-    let why = vm.definition_error.clone().or_else(|| vm.why.clone()).unwrap_or_default();
+    let warning = || vm.warnings.first().map(|it| format!("warning: {it}"));
+    let why = vm.definition_error.clone().or_else(|| vm.why.clone()).or_else(warning).unwrap_or_default();
+    let why =
+        if why.chars().count() > WHY { why.chars().take(WHY - 1).collect::<String>() + "…" } else { why };
     [vm.name.clone(), vm.state.name().into(), protected.into(), pid, why]
 }
 
@@ -86,6 +95,7 @@ fn show(vm: &View) -> String {
     line("failures", (vm.failures > 0).then(|| vm.failures.to_string()));
     line("last end", vm.last_end.as_ref().map(|end| format!("{} ({})", end.what, end.at)));
     line("definition", vm.definition_error.clone());
+    vm.warnings.iter().for_each(|it| line("warning", Some(it.clone())));
     let changed = "has changed and counts from the next start";
     line("definition", vm.definition_changed.then(|| changed.to_owned()));
     let told = |key: &str| vm.status.as_ref().map(|it| &it[key]).filter(|it| !it.is_null());
@@ -97,17 +107,71 @@ fn show(vm: &View) -> String {
     text
 }
 
+/// A VM, and whether its definition is another one now.
+#[derive(Deserialize, Serialize)]
+struct Defined {
+    #[serde(flatten)]
+    vm: View,
+    changed: bool,
+}
+
 fn define(name: &str, file: &Path, api: &Api) -> Outcome {
-    let text = read(file).map_err(|error| Said::Read(file.display().to_string(), error))?;
-    let vm: View = client(api)?.send("PUT", &route(name, ""), Some(("application/toml", text)))?;
-    print(api.json, &vm, |vm| {
-        let then = if vm.pid.is_some() {
-            "its process keeps what it was started with until its next start".to_owned()
-        } else {
-            format!("`outlive vm start {name}` starts it")
+    let shown = if file == Path::new("-") { "standard input".into() } else { file.display().to_string() };
+    let text = read(file).map_err(|error| Said::Read(shown.clone(), error))?;
+    let answer = client(api)?.send("PUT", &route(name, ""), Some(("application/toml", text)));
+    let defined: Defined = answer.map_err(|why| match why {
+        // The node has the text and not its file.
+        ClientError::Refused(error) if error.code == BAD_DEFINITION => Said::Definition(shown.clone(), error),
+        why => why.into(),
+    })?;
+    if !api.json {
+        defined.vm.warnings.iter().for_each(|why| eprintln!("outlive: warning: {shown}: {why}"));
+    }
+    print(api.json, &defined, |Defined { vm, changed }| {
+        let is = if *changed { "is defined" } else { "is defined so already: nothing was changed" };
+        let then = match vm.pid {
+            Some(_) if !changed => String::new(),
+            Some(_) => "; its process keeps what it was started with until its next start".to_owned(),
+            None => format!("; `outlive vm start {name}` starts it"),
         };
-        format!("VM {name} is defined; {then}\n")
+        format!("VM {name} {is}{then}\n")
     })
+}
+
+/// How often a log is asked for what is new.
+const LOOKS: Duration = Duration::from_millis(500);
+
+#[derive(Deserialize, Serialize)]
+struct Log {
+    log: String,
+    next: u64,
+}
+
+fn logs(name: &str, lines: Option<usize>, follow: bool, api: &Api) -> Outcome {
+    let client = client(api)?;
+    let mut log: Log = client.get(&route(name, "/log"))?;
+    if let Some(lines) = lines {
+        log.log = last_lines(&log.log, lines).to_owned();
+    }
+    loop {
+        if !log.log.is_empty() || !follow {
+            print(api.json, &log, |it| it.log.clone())?;
+        }
+        if !follow {
+            return Ok(());
+        }
+        std::thread::sleep(LOOKS);
+        log = client.get(&route(name, &format!("/log?after={}", log.next)))?;
+    }
+}
+
+/// The last lines of a text.
+fn last_lines(text: &str, count: usize) -> &str {
+    let body = text.strip_suffix('\n').unwrap_or(text);
+    match count.checked_sub(1) {
+        None => "",
+        Some(breaks) => body.rmatch_indices('\n').nth(breaks).map_or(text, |(at, _)| &text[at + 1..]),
+    }
 }
 
 /// Reads a definition, and a little more than one can have, so that the node says so.
@@ -125,6 +189,28 @@ fn read(file: &Path) -> std::io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_list_has_the_beginning_of_a_reason_and_a_show_all_of_it() {
+        let vm = json!({
+            "name": "web", "state": "failed", "desired": "running", "protected": false, "has_standby": false,
+            "why": "x".repeat(100), "since": "", "pid": null, "adopted": false, "failures": 1, "last_end": null,
+            "definition_changed": false, "definition_error": null, "status": null
+        });
+        let vm: View = serde_json::from_value(vm).unwrap();
+        let [.., why] = row(&vm);
+        assert!(why.chars().count() == WHY && why.ends_with('…'), "{why}");
+        assert!(show(&vm).contains(&"x".repeat(100)));
+    }
+
+    #[test]
+    fn the_last_lines_are_whole() {
+        for (text, count, last) in
+            [("a\nb\nc\n", 2, "b\nc\n"), ("a\nb", 1, "b"), ("a\n", 9, "a\n"), ("a\n", 0, "")]
+        {
+            assert_eq!(last_lines(text, count), last, "{text:?}");
+        }
+    }
 
     #[test]
     fn names_do_not_leave_their_place_in_a_url() {

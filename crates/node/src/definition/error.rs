@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// A definition that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct DefinitionError {
-    /// Its file.
+    /// Its file; empty for a text that is in none.
     pub file: PathBuf,
     /// The key; empty if it is about the whole file.
     pub key: String,
@@ -20,13 +20,23 @@ impl DefinitionError {
     pub(crate) fn new(file: &Path, key: &str, fault: Fault) -> Self {
         Self { file: file.to_owned(), key: key.to_owned(), fault: Box::new(fault) }
     }
+
+    /// The same of a text that is in no file of the node's. Whoever has the text knows where it is from.
+    pub(crate) fn of_text(self) -> Self {
+        Self { file: PathBuf::new(), ..self }
+    }
 }
 
 impl fmt::Display for DefinitionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.file.display())?;
-        if !self.key.is_empty() {
-            write!(f, "{}: ", self.key)?;
+        if !self.file.as_os_str().is_empty() {
+            write!(f, "{}: ", self.file.display())?;
+        }
+        match &*self.fault {
+            // A sentence about the key.
+            Fault::Type { .. } => write!(f, "{} ", self.key)?,
+            _ if !self.key.is_empty() => write!(f, "{}: ", self.key)?,
+            _ => {}
         }
         self.fault.fmt(f)
     }
@@ -57,6 +67,14 @@ pub enum Fault {
         }
     )]
     Unknown(Option<String>),
+    /// There is no VM in it.
+    #[error(
+        "says nothing of a VM: give at least boot or kernel, or ip for the built-in guest (docs/node.md)"
+    )]
+    Empty,
+    /// A pair needs it.
+    #[error("a VM that either host may start needs one: {0}")]
+    Needed(&'static str),
     /// Another type.
     #[error("is {is}: give {wanted}")]
     Type {

@@ -61,6 +61,11 @@ impl Folder {
         Definition::parse(&self.file(name), text, &self.host, program)
     }
 
+    /// Whether the definition of this VM is this text.
+    pub(crate) fn has(&self, name: &str, known: &str) -> bool {
+        text(&self.file(name)).is_ok_and(|it| it.as_deref() == Some(known))
+    }
+
     /// Writes a definition, whole or not at all.
     ///
     /// # Errors

@@ -30,7 +30,7 @@ pub use error::{DefinitionError, Fault};
 pub(crate) use folder::Seen;
 pub use folder::{ENDING, Folder, LONGEST, Read};
 
-use crate::program::{Kind, Program};
+use crate::program::{Kind, Program, Remark};
 
 /// Keys that are the node's, and no option of `outlive run`.
 pub const AUTOSTART: &str = "autostart";
@@ -79,7 +79,7 @@ impl Definition {
             None => false,
             Some(Value::Boolean(it)) => it,
             Some(it) => {
-                return Err(wrong(AUTOSTART, Fault::Type { is: it.type_str(), wanted: "true or false" }));
+                return Err(wrong(AUTOSTART, Fault::Type { is: plainly(&it), wanted: "true or false" }));
             }
         };
         let restart_limit = match table.remove(RESTART_LIMIT) {
@@ -87,11 +87,14 @@ impl Definition {
             Some(Value::Integer(it)) if (0..=1_000_000).contains(&it) => it as u32,
             Some(it) => {
                 let wanted = "a number from 0 (no limit) to 1000000";
-                return Err(wrong(RESTART_LIMIT, Fault::Type { is: it.type_str(), wanted }));
+                return Err(wrong(RESTART_LIMIT, Fault::Type { is: plainly(&it), wanted }));
             }
         };
         for (key, value) in &table {
             check(key, value, program).map_err(|fault| wrong(key, fault))?;
+        }
+        if table.is_empty() {
+            return Err(wrong("", Fault::Empty));
         }
         let options = table.into_iter().collect();
         let of_vm = Self { name: name.to_owned(), file: file.to_owned(), autostart, restart_limit, options };
@@ -136,9 +139,32 @@ impl Definition {
                     .map_err(|why| (key.clone(), Fault::Value(why)))?;
             }
         }
-        program.check(&self.arguments()).map_err(|why| (String::new(), Fault::Together(why)))
+        let missing = OF_PAIR.iter().find(|(key, _)| !self.options.contains_key(*key));
+        if let Some((key, why)) = missing.filter(|_| self.is_of_two_hosts()) {
+            return Err(((*key).to_owned(), Fault::Needed(why)));
+        }
+        let arguments = self.arguments();
+        program.check(&arguments).map_err(|why| (String::new(), Fault::Together(why)))?;
+        match program.judge(&arguments).wrong {
+            Some(Remark { key: "", text }) => Err((String::new(), Fault::Together(text))),
+            Some(Remark { key, text }) => Err((key.to_owned(), Fault::Value(text))),
+            None => Ok(()),
+        }
+    }
+
+    /// What this host lacks for it at the moment.
+    pub fn warnings(&self, program: &Program) -> Vec<Remark> {
+        program.judge(&self.arguments()).warnings
     }
 }
+
+/// What a VM of two hosts needs, and why.
+const OF_PAIR: [(&str, &str); 4] = [
+    ("disk", "the images say which is the newest"),
+    ("arbiter", "it says which host has the VM (docs/arbitration.md)"),
+    ("listen", "it is where this host waits as the standby, like \"0.0.0.0:7000\""),
+    ("standby", "it names the other host, like [\"hostb:7000\"]"),
+];
 
 /// What clap says of options that are missing, or that do not go with this one.
 fn is_about_others(why: &str) -> bool {
@@ -157,10 +183,10 @@ pub fn is_name(name: &str) -> bool {
 fn of_host(table: &mut Table, host: &str) -> Result<Table, (String, Fault)> {
     let Some(hosts) = table.remove(HOST) else { return Ok(Table::new()) };
     let Value::Table(mut hosts) = hosts else {
-        return Err((HOST.into(), Fault::Type { is: hosts.type_str(), wanted: "tables like [host.hosta]" }));
+        return Err((HOST.into(), Fault::Type { is: plainly(&hosts), wanted: "tables like [host.hosta]" }));
     };
     if let Some((name, value)) = hosts.iter().find(|(_, value)| !value.is_table()) {
-        let fault = Fault::Type { is: value.type_str(), wanted: "a table: [host.NAME]" };
+        let fault = Fault::Type { is: plainly(value), wanted: "a table: [host.NAME]" };
         return Err((format!("{HOST}.{name}"), fault));
     }
     match hosts.remove(host) {
@@ -203,7 +229,7 @@ fn check(key: &str, value: &Value, program: &Program) -> Result<(), Fault> {
         Kind::Flag => "true or false",
         Kind::Value => "text, like \"...\", or a number",
     };
-    Err(Fault::Type { is: value.type_str(), wanted })
+    Err(Fault::Type { is: plainly(value), wanted })
 }
 
 /// Keys whose values are files or directories.
@@ -223,6 +249,19 @@ fn is_usable(key: &str, value: &Value) -> Result<(), Fault> {
     match path {
         Some(path) if !path.starts_with('/') => Err(Fault::Relative(path.to_owned())),
         _ => Ok(()),
+    }
+}
+
+/// What somebody has written who does not know TOML.
+fn plainly(value: &Value) -> &'static str {
+    match value {
+        Value::String(_) => "text",
+        Value::Integer(_) | Value::Float(_) => "a number",
+        Value::Boolean(_) => "true or false",
+        Value::Datetime(_) => "a date",
+        Value::Array(all) if all.is_empty() => "an empty list",
+        Value::Array(_) => "a list",
+        Value::Table(_) => "a table",
     }
 }
 
@@ -274,9 +313,9 @@ mod tests {
             ]
         );
         assert!(!web.autostart && web.restart_limit == 30);
-        let alone = parse("autostart = true\nrestart-limit = 0").unwrap();
+        let alone = parse("autostart = true\nrestart-limit = 0\nvcpus = 1").unwrap();
         assert_eq!((alone.autostart, alone.restart_limit), (true, 0));
-        assert_eq!(alone.arguments(), ["--name=web"], "a VM of one host asks nobody");
+        assert_eq!(alone.arguments(), ["--name=web", "--vcpus=1"], "a VM of one host asks nobody");
     }
 
     /// One line each, with the file, the key and what helps.
@@ -286,14 +325,15 @@ mod tests {
             ("memry = '1G'", "memry", "memory"),
             ("colour = 'red'", "colour", "outlive run --help"),
             ("exit-with-stdin = true", "exit-with-stdin", "unknown"),
-            ("memory = ['1G']", "memory", "is array"),
-            ("disk = 'path=/a'", "disk", "a list"),
-            ("disk = []", "disk", "a list"),
-            ("insecure = 'yes'", "insecure", "true or false"),
-            ("vcpus = true", "vcpus", "a number"),
+            ("memory = ['1G']", "", ": memory is a list: give text"),
+            ("disk = 'path=/a'", "", ": disk is text: give a list"),
+            ("disk = []", "", "a list"),
+            ("insecure = 'yes'", "", "true or false"),
+            ("vcpus = true", "", "a number"),
+            ("memory = 256", "memory", "256 bytes are too little: give more"),
             ("vcpus = 'many'", "vcpus", "'many'"),
-            ("autostart = 1", "autostart", "true or false"),
-            ("restart-limit = -1", "restart-limit", "from 0"),
+            ("autostart = 1", "", "true or false"),
+            ("restart-limit = -1", "", "from 0"),
             ("name = 'x'", "name", "rename the file"),
             ("or-standby = true", "or-standby", "leave the key out"),
             ("status = '/x'", "status", "leave the key out"),
@@ -301,9 +341,14 @@ mod tests {
             ("console = 'stdio'", "console", "no terminal"),
             ("kernel = 'vmlinuz'", "kernel", "absolute path"),
             ("disk = ['path=a,readonly']", "disk", "absolute path"),
-            ("standby = ['b:1']", "", "--listen"),
+            ("standby = ['b:1']", "disk", "a VM that either host may start needs one: the images"),
+            ("listen = ':1'\ndisk = ['path=/a']", "arbiter", "either host"),
+            ("standby = ['b:1']\ndisk = ['path=/a']\narbiter = 'file:/x'", "listen", "either host"),
+            ("listen = ':1'\ndisk = ['path=/a']\narbiter = 'file:/x'", "standby", "either host"),
+            ("", "", "says nothing of a VM"),
+            ("autostart = true", "", "says nothing of a VM"),
             ("[host.hostb]\nvcpus = 1", "host", "hostb"),
-            ("host = 1", "host", "[host.hosta]"),
+            ("host = 1", "", "[host.hosta]"),
             ("memory = ", "", "line 1"),
             ("a = 1\nb = = 2", "", "line 2"),
         ] {

@@ -1,7 +1,9 @@
 //! The thread that keeps one VM as it is desired: starts its process, or adopts it, hears what it says, and starts it
 //! again when it fails.
 
+mod orders;
 mod plan;
+mod show;
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -12,16 +14,17 @@ use std::{io, thread};
 
 use serde_json::json;
 
+pub(crate) use self::orders::{Answer, Order};
 use self::plan::{Next, Plan};
 use crate::asking::{Told, ask};
 use crate::definition::{Definition, DefinitionError};
 use crate::ended::End;
-use crate::error::NodeError;
 use crate::log;
 use crate::node::Shared;
 use crate::process::{Life, Process};
 use crate::records::{By, Desired, Record, Started, boot};
 use crate::view::{State, View, now};
+use crate::words::of_node;
 
 /// How often the thread looks.
 const EVERY: Duration = Duration::from_millis(200);
@@ -29,31 +32,10 @@ const EVERY: Duration = Duration::from_millis(200);
 const ASK_EVERY: u32 = 5;
 /// How many looks pass between two looks at the log's length.
 const LOG_EVERY: u32 = 25;
+/// How many looks pass between two looks at what this host lacks for a definition: half a minute.
+const JUDGE_EVERY: u32 = 150;
 /// How large the events that nobody has asked for may become: two files of this size.
 const EVENTS_MAX: &str = "1M";
-
-/// What a keeper is told.
-#[derive(Debug)]
-pub(crate) enum Order {
-    /// The VM shall run.
-    Start(Answer),
-    /// It shall not. The process is told once more if it was told before: then the guest is not waited for.
-    Stop { only_standby: bool, answer: Answer },
-    /// The process shall end, because the host does. What is desired stays.
-    Park(Answer),
-    /// It may be started again after all.
-    Unpark,
-    /// A definition was read.
-    Define(Box<Result<Definition, DefinitionError>>),
-    /// The definition is gone.
-    Undefine {
-        /// An operator wants it forgotten, and what was desired with it.
-        forget: bool,
-    },
-}
-
-/// Where an order's answer goes: it says that the order is carried out from now on.
-pub(crate) type Answer = Sender<Result<(), NodeError>>;
 
 /// A keeper, seen from the node.
 #[derive(Debug)]
@@ -102,6 +84,8 @@ struct Keeper {
     record: Record,
     process: Option<Process>,
     since: Instant,
+    /// How long the log was when the process began.
+    log_from: u64,
     /// An operator has asked for the end of this process.
     asked: bool,
     /// The host is about to end.
@@ -111,6 +95,7 @@ struct Keeper {
     told: Option<Told>,
     foreign: Option<u32>,
     looks: u32,
+    warnings: Vec<String>,
     shown: Arc<Mutex<View>>,
 }
 
@@ -132,6 +117,7 @@ impl Keeper {
             last_end: None,
             definition_changed: false,
             definition_error: None,
+            warnings: Vec::new(),
             status: None,
         };
         let mut keeper = Self {
@@ -141,6 +127,7 @@ impl Keeper {
             record,
             process: None,
             since: Instant::now(),
+            log_from: 0,
             asked: false,
             parked: false,
             plan: Plan::default(),
@@ -148,9 +135,11 @@ impl Keeper {
             told: None,
             foreign: None,
             looks: 0,
+            warnings: Vec::new(),
             shown: Arc::new(Mutex::new(view)),
         };
         keeper.adopt();
+        keeper.judge();
         keeper.show();
         keeper
     }
@@ -164,11 +153,11 @@ impl Keeper {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             self.look();
-            self.show();
             // What is desired stays on the disk: the file may come back.
             if self.source.is_none() && self.process.is_none() {
                 return;
             }
+            self.show();
         }
     }
 
@@ -196,83 +185,6 @@ impl Keeper {
         }
     }
 
-    fn obey(&mut self, order: Order) {
-        // Nobody may listen for an answer any more.
-        match order {
-            Order::Start(answer) => {
-                let _ = answer.send(self.shall_run());
-            }
-            Order::Stop { only_standby, answer } => {
-                let _ = answer.send(self.shall_stop(only_standby));
-            }
-            Order::Park(answer) => {
-                self.parked = true;
-                let _ = answer.send(if self.process.is_some() { self.end_process() } else { Ok(()) });
-            }
-            Order::Unpark => self.parked = false,
-            Order::Define(read) => self.is_defined(*read),
-            Order::Undefine { forget } => {
-                self.source = None;
-                if forget {
-                    self.shared.records.remove(&self.name);
-                }
-            }
-        }
-    }
-
-    fn is_defined(&mut self, read: Result<Definition, DefinitionError>) {
-        if let Err(why) = &read
-            && !matches!(&self.source, Some(Err(known)) if known == why)
-        {
-            self.tell("definition_bad", why.to_string(), json!({}));
-        }
-        self.source = Some(read);
-    }
-
-    fn shall_run(&mut self) -> Result<(), NodeError> {
-        match &self.source {
-            Some(Err(why)) if self.process.is_none() => return Err(why.clone().into()),
-            None => return Err(NodeError::NoDefinition(self.name.clone(), "its file is gone".into())),
-            _ => {}
-        }
-        self.plan.forgive();
-        self.parked = false;
-        self.desire(Desired::Running, By::Operator)
-    }
-
-    fn shall_stop(&mut self, only_standby: bool) -> Result<(), NodeError> {
-        if let (Some(pid), None) = (self.foreign, &self.process) {
-            return Err(NodeError::Foreign { vm: self.name.clone(), pid });
-        }
-        let waits = self.process.is_some() && self.told.as_ref().is_some_and(|it| !it.runs);
-        if waits && !only_standby {
-            return Err(NodeError::IsStandby(self.name.clone()));
-        }
-        self.desire(Desired::Stopped, By::Operator)?;
-        if self.process.is_some() { self.end_process() } else { Ok(()) }
-    }
-
-    fn end_process(&mut self) -> Result<(), NodeError> {
-        self.asked = true;
-        let Some(process) = &mut self.process else { return Ok(()) };
-        match process.terminate() {
-            // It has ended meanwhile, or its number is not known yet: then it is told as soon as it is.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ESRCH as i32) => Ok(()),
-            told => told.map_err(|error| NodeError::System("cannot end the VM's process".into(), error)),
-        }
-    }
-
-    fn desire(&mut self, desired: Desired, by: By) -> Result<(), NodeError> {
-        let record = Record { desired, by, ..self.record.clone() };
-        self.shared
-            .records
-            .write(&self.name, &record)
-            .map_err(|error| NodeError::System("cannot keep what is desired".into(), error))?;
-        self.record = record;
-        Ok(())
-    }
-
     fn keep_record(&self) {
         if let Err(error) = self.shared.records.write(&self.name, &self.record) {
             tracing::error!(vm = self.name, %error, "what is known of the VM cannot be kept on the disk");
@@ -285,7 +197,8 @@ impl Keeper {
             Some(Ok(Life::Lives)) => return self.hear(),
             Some(Ok(Life::Ended(status))) => {
                 let pid = self.process.as_ref().and_then(Process::pid).unwrap_or_default();
-                self.has_ended(End::of_child(status, pid, &self.events()));
+                let log = self.log();
+                self.has_ended(End::of_child(status, pid, &self.events(), (&log, self.log_from)));
             }
             Some(Ok(Life::Gone)) => {
                 let pid = self.process.as_ref().and_then(Process::pid).unwrap_or_default();
@@ -294,20 +207,36 @@ impl Keeper {
             Some(Err(error)) => tracing::error!(vm = self.name, %error, "cannot look after the process"),
         }
         let wanted = self.record.desired == Desired::Running && !self.parked && !self.plan.is_given_up();
-        self.foreign = None;
-        if !wanted || !self.plan.wait(Instant::now()).is_zero() {
+        let starts = wanted && self.plan.wait(Instant::now()).is_zero();
+        self.looks = self.looks.wrapping_add(1);
+        if self.looks.is_multiple_of(JUDGE_EVERY) {
+            self.judge();
+        }
+        if !starts && !self.looks.is_multiple_of(ASK_EVERY) {
             return;
         }
-        // Whoever answers there was not started by a node. Two would be one too many.
-        if let Ok(told) = ask(&self.socket()) {
-            self.foreign = Some(told.pid);
-            self.told = Some(told);
+        if self.finds_another() || !starts {
             return;
         }
         if let Some(Ok(definition)) = &self.source {
             let arguments = self.arguments(definition);
             self.start(arguments);
         }
+    }
+
+    /// Looks at what this host lacks for the definition.
+    fn judge(&mut self) {
+        self.warnings = match &self.source {
+            Some(Ok(it)) => it.warnings(&self.shared.program).iter().map(ToString::to_string).collect(),
+            _ => Vec::new(),
+        };
+    }
+
+    /// Looks for a process that was not started by a node: with one of the node's there would be two.
+    fn finds_another(&mut self) -> bool {
+        self.told = ask(&self.socket()).ok();
+        self.foreign = self.told.as_ref().map(|it| it.pid);
+        self.foreign.is_some()
     }
 
     fn hear(&mut self) {
@@ -337,6 +266,7 @@ impl Keeper {
     }
 
     fn start(&mut self, arguments: Vec<String>) {
+        self.log_from = std::fs::metadata(self.log()).map_or(0, |it| it.len());
         let started = log::open(&self.log())
             .and_then(|log| Process::start(&self.shared.program.path, &arguments, &self.lock(), log));
         match started {
@@ -346,7 +276,7 @@ impl Keeper {
                 let pid = process.pid().unwrap_or_default();
                 self.process = Some(process);
                 self.since = Instant::now();
-                (self.asked, self.told) = (false, None);
+                (self.asked, self.told, self.foreign) = (false, None, None);
                 self.record.process = Some(Started { pid, boot: boot(), arguments });
                 self.keep_record();
                 self.tell("process_started", format!("the VM's process is {pid}"), json!({ "pid": pid }));
@@ -358,7 +288,8 @@ impl Keeper {
         }
     }
 
-    fn has_ended(&mut self, end: End) {
+    fn has_ended(&mut self, mut end: End) {
+        end.what = of_node(&end.what, &self.name);
         let limit = match &self.source {
             Some(Ok(definition)) => definition.restart_limit,
             _ => 0,
@@ -373,9 +304,11 @@ impl Keeper {
         }
         self.keep_record();
         let then = match next {
-            Next::Again => "; it is started again",
-            Next::GivenUp => "; it has failed too often and is left alone until `outlive vm start`",
-            Next::Ended | Next::Stopped => "",
+            Next::Again => "; it is started again".to_owned(),
+            Next::GivenUp => {
+                format!("; it has failed too often and is left alone until `outlive vm start {}`", self.name)
+            }
+            Next::Ended | Next::Stopped => String::new(),
         };
         let text = format!("the VM's process has ended: {}{then}", end.what);
         self.tell("process_ended", text, json!({ "code": end.code, "signal": end.signal }));
@@ -392,72 +325,6 @@ impl Keeper {
             arguments.push("--events-keep=1".into());
         }
         arguments
-    }
-
-    fn show(&self) {
-        let (state, why) = self.state();
-        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = (shown.state, shown.protected);
-        let told = self.told.as_ref();
-        shown.protected = told.is_some_and(|it| it.protected);
-        shown.has_standby = matches!(&self.source, Some(Ok(it)) if it.is_of_two_hosts());
-        shown.why = why;
-        shown.desired = self.record.desired;
-        shown.pid = self.process.as_ref().and_then(Process::pid).or(self.foreign);
-        shown.adopted = self.process.as_ref().is_some_and(Process::is_adopted);
-        shown.failures = self.plan.failures();
-        shown.last_end.clone_from(&self.last_end);
-        shown.status = told.map(|it| it.all.clone());
-        (shown.definition_changed, shown.definition_error) = match &self.source {
-            Some(Ok(it)) => (self.has_other_arguments(it), None),
-            Some(Err(why)) => (false, Some(why.to_string())),
-            None => (false, Some("the definition was removed".into())),
-        };
-        if before == (state, shown.protected) {
-            return;
-        }
-        (shown.state, shown.since) = (state, now());
-        let protected = shown.protected;
-        drop(shown);
-        let mut text = state.name().to_owned();
-        if matches!(state, State::Running | State::Standby) {
-            text += if protected { ", protected" } else { ", unprotected" };
-        }
-        self.tell("vm_state", text, json!({ "state": state, "protected": protected }));
-    }
-
-    fn has_other_arguments(&self, definition: &Definition) -> bool {
-        let of_process = self.record.process.as_ref().filter(|_| self.process.is_some());
-        of_process.is_some_and(|it| it.arguments != self.arguments(definition))
-    }
-
-    fn state(&self) -> (State, Option<String>) {
-        if self.process.is_some() {
-            let told = self.told.as_ref();
-            let state = match told {
-                _ if self.asked => State::Stopping,
-                Some(told) if told.runs => State::Running,
-                Some(_) => State::Standby,
-                None => State::Starting,
-            };
-            return (state, told.and_then(|it| it.why.clone()));
-        }
-        let end = self.last_end.as_ref().map(|it| it.what.clone());
-        if let Some(pid) = self.foreign {
-            return (State::Foreign, Some(format!("process {pid} has the VM, and no node has started it")));
-        }
-        match (&self.source, self.record.desired) {
-            (None | Some(Err(_)), _) => (State::Misdefined, None),
-            (_, Desired::Stopped) if self.record.by == By::Guest => (State::Ended, end),
-            (_, Desired::Stopped) if self.record.by == By::Damage => {
-                (State::Stopped, Some("its record cannot be read: `outlive vm start` starts it anew".into()))
-            }
-            (_, Desired::Stopped) => (State::Stopped, end),
-            _ if self.plan.is_given_up() => (State::Failed, end),
-            _ if self.parked => (State::Stopped, Some("this host is about to stop".into())),
-            _ if self.plan.failures() > 0 => (State::Waiting, end),
-            _ => (State::Starting, end),
-        }
     }
 
     fn tell(&self, kind: &str, text: String, data: serde_json::Value) {

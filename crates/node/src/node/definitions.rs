@@ -3,12 +3,13 @@
 use std::io;
 use std::sync::{MutexGuard, PoisonError, Weak};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::Node;
-use crate::definition::{self, conflict, is_name};
+use super::{Node, STEP};
+use crate::definition::{self, DefinitionError, conflict, is_name};
+use crate::drain::Mode;
 use crate::error::NodeError;
 use crate::keeper::{Kept, Order, Source};
 use crate::records::Desired;
@@ -16,15 +17,18 @@ use crate::view::{State, View};
 
 /// How often the definitions are looked at.
 const LOOKS: Duration = Duration::from_secs(1);
+/// How long a keeper may take to end. It may be asking a process.
+const ENDS: Duration = Duration::from_secs(5);
 /// The most VMs that a host may have.
 const MOST: usize = 1000;
 
 impl Node {
-    /// Takes a definition, new or changed. A process that runs keeps what it was started with.
+    /// Takes a definition, new or changed. A process that runs keeps what it was started with. Returns the VM, and whether
+    /// anything has changed.
     ///
     /// # Errors
-    /// See [`NodeError`]; then nothing has changed.
-    pub(crate) fn define(&self, name: &str, text: &str) -> Result<View, NodeError> {
+    /// See [`NodeError`]; then nothing has changed. It names no file: the text is in none of the node's.
+    pub(crate) fn define(&self, name: &str, text: &str) -> Result<(View, bool), NodeError> {
         if !is_name(name) {
             return Err(NodeError::BadName(name.to_owned()));
         }
@@ -34,20 +38,26 @@ impl Node {
                 definition::LONGEST
             )));
         }
-        let definition = self.folder.parse(name, text, &self.shared.program)?;
+        let parsed = self.folder.parse(name, text, &self.shared.program);
+        let definition = parsed.map_err(DefinitionError::of_text)?;
         // Two that are defined at a time see each other.
         let _one = self.defining();
         let others = self.folder.read(&self.shared.program).map_err(|error| self.no_folder(error))?;
         if let Some(conflict) = conflict(&definition, others.values().flatten()) {
-            return Err(conflict.into());
+            return Err(conflict.of_text().into());
+        }
+        let known = self.folder.has(name, text) && self.vms().get(name).is_some_and(|it| !it.is_over());
+        if known {
+            return Ok((self.get(name)?, false));
         }
         if !self.has_room_for(name) {
             return Err(NodeError::BadRequest(format!("a host has at most {MOST} VMs")));
         }
         self.folder.write(name, text).map_err(|error| self.no_folder(error))?;
         self.keep(name, Some(Ok(definition)));
+        self.order(name, Order::Settle)?;
         self.feed().tell("vm_defined", Some(name), "the VM is defined".into(), json!({}));
-        self.get(name)
+        Ok((self.get(name)?, true))
     }
 
     /// Removes a definition.
@@ -57,13 +67,20 @@ impl Node {
     pub(crate) fn undefine(&self, name: &str) -> Result<(), NodeError> {
         let _one = self.defining();
         let view = self.get(name)?;
-        if view.pid.is_some() || view.desired == Desired::Running && view.state != State::Misdefined {
+        // A process of somebody else needs no definition.
+        if view.state.is_kept() || view.desired == Desired::Running && view.state != State::Misdefined {
             return Err(NodeError::HasProcess(name.to_owned()));
         }
         self.folder.remove(name).map_err(|error| self.no_folder(error))?;
         if let Some(vm) = self.vms().get(name) {
             vm.tell(Order::Undefine { forget: true });
         }
+        // Its keeper ends, and nobody sees a VM without a definition meanwhile.
+        let began = Instant::now();
+        while began.elapsed() < ENDS && self.vms().get(name).is_some_and(|it| !it.is_over()) {
+            thread::sleep(STEP);
+        }
+        self.forget_ended();
         self.feed().tell("vm_undefined", Some(name), "the VM's definition is removed".into(), json!({}));
         Ok(())
     }
@@ -116,7 +133,13 @@ impl Node {
             return;
         }
         match Kept::start(name, source, self.shared.clone()) {
-            Ok(kept) => drop(self.vms().insert(name.to_owned(), kept)),
+            Ok(kept) => {
+                if self.modes.get() == Mode::Stopping {
+                    // Before its thread looks for the first time. Nobody hears the answer.
+                    kept.tell(Order::Park(std::sync::mpsc::channel().0));
+                }
+                self.vms().insert(name.to_owned(), kept);
+            }
             Err(error) => tracing::error!(vm = name, %error, "the VM is not kept: there is no thread for it"),
         }
     }

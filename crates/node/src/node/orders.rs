@@ -10,13 +10,16 @@ use serde_json::{Value, json};
 
 use super::{Node, NodeView};
 use crate::drain::{self, Mode};
+use crate::ended::End;
 use crate::error::NodeError;
 use crate::jobs::{Job, Kind, Work};
 use crate::keeper::Order;
-use crate::view::State;
+use crate::view::{State, View};
 
 /// How long a process may take until it says something. It may wait for its arbiter before that, and say so.
 const STARTS: Duration = Duration::from_secs(60);
+/// How long it may take to decide which host starts the VM. The other host may be about to take it over.
+const DECIDES: Duration = Duration::from_secs(180);
 /// How long the end of a VM may take: as long as a guest may be given (`--stop-within`), and some more.
 const STOPS: Duration = Duration::from_secs(3700);
 /// How long `outlive hand-over` may take. It gives up long before.
@@ -28,15 +31,14 @@ impl Node {
     /// # Errors
     /// See [`NodeError`].
     pub(crate) fn begin_start(self: &Arc<Self>, name: &str) -> Result<Job, NodeError> {
-        if self.modes.get() != Mode::Active {
-            return Err(NodeError::Drained);
+        match self.modes.get() {
+            Mode::Active => {}
+            Mode::Stopping => return Err(NodeError::Stopping),
+            Mode::Draining | Mode::Drained => return Err(NodeError::Drained),
         }
         let view = self.get(name)?;
         if let Some(why) = view.definition_error.filter(|_| view.pid.is_none()) {
             return Err(NodeError::NoDefinition(name.to_owned(), why));
-        }
-        if view.state == State::Foreign {
-            return Err(NodeError::Foreign { vm: name.to_owned(), pid: view.pid.unwrap_or_default() });
         }
         let (node, name) = (self.clone(), name.to_owned());
         self.jobs.begin((Kind::Start, Some(&name.clone())), false, move |work| node.start_vm(&name, work))
@@ -47,31 +49,25 @@ impl Node {
         let before = self.get(name)?.last_end;
         self.order(name, Order::Start)?;
         work.at(0, 1, "the process starts");
-        self.wait(name, STARTS, "the process's first word", |view| match view.state {
-            State::Running | State::Standby => Ok(Some(json!({
-                "took_ms": began.elapsed().as_millis() as u64,
-                "state": view.state,
-                "pid": view.pid,
-            }))),
-            State::Foreign => {
-                Err(NodeError::Foreign { vm: view.name.clone(), pid: view.pid.unwrap_or_default() })
+        self.wait(name, STARTS, "the process's first word", |view| {
+            goes_on(view, before.as_ref())?;
+            Ok(view.status.as_ref().map(drop))
+        })?;
+        self.wait(name, DECIDES, "the decision which host starts the VM", |view| {
+            goes_on(view, before.as_ref())?;
+            if matches!(view.state, State::Running | State::Standby) {
+                let took = began.elapsed().as_millis() as u64;
+                return Ok(Some(json!({ "took_ms": took, "state": view.state, "pid": view.pid })));
             }
-            _ if view.last_end.is_some() && view.last_end != before => {
-                let end = view.last_end.as_ref().map(|it| it.what.clone()).unwrap_or_default();
-                Err(NodeError::Failed(format!("{end}{}", self.last_line(name))))
+            if let Some(why) = &view.why {
+                work.at(0, 1, why);
             }
-            _ => Ok(None),
+            Ok(None)
         })
     }
 
-    /// The last line of a VM's log, which says what is wrong.
-    fn last_line(&self, name: &str) -> String {
-        let tail = self.log(name, 4096).unwrap_or_default();
-        tail.lines().next_back().map(|line| format!(" ({})", line.trim())).unwrap_or_default()
-    }
-
     /// Stops a VM: presses its power button. `only_standby`: ends its protection by this host instead. `now`: the
-    /// guest is not waited for.
+    /// guest is not waited for. It may wait for the VM's process.
     ///
     /// # Errors
     /// See [`NodeError`].
@@ -81,10 +77,8 @@ impl Node {
         only_standby: bool,
         now: bool,
     ) -> Result<Job, NodeError> {
-        let view = self.get(name)?;
-        if view.state == State::Standby && !only_standby {
-            return Err(NodeError::IsStandby(name.to_owned()));
-        }
+        // Said at once, and looked at once more when it is done.
+        self.order(name, |answer| Order::MayStop { only_standby, answer })?;
         let (node, name) = (self.clone(), name.to_owned());
         self.jobs.begin((Kind::Stop, Some(&name.clone())), false, move |work| {
             node.stop_vm(&name, only_standby, now, work)
@@ -93,17 +87,27 @@ impl Node {
 
     fn stop_vm(&self, name: &str, only_standby: bool, now: bool, work: &Work) -> Result<Value, NodeError> {
         let began = Instant::now();
+        let before = self.get(name)?.last_end;
         let stop = |answer| Order::Stop { only_standby, answer };
         self.order(name, stop)?;
-        if now {
+        if now && !only_standby {
             // A second word means that the guest is not waited for.
             self.order(name, stop)?;
         }
-        work.at(0, 1, if now { "the VM is stopped" } else { "the guest shuts down" });
+        work.at(0, 1, if now || only_standby { "the process ends" } else { "the guest shuts down" });
         self.wait(name, STOPS, "the end of the process", |view| {
-            let end = view.last_end.as_ref().map(|it| it.what.clone());
+            if view.state.is_kept() {
+                return Ok(None);
+            }
+            let said = if only_standby {
+                format!("this host is not the standby of VM {name} any more")
+            } else {
+                format!("VM {name} is stopped")
+            };
+            // An earlier end has nothing to do with this.
+            let end = view.last_end.as_ref().filter(|it| Some(*it) != before.as_ref());
             let took = began.elapsed().as_millis() as u64;
-            Ok(view.pid.is_none().then(|| json!({ "took_ms": took, "end": end })))
+            Ok(Some(json!({ "took_ms": took, "said": said, "end": end.map(|it| &it.what) })))
         })
     }
 
@@ -139,8 +143,12 @@ impl Node {
         let took = began.elapsed().as_millis() as u64;
         match ended {
             Some(true) => Ok(json!({ "took_ms": took, "said": said })),
-            Some(false) => Err(NodeError::Failed(said)),
-            None => Err(NodeError::TooLong("the answer to the hand-over".into(), HANDS_OVER.as_secs())),
+            Some(false) => Err(NodeError::Failed { vm: name.to_owned(), why: said }),
+            None => Err(NodeError::TooLong {
+                vm: name.to_owned(),
+                what: "the answer to the hand-over".into(),
+                secs: HANDS_OVER.as_secs(),
+            }),
         }
     }
 
@@ -166,6 +174,22 @@ impl Node {
         self.modes.set(Mode::Active, self.feed())?;
         self.vms().values().for_each(|vm| vm.tell(Order::Unpark));
         Ok(self.view())
+    }
+}
+
+/// Whether a VM that is being started may still come to something. `before`: how its last process had ended.
+fn goes_on(view: &View, before: Option<&End>) -> Result<(), NodeError> {
+    let vm = view.name.clone();
+    match &view.last_end {
+        _ if view.state == State::Foreign => {
+            Err(NodeError::Foreign { vm, pid: view.pid.unwrap_or_default() })
+        }
+        // It is not tried again.
+        Some(end) if Some(end) != before && !view.state.is_kept() && view.state != State::Waiting => {
+            Err(NodeError::Failed { vm, why: end.what.clone() })
+        }
+        Some(end) if Some(end) != before => Err(NodeError::NotStarted { vm, why: end.what.clone() }),
+        _ => Ok(()),
     }
 }
 

@@ -45,7 +45,7 @@ pub use etcd::{EtcdFault, EtcdFormError, EtcdSpecError, SecretError};
 pub use file::{DirectoryFault, FileArbiter, FileSpecError};
 pub(crate) use manual::{NotTaken, Taken, Word, desk};
 pub use outlive_epoch::VmId;
-pub(crate) use registry::{Needs, is_manual, needs};
+pub(crate) use registry::{Needs, is_manual, needs, read};
 pub use registry::{init, parse};
 pub use served::{ServeError, ServedFault, ServedSpecError, with_keys};
 pub(crate) use site::Site;

@@ -6,6 +6,8 @@ use super::{Arbiter, ArbiterSpecError, Initialized, etcd, file, manual, served};
 
 /// Opens the arbiter at a place.
 type Open = fn(&str) -> Result<Box<dyn Arbiter>, ArbiterSpecError>;
+/// Reads a place without asking anybody.
+type Read = fn(&str) -> Result<(), ArbiterSpecError>;
 /// Makes a place an arbiter.
 type Init = fn(&str) -> Result<(Box<dyn Arbiter>, Initialized), ArbiterSpecError>;
 
@@ -25,6 +27,7 @@ struct Kind {
     scheme: &'static str,
     /// How to write the rest, for people.
     form: &'static str,
+    read: Read,
     open: Open,
     init: Init,
     needs: fn(&str) -> Needs,
@@ -35,6 +38,7 @@ const KINDS: [Kind; 4] = [
     Kind {
         scheme: "file",
         form: file::FORM,
+        read: file::read,
         open: file::open,
         init: file::init,
         needs: file::needs,
@@ -43,6 +47,7 @@ const KINDS: [Kind; 4] = [
     Kind {
         scheme: "etcd",
         form: etcd::FORM,
+        read: etcd::read,
         open: etcd::open,
         init: etcd::init,
         needs: etcd::needs,
@@ -51,6 +56,7 @@ const KINDS: [Kind; 4] = [
     Kind {
         scheme: "outlive",
         form: served::FORM,
+        read: served::read,
         open: served::open,
         init: served::init,
         needs: served::needs,
@@ -59,6 +65,7 @@ const KINDS: [Kind; 4] = [
     Kind {
         scheme: "manual",
         form: manual::FORM,
+        read: manual::read,
         open: manual::open,
         init: manual::init,
         needs: nothing,
@@ -103,6 +110,15 @@ fn find(text: &str) -> Result<(&'static Kind, &str), ArbiterSpecError> {
 pub fn parse(text: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
     let (kind, place) = find(text)?;
     (kind.open)(place)
+}
+
+/// Looks at how an `--arbiter` option is written, and at nothing else.
+///
+/// # Errors
+/// It names no arbiter; one line that names the remedy.
+pub(crate) fn read(text: &str) -> Result<(), ArbiterSpecError> {
+    let (kind, place) = find(text)?;
+    (kind.read)(place)
 }
 
 /// Makes the place of an `--arbiter` option an arbiter: an operator says that this is the place.

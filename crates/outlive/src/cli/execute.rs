@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use outlive_epoch::EndReason;
 use outlive_machine::{HostError, LockError};
+use outlive_node::{BEING_STARTED, UNDECIDED};
 use outlive_pair::{ExitReason, StandbyExit};
 
 use super::node;
@@ -156,15 +157,14 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
         tracing::warn!("this host cannot be the VM's standby later: {why}");
     }
     if !options.or_standby {
-        let standing = Standing::new(Role::Primary, options.name.as_deref(), STARTS);
+        let standing = Standing::new(Role::Primary, options.name.as_deref(), BEING_STARTED);
         let place = Place::claim(options, standing)?;
         let launch = launch(options, &hold(options)?, &place)?;
         return started(options, place, launch);
     }
     // The question may take most of a minute. Meanwhile the process can be asked, and a second one with the same
     // command finds the place taken.
-    let undecided = "it is not decided yet which host starts the VM";
-    let standing = Standing::new(Role::Standby, options.name.as_deref(), undecided);
+    let standing = Standing::new(Role::Standby, options.name.as_deref(), UNDECIDED);
     let place = Place::claim(options, standing)?;
     start_or_wait(options, place)
 }
@@ -185,7 +185,7 @@ fn start_or_wait(options: &RunOptions, place: Place) -> Result<Ready, BeginError
             // The arbiter said that another host has the VM, and now it says that none has.
             (Part::Starts { .. }, Some(why)) => return Err(StartError::Plan(why).into()),
             (Part::Starts { .. }, None) => {
-                place.standing.starts_here(STARTS);
+                place.standing.starts_here(BEING_STARTED);
                 match launch(options, &held, &place) {
                     Ok(launch) => return started(options, place, launch),
                     Err(StartError::Plan(why)) if why.tells_of_another_host() => {
@@ -198,9 +198,6 @@ fn start_or_wait(options: &RunOptions, place: Place) -> Result<Ready, BeginError
         }
     }
 }
-
-/// Why a VM that starts is not protected.
-const STARTS: &str = "the VM is being started";
 
 /// Where a process is reached: by `outlive status`, by primaries, and by orders to stop. It is claimed before anything
 /// is done, so that a bad place is refused at once.

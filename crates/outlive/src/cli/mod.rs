@@ -4,6 +4,7 @@ mod active;
 mod arbiter;
 mod check;
 mod console;
+mod definition;
 mod demo;
 mod epochs;
 mod execute;

@@ -1,16 +1,23 @@
 //! `outlive node`: the node is a crate of its own, and starts this program.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use outlive_node::Program;
 use outlive_node::cli::{self, NodeCommand, NodeOptions, Service};
 
-use super::RunOptions;
+use super::{RunOptions, definition};
 use crate::{exit, notify, serving};
+
+fn program(path: impl Into<PathBuf>) -> Program {
+    let run = RunOptions::augment_args(clap::Command::new("run"));
+    Program::new(path.into(), run).judged_by(definition::judge)
+}
 
 /// `outlive node`: returns the exit code.
 pub(super) fn node(options: &NodeOptions) -> u8 {
     let program = match std::env::current_exe() {
-        Ok(path) => Program::new(path, RunOptions::augment_args(clap::Command::new("run"))),
+        Ok(path) => program(path),
         Err(error) => return exit::usage(format!("cannot find this program: {error}; start it by its path")),
     };
     let with_stdin = matches!(&options.command, NodeCommand::Run(serve) if serve.exit_with_stdin);
@@ -26,13 +33,9 @@ mod tests {
 
     use super::*;
 
-    fn program() -> Program {
-        Program::new("/bin/false".into(), RunOptions::augment_args(clap::Command::new("run")))
-    }
-
     fn parse(text: &str) -> Result<Definition, String> {
         let file = Path::new("/etc/outlive/vms/web.toml");
-        Definition::parse(file, text, "hosta", &program()).map_err(|it| it.to_string())
+        Definition::parse(file, text, "hosta", &program("/bin/false")).map_err(|it| it.to_string())
     }
 
     /// A definition can have every option that people are told of, and the node's own keys are none of them.
@@ -59,11 +62,45 @@ mod tests {
             ("disk = ['path=/a,colour=red']", ": disk: "),
             ("standby = ['b']", ": standby: "),
             ("initrd = '/initrd'", "--kernel"),
-            ("standby = ['b:7000']\narbiter = 'file:/x'\nlisten = '0.0.0.0:7000'", "--disk"),
+            ("standby = ['b:7000']\narbiter = 'file:/x'\nlisten = '0.0.0.0:7000'", ": disk: "),
+            ("memory = 256", ": memory: "),
+            ("memory = '1G'\narbiter = 'third:7010'", ": arbiter: unknown arbiter"),
+            ("memory = '1G'\narbiter = 'outlive:third'", ": arbiter: "),
+            ("memory = '1G'\nuplink = 'eth0'", ": uplink: "),
+            ("memory = '1G'\nfence = 'true'", "--fence needs --arbiter"),
+            ("boot = 'disk=3'\ndisk = ['path=/x']", ": boot: "),
+            ("ip = '10.0.0.5/24'\nuser = 'root'\nsandbox = 'off'", ": user: "),
+            ("autostart = true", "nothing of a VM"),
             ("memroy = '1G'", "memory"),
         ] {
             let why = parse(text).expect_err(text);
             assert!(why.contains(says) && !why.contains('\n'), "{text}: {why}");
+        }
+    }
+
+    /// What may come later is no mistake, and is said.
+    #[test]
+    fn what_is_missing_on_this_host_is_warned_of() {
+        let warned = |text: &str| {
+            let web = parse(text).expect(text);
+            web.warnings(&program("/bin/false")).iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let good = "ip = '10.0.0.5/24'\n";
+        assert_eq!(warned(good), [] as [String; 0]);
+        let pair =
+            "arbiter = 'file:/x'\nlisten = '0.0.0.0:7000'\nstandby = ['b:7000']\ndisk = ['path=/dev/null']";
+        for (text, says) in [
+            ("memory = '1G'", "ip: "),
+            ("kernel = '/no/kernel'", "kernel: there is no file /no/kernel"),
+            ("boot = 'disk'\ndisk = ['path=/no/web.img']", "disk: "),
+            (&format!("{good}user = 'no-such-user'"), "user: "),
+            (&format!("{good}net = 'tap=t0,bridge=no-bridge'"), "net: there is no bridge no-bridge"),
+            (&format!("{good}uplink = 'no-port'\nnet = 'tap=t0'"), "uplink: "),
+            (&format!("{good}events = '/no/folder/events'"), "events: "),
+            (&format!("{good}keys = '/no/keys'\n{pair}"), "keys: /no/keys has no keys"),
+        ] {
+            let warned = warned(text);
+            assert!(warned.iter().any(|it| it.starts_with(says) && !it.contains('\n')), "{text}: {warned:?}");
         }
     }
 }

@@ -31,7 +31,7 @@ use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 pub(crate) use places::{Foreign, foreign, was_made};
 use places::{Lack, NotOurs};
 pub(crate) use plan::Plan;
-pub(crate) use privileges::PrivilegeError;
+pub(crate) use privileges::{PrivilegeError, find_user};
 use roles::Role;
 pub(crate) use steward::{Ending, Pending, Steward, StewardError, command};
 

@@ -50,7 +50,7 @@ fn refused<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> PrivilegeErr
 ///
 /// # Errors
 /// See [`PrivilegeError`].
-pub(super) fn find_user(name: &str) -> Result<User, PrivilegeError> {
+pub(crate) fn find_user(name: &str) -> Result<User, PrivilegeError> {
     let found = User::from_name(name).map_err(refused("user"))?;
     let user = found.ok_or_else(|| PrivilegeError::NoUser(name.to_owned()))?;
     if !getuid().is_root() && getuid() != user.uid {

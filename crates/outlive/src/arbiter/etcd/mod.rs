@@ -55,6 +55,11 @@ pub(super) fn open(place: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
     Ok(Box::new(EtcdArbiter::open(&Spec::parse(place).map_err(EtcdSpecError::from)?)?))
 }
 
+/// Whether it is written as one.
+pub(super) fn read(place: &str) -> Result<(), ArbiterSpecError> {
+    Spec::parse(place).map(drop).map_err(|error| EtcdSpecError::from(error).into())
+}
+
 /// The directories of the files that it names: who renews a file most likely puts another one in its place.
 pub(super) fn needs(place: &str) -> Needs {
     let Ok(Spec { ca, certificate, key, password_file, .. }) = Spec::parse(place) else {

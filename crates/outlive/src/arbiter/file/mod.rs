@@ -63,6 +63,11 @@ pub(super) fn open(place: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
     Ok(Box::new(FileArbiter::open(parse(place)?)?))
 }
 
+/// Whether it is written as one.
+pub(super) fn read(place: &str) -> Result<(), ArbiterSpecError> {
+    parse(place).map(drop)
+}
+
 /// The directory.
 pub(super) fn needs(place: &str) -> Needs {
     Needs { kept: vec![place.into()], ..Needs::default() }

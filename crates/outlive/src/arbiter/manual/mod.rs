@@ -29,10 +29,13 @@ static DESK: Desk = Desk(Mutex::new(BTreeMap::new()));
 
 /// Opens it.
 pub(super) fn open(place: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
-    if !place.is_empty() {
-        return Err(ArbiterSpecError::Form(format!("manual:{place}")));
-    }
+    read(place)?;
     Ok(Box::new(ManualArbiter { desk: &DESK }))
+}
+
+/// Whether it is written as one.
+pub(super) fn read(place: &str) -> Result<(), ArbiterSpecError> {
+    if place.is_empty() { Ok(()) } else { Err(ArbiterSpecError::Form(format!("manual:{place}"))) }
 }
 
 /// It is nowhere.

@@ -116,6 +116,11 @@ pub(super) fn open(place: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
     Ok(Box::new(ServedArbiter::open(place)?))
 }
 
+/// Whether it is written as one.
+pub(super) fn read(place: &str) -> Result<(), ArbiterSpecError> {
+    Way::parse(place).map(drop).ok_or_else(|| ServedSpecError::Form(place.to_owned()).into())
+}
+
 /// Its directory is made an arbiter where it is.
 pub(super) fn init(place: &str) -> Result<(Box<dyn Arbiter>, Initialized), ArbiterSpecError> {
     Err(ArbiterSpecError::NoInit {

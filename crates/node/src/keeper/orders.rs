@@ -1,0 +1,194 @@
+//! What a keeper is told, and does.
+
+use std::io;
+use std::sync::mpsc::Sender;
+
+use super::Keeper;
+use crate::asking::{Told, ask};
+use crate::definition::{Definition, DefinitionError};
+use crate::error::NodeError;
+use crate::files::lock;
+use crate::records::{By, Desired, Record};
+
+/// What a keeper is told.
+#[derive(Debug)]
+pub(crate) enum Order {
+    /// The VM shall run.
+    Start(Answer),
+    /// Says whether a stop would be carried out, and changes nothing.
+    MayStop { only_standby: bool, answer: Answer },
+    /// It shall not run. The process is told once more if it was told before: then the guest is not waited for.
+    Stop { only_standby: bool, answer: Answer },
+    /// The process shall end, because the host does. What is desired stays.
+    Park(Answer),
+    /// It may be started again after all.
+    Unpark,
+    /// Says when everything that was told before is done.
+    Settle(Answer),
+    /// A definition was read.
+    Define(Box<Result<Definition, DefinitionError>>),
+    /// The definition is gone.
+    Undefine {
+        /// An operator wants it forgotten, and what was desired with it.
+        forget: bool,
+    },
+}
+
+/// Where an order's answer goes: it says that the order is carried out from now on.
+pub(crate) type Answer = Sender<Result<(), NodeError>>;
+
+impl Keeper {
+    pub(super) fn obey(&mut self, order: Order) {
+        match order {
+            Order::Start(answer) => {
+                let said = self.shall_run();
+                self.answer(&answer, said);
+            }
+            Order::MayStop { only_standby, answer } => {
+                let said = self.may_stop(only_standby);
+                self.answer(&answer, said);
+            }
+            Order::Stop { only_standby, answer } => {
+                let said = self.shall_stop(only_standby);
+                self.answer(&answer, said);
+            }
+            Order::Park(answer) => {
+                self.parked = true;
+                let said = self.end_process();
+                self.answer(&answer, said);
+            }
+            Order::Settle(answer) => self.answer(&answer, Ok(())),
+            Order::Unpark => self.parked = false,
+            Order::Define(read) => self.is_defined(*read),
+            Order::Undefine { forget } => {
+                self.source = None;
+                if forget {
+                    self.shared.records.remove(&self.name);
+                    self.forget_lock();
+                }
+            }
+        }
+    }
+
+    /// Removes the file that a process of the VM would lock, unless one has it. Only this thread starts processes that do,
+    /// so nobody waits for the file that is removed.
+    fn forget_lock(&self) {
+        let path = self.lock();
+        let removed = lock(&path).and_then(|free| match free {
+            Some(_held) => std::fs::remove_file(&path),
+            None => Ok(()),
+        });
+        if let Err(error) = removed {
+            tracing::warn!(vm = self.name, %error, "its lock's file stays");
+        }
+    }
+
+    /// Whoever hears it finds what has become of the VM.
+    fn answer(&self, answer: &Answer, said: Result<(), NodeError>) {
+        self.show();
+        // Nobody may listen any more.
+        let _ = answer.send(said);
+    }
+
+    fn is_defined(&mut self, read: Result<Definition, DefinitionError>) {
+        if let Err(why) = &read
+            && !matches!(&self.source, Some(Err(known)) if known == why)
+        {
+            self.tell("definition_bad", why.to_string(), serde_json::json!({}));
+        }
+        self.source = Some(read);
+        self.judge();
+    }
+
+    fn shall_run(&mut self) -> Result<(), NodeError> {
+        match &self.source {
+            Some(Err(why)) if self.process.is_none() => return Err(why.clone().into()),
+            None => return Err(NodeError::NoDefinition(self.name.clone(), "its file is gone".into())),
+            _ => {}
+        }
+        // Before anything is kept: what is refused must not be done later.
+        if self.process.is_none()
+            && self.finds_another()
+            && let Some(pid) = self.foreign
+        {
+            return Err(NodeError::Foreign { vm: self.name.clone(), pid });
+        }
+        self.plan.forgive();
+        self.parked = false;
+        self.desire(Desired::Running, By::Operator)
+    }
+
+    /// Asks the process whether the VM runs here: what it said last may be a second old, and it may have taken the VM
+    /// over since then.
+    fn may_stop(&mut self, only_standby: bool) -> Result<(), NodeError> {
+        let name = self.name.clone();
+        let socket = self.socket();
+        if self.process.is_none() && self.finds_another() {
+            return Err(NodeError::Foreign { vm: name, pid: self.foreign.unwrap_or_default() });
+        }
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let is_its = |told: &Told| process.pid().is_none_or(|pid| pid == told.pid);
+        let fresh = ask(&socket).ok().filter(is_its);
+        if let Some(told) = &fresh {
+            process.is_known_as(told.pid);
+        }
+        match (&fresh, only_standby) {
+            (Some(told), true) if told.runs => return Err(NodeError::RunsHere(name)),
+            (Some(told), true) if told.takes_over => return Err(NodeError::TakesOver(name)),
+            (None, true) => return Err(NodeError::SaysNothing(name)),
+            _ => {}
+        }
+        // One that stands still has said before what it is.
+        match fresh.as_ref().or(self.told.as_ref()) {
+            Some(told) if told.decides && !only_standby => return Err(NodeError::Undecided(name)),
+            Some(told) if !told.runs && !only_standby => return Err(NodeError::IsStandby(name)),
+            _ => {}
+        }
+        self.told = fresh.or(self.told.take());
+        Ok(())
+    }
+
+    fn shall_stop(&mut self, only_standby: bool) -> Result<(), NodeError> {
+        self.may_stop(only_standby)?;
+        let before = self.record.clone();
+        self.desire(Desired::Stopped, By::Operator)?;
+        if self.process.is_none() {
+            // What failed before is over.
+            self.plan.forgive();
+            return Ok(());
+        }
+        if !only_standby {
+            return self.end_process();
+        }
+        // The disk may have taken long. A standby is ended by the same signal that presses the power button of a VM, so
+        // the process is asked once more: what is left is the time from its answer to the signal, far below a
+        // millisecond. One that loses its primary within it may take the VM over, and shuts the guest down.
+        self.may_stop(true).and_then(|()| self.end_process()).inspect_err(|_| {
+            self.record = before;
+            self.keep_record();
+        })
+    }
+
+    pub(super) fn end_process(&mut self) -> Result<(), NodeError> {
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let ended = match process.terminate() {
+            // It has ended meanwhile, or its number is not known yet: then it is told as soon as it is.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ESRCH as i32) => Ok(()),
+            told => told.map_err(|error| NodeError::System("cannot end the VM's process".into(), error)),
+        };
+        // One that was told before is still told.
+        self.asked |= ended.is_ok();
+        ended
+    }
+
+    fn desire(&mut self, desired: Desired, by: By) -> Result<(), NodeError> {
+        let record = Record { desired, by, ..self.record.clone() };
+        self.shared
+            .records
+            .write(&self.name, &record)
+            .map_err(|error| NodeError::System("cannot keep what is desired".into(), error))?;
+        self.record = record;
+        Ok(())
+    }
+}
