@@ -114,6 +114,7 @@ struct Tail {
 #[derive(Serialize)]
 struct Spread {
     p50: Option<f64>,
+    p99: Option<f64>,
     max: Option<f64>,
 }
 
@@ -235,14 +236,15 @@ fn rounded(value: f64) -> f64 {
 
 fn spread(values_us: Vec<u64>) -> Spread {
     let ms = |us: u64| us as f64 / 1e3;
-    Spread { p50: median(&values_us).map(ms), max: values_us.iter().max().copied().map(ms) }
+    let [p50, p99, max] = [50, 99, 100].map(|percent| percentile(&values_us, percent).map(ms));
+    Spread { p50, p99, max }
 }
 
-/// The median; of two middle values the larger.
-fn median(values: &[u64]) -> Option<u64> {
+/// The value that so many percent of all are below; of two middle values the larger.
+fn percentile(values: &[u64], percent: usize) -> Option<u64> {
     let mut sorted = values.to_vec();
     sorted.sort_unstable();
-    sorted.get(sorted.len() / 2).copied()
+    sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied()
 }
 
 impl fmt::Display for Summary {
@@ -296,12 +298,14 @@ impl Summary {
     }
 
     fn write_kills(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let (Some(p50), Some(max)) = (median(&self.gaps_us), self.gaps_us.iter().max()) {
+        let [p50, p99, max] = [50, 99, 100].map(|percent| percentile(&self.gaps_us, percent));
+        if let (Some(p50), Some(p99), Some(max)) = (p50, p99, max) {
             writeln!(
                 f,
-                "  gap at a kill        p50 {}, max {} (longest wait for a reply)",
+                "  gap at a kill        p50 {}, p99 {}, max {} (longest wait for a reply)",
                 time(p50),
-                time(*max)
+                time(p99),
+                time(max)
             )?;
         }
         writeln!(
@@ -312,7 +316,10 @@ impl Summary {
         )?;
         let of = |part: Part| {
             let values: Vec<u64> = self.takeovers.iter().filter_map(part).collect();
-            (median(&values).map_or("-".into(), time), values.iter().max().copied().map_or("-".into(), time))
+            (
+                percentile(&values, 50).map_or("-".into(), time),
+                values.iter().max().copied().map_or("-".into(), time),
+            )
         };
         if self.takeovers.is_empty() {
             return Ok(());
@@ -476,7 +483,8 @@ mod tests {
             json,
             json!({
                 "result": "ok", "arbiter": "file", "kills": 3, "acked": 12345, "lost": 0, "duplicated": 0, "broken_connections": 0,
-                "takeover_ms": {"p50": 7.0, "max": 9.0}, "client_gap_ms": {"p50": 300.0, "max": 400.0},
+                "takeover_ms": {"p50": 7.0, "p99": 9.0, "max": 9.0},
+                "client_gap_ms": {"p50": 300.0, "p99": 400.0, "max": 400.0},
                 "frame_tail": {"input_given": 6, "output_repeated": 3},
                 "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},
                 "dirty_pages": {"p50": 25, "p99": 49}, "sent_bytes": 7_000_000,
