@@ -110,7 +110,7 @@ fn here(node: &Node) -> Vec<View> {
 
 /// Waits for VMs of which it is not certain yet whether they will run here.
 fn settle(node: &Node, wait: Duration, work: &Work) -> Result<(), NodeError> {
-    let is_open = |vm: &View| vm.pid.is_some() && matches!(vm.state, State::Starting | State::Deciding);
+    let is_open = |vm: &View| vm.has_process && matches!(vm.state, State::Starting | State::Deciding);
     for vm in node.list().into_iter().filter(is_open) {
         work.at(0, 1, &format!("it is not certain yet whether VM {} will run here", vm.name));
         node.wait(&vm.name, wait, "the decision whether it runs here", |vm| {

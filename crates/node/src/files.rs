@@ -6,6 +6,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
+use nix::fcntl::OFlag;
+
 /// Replaces a file. After a power cut there is the old one or the new one.
 ///
 /// # Errors
@@ -27,6 +29,21 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         // It may not have been made.
         let _ = fs::remove_file(&new);
     })
+}
+
+/// Opens a file to read it. Anything else in its place is refused: a pipe would hold up the node until somebody writes.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    regular(OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?)
+}
+
+fn regular(file: File) -> io::Result<File> {
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file"))
 }
 
 /// Takes the lock that a file stands for, as long as that is open. `None`: somebody has it. The file is removed only by who

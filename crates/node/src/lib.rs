@@ -21,6 +21,7 @@
 
 pub mod api;
 mod asking;
+mod bounded;
 pub mod cli;
 mod client;
 pub mod definition;

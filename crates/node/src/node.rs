@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,8 +26,11 @@ use crate::program::Program;
 use crate::records::Records;
 use crate::view::{State, View};
 
+/// How long a keeper may take to answer. It may be asking its process, a few times and two seconds each at most.
+const ANSWERS: Duration = Duration::from_secs(10);
 /// How often a job looks.
 const STEP: Duration = Duration::from_millis(50);
+
 /// Where a node has its files.
 #[derive(Clone, Debug)]
 pub struct Places {
@@ -222,13 +226,16 @@ impl Node {
         order: impl FnOnce(crate::keeper::Answer) -> Order,
     ) -> Result<(), NodeError> {
         let (answer, heard) = std::sync::mpsc::channel();
-        match self.vms().get(name) {
-            Some(vm) => vm.tell(order(answer)),
-            None => return Err(NodeError::NoSuchVm(name.to_owned())),
+        let gone = || NodeError::NoSuchVm(name.to_owned());
+        self.vms().get(name).ok_or_else(gone)?.tell(order(answer));
+        match heard.recv_timeout(ANSWERS) {
+            Ok(said) => said,
+            Err(RecvTimeoutError::Disconnected) => Err(gone()),
+            Err(RecvTimeoutError::Timeout) => {
+                let secs = ANSWERS.as_secs();
+                Err(NodeError::NoAnswer { vm: name.to_owned(), secs })
+            }
         }
-        // It may be asking its process, a few times and two seconds each at most.
-        let heard = heard.recv_timeout(Duration::from_secs(10));
-        heard.map_err(|_| NodeError::NoSuchVm(name.to_owned()))?
     }
 
     /// Waits until `seen` says something of a VM.

@@ -328,3 +328,57 @@ fn two_nodes_do_not_share_a_host_and_definitions_are_read_when_they_change() {
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+fn fifo(path: &std::path::Path) {
+    let _ = std::fs::remove_file(path);
+    nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+}
+
+/// A pipe whose other end nobody opens holds up whoever opens it, as a mount does whose server is dead.
+#[test]
+fn files_that_never_answer_hold_up_nobody() {
+    let world = World::new();
+    let pipe = world.folder.path().join("pipe");
+    let node = world.node();
+    node.define("web", &format!("{AUTOSTART} = true\nmemory = '1G'\nevents = '{}'", pipe.display())).unwrap();
+    let first = wait(&node, "web", |it| it.state == State::Running);
+    fifo(&pipe);
+    kill(first.pid.unwrap());
+    let second = wait(&node, "web", |it| it.state == State::Running && it.pid != first.pid);
+    // The same for a node that finds nobody any more.
+    drop(node);
+    kill(second.pid.unwrap());
+    fifo(&world.places().definitions.join("pipe.toml"));
+    let node = world.node();
+    wait(&node, "web", |it| it.state == State::Running && it.pid != second.pid);
+    wait(&node, "pipe", |it| it.state == State::Misdefined);
+    fifo(&world.places().log_of("pipe"));
+    assert!(matches!(node.log("pipe", None, 10), Err(NodeError::System(..))));
+    assert!(matches!(node.log("pipe", Some(0), 10), Err(NodeError::System(..))));
+    // The program opens what a definition names.
+    let kernel = world.folder.path().join("hangs");
+    fifo(&kernel);
+    node.define("late", &format!("kernel = '{}'", kernel.display())).unwrap();
+    wait(&node, "late", |it| it.warnings.iter().any(|it| it.contains("does not answer")));
+}
+
+/// One whose thread hangs is not called missing.
+#[test]
+fn a_process_that_stands_still_holds_up_no_node() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", "memory = '1G'").unwrap();
+    let job = done(&node, node.begin_start("web").unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    let pid = node.get("web").unwrap().pid.unwrap();
+    let signal = |it| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), it).unwrap();
+    drop(node);
+    signal(nix::sys::signal::Signal::SIGSTOP);
+    let began = std::time::Instant::now();
+    let node = world.node();
+    assert!(began.elapsed() < Duration::from_secs(2), "the node waits for a process: {:?}", began.elapsed());
+    let view = wait(&node, "web", |it| it.has_process);
+    assert_eq!(view.state, State::Starting, "{view:?}");
+    signal(nix::sys::signal::Signal::SIGCONT);
+    wait(&node, "web", |it| it.state == State::Running);
+}

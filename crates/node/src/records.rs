@@ -1,12 +1,12 @@
 //! What is desired of each VM, and which process it has: one small file for each, in the node's state directory.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, ErrorKind, Read};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::replace;
+use crate::files::{self, replace};
 
 /// The longest record, in bytes. The arguments of a process are in it.
 const LONGEST: u64 = 256 << 10;
@@ -95,7 +95,7 @@ impl Records {
     pub(crate) fn read(&self, name: &str) -> Option<Record> {
         let read = || -> io::Result<Record> {
             let mut bytes = Vec::new();
-            File::open(self.file(name))?.take(LONGEST).read_to_end(&mut bytes)?;
+            files::open(&self.file(name))?.take(LONGEST).read_to_end(&mut bytes)?;
             Ok(serde_json::from_slice(&bytes)?)
         };
         match read() {

@@ -54,6 +54,7 @@ impl Kept {
         let (orders, heard) = channel();
         let keeper = Keeper::new(name, definition, shared);
         let view = keeper.shown.clone();
+        // All that may wait for a file or a process is done by the thread.
         let thread = thread::Builder::new().name("vm".into()).spawn(move || keeper.run(&heard))?;
         Ok(Self { orders, view, thread })
     }
@@ -95,6 +96,8 @@ struct Keeper {
     told: Option<Told>,
     foreign: Option<u32>,
     looks: u32,
+    /// Whether the VM has a process is known.
+    has_looked: bool,
     warnings: Vec<String>,
     shown: Arc<Mutex<View>>,
 }
@@ -105,22 +108,23 @@ impl Keeper {
         let record = shared.records.read(name).unwrap_or_else(|| Record::fresh(autostart));
         let view = View {
             name: name.to_owned(),
-            state: State::Stopped,
+            state: State::Starting,
             desired: record.desired,
             protected: false,
             has_standby: false,
-            why: None,
+            why: Some(show::LOOKS.to_owned()),
             since: now(),
+            has_process: false,
             pid: None,
             adopted: false,
             failures: 0,
             last_end: None,
             definition_changed: false,
-            definition_error: None,
+            definition_error: show::definition_error(&source),
             warnings: Vec::new(),
             status: None,
         };
-        let mut keeper = Self {
+        Self {
             name: name.to_owned(),
             shared,
             source,
@@ -135,16 +139,17 @@ impl Keeper {
             told: None,
             foreign: None,
             looks: 0,
+            has_looked: false,
             warnings: Vec::new(),
             shown: Arc::new(Mutex::new(view)),
-        };
-        keeper.adopt();
-        keeper.judge();
-        keeper.show();
-        keeper
+        }
     }
 
     fn run(mut self, orders: &Receiver<Order>) {
+        self.adopt();
+        self.has_looked = true;
+        self.show();
+        self.judge();
         loop {
             match orders.recv_timeout(EVERY) {
                 Ok(order) => self.obey(order),

@@ -1,11 +1,12 @@
 //! What an operator has done with a VM, or with all of them: each is a job.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde_json::{Value, json};
 
 use super::{Node, NodeView};
@@ -37,7 +38,7 @@ impl Node {
             Mode::Draining | Mode::Drained => return Err(NodeError::Drained),
         }
         let view = self.get(name)?;
-        if let Some(why) = view.definition_error.filter(|_| view.pid.is_none()) {
+        if let Some(why) = view.definition_error.filter(|_| !view.has_process) {
             return Err(NodeError::NoDefinition(name.to_owned(), why));
         }
         let (node, name) = (self.clone(), name.to_owned());
@@ -195,8 +196,7 @@ fn goes_on(view: &View, before: Option<&End>) -> Result<(), NodeError> {
 
 /// Runs a short command: whether it succeeded, and its words. `None`: it did not end in time and was killed.
 fn run(mut command: Command, most: Duration) -> io::Result<(Option<bool>, String)> {
-    use std::io::Read as _;
-    let (mut words, theirs) = io::pipe()?;
+    let (words, theirs) = io::pipe()?;
     let mut child =
         command.stdin(std::process::Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs).spawn()?;
     // Its ends of the pipe.
@@ -213,7 +213,16 @@ fn run(mut command: Command, most: Duration) -> io::Result<(Option<bool>, String
         }
         thread::sleep(Duration::from_millis(5));
     };
-    let mut said = String::new();
-    words.by_ref().take(4096).read_to_string(&mut said)?;
+    let said = at_hand(words)?;
     Ok((ended, said.trim().strip_prefix("outlive: ").unwrap_or(said.trim()).to_owned()))
+}
+
+/// What is in a pipe by now. A process that the command has left behind may keep it open for ever.
+fn at_hand(pipe: io::PipeReader) -> io::Result<String> {
+    fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let mut words = Vec::new();
+    match pipe.take(4096).read_to_end(&mut words) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+        _ => Ok(String::from_utf8_lossy(&words).into_owned()),
+    }
 }
