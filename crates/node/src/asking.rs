@@ -62,18 +62,11 @@ struct Loss {
 /// # Errors
 /// The operating system's: nobody listens there, nobody answers in time, or the answer is not understood.
 pub(crate) fn ask(path: &Path) -> io::Result<Told> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // A process that stands still, and for which too many wait, must not hold up the node.
-    socket.set_nonblocking(true)?;
-    socket.connect(&SockAddr::unix(path)?)?;
-    socket.set_nonblocking(false)?;
-    let pid = getsockopt(&socket, PeerCredentials)?.pid();
-    let stream = UnixStream::from(OwnedFd::from(socket));
+    let (stream, pid) = connect(path)?;
     // There is no word to come.
     let _ = stream.shutdown(Shutdown::Write);
     let all: Value = serde_json::from_slice(&read(&stream)?)?;
     let Parts { role, protected, why, loss_of_this_host } = serde_json::from_value(all.clone())?;
-    let pid = u32::try_from(pid).map_err(|_| ErrorKind::InvalidData)?;
     let runs = role == "primary";
     let says = |words: &str| why.as_ref().is_some_and(|it| it.starts_with(words));
     let (starts, decides) = (runs && says(BEING_STARTED), !runs && says(UNDECIDED));
@@ -81,6 +74,25 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     let counts = loss_of_this_host.is_some_and(|loss| !loss.survived);
     let takes_over = !runs && !protected && counts;
     Ok(Told { pid, runs, starts, decides, takes_over, protected, why, all })
+}
+
+/// Which process listens at `path`, whether it answers or not.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn listener(path: &Path) -> io::Result<u32> {
+    connect(path).map(|(_, pid)| pid)
+}
+
+fn connect(path: &Path) -> io::Result<(UnixStream, u32)> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // A process that stands still, and for which too many wait, must not hold up the node.
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    socket.set_nonblocking(false)?;
+    let pid = getsockopt(&socket, PeerCredentials)?.pid();
+    let pid = u32::try_from(pid).map_err(|_| ErrorKind::InvalidData)?;
+    Ok((UnixStream::from(OwnedFd::from(socket)), pid))
 }
 
 /// The whole answer. One that comes byte by byte has no more time than another.

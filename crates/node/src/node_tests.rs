@@ -382,3 +382,58 @@ fn a_process_that_stands_still_holds_up_no_node() {
     signal(nix::sys::signal::Signal::SIGCONT);
     wait(&node, "web", |it| it.state == State::Running);
 }
+
+/// The record of a VM, as it is on the disk.
+fn record(world: &World, vm: &str) -> serde_json::Value {
+    let file = world.places().state.join("vms").join(format!("{vm}.json"));
+    serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+}
+
+/// The disk was full when the VM's second process began, and the first one's number is a stranger's by now.
+#[test]
+fn only_a_process_that_has_the_lock_is_told_to_end() {
+    let world = World::new();
+    let node = world.node();
+    for vm in ["web", "mute"] {
+        node.define(vm, "memory = '1G'").unwrap();
+        let job = done(&node, node.begin_start(vm).unwrap());
+        assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    }
+    let own = node.get("web").unwrap().pid;
+    drop(node);
+    let mut stranger = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    for vm in ["web", "mute"] {
+        let mut old = record(&world, vm);
+        old["process"]["pid"] = stranger.id().into();
+        std::fs::write(world.places().state.join("vms").join(format!("{vm}.json")), old.to_string()).unwrap();
+    }
+    world.tell("mute", "mute", "");
+    let node = world.node();
+    assert_eq!(wait(&node, "web", |it| it.state == State::Running).pid, own);
+    for (vm, now) in [("web", false), ("mute", true)] {
+        let job = done(&node, node.begin_stop(vm, false, now).unwrap());
+        assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+        assert!(!node.get(vm).unwrap().has_process);
+    }
+    assert!(stranger.try_wait().unwrap().is_none(), "a stranger was told to end");
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+}
+
+#[test]
+fn a_record_that_was_not_written_is_written_later() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", &format!("{AUTOSTART} = true\nmemory = '1G'")).unwrap();
+    let first = wait(&node, "web", |it| it.state == State::Running);
+    let (records, away) = (world.places().state.join("vms"), world.places().state.join("away"));
+    std::fs::rename(&records, &away).unwrap();
+    kill(first.pid.unwrap());
+    let second = wait(&node, "web", |it| it.state == State::Running && it.pid != first.pid);
+    std::fs::rename(&away, &records).unwrap();
+    let began = std::time::Instant::now();
+    while record(&world, "web")["process"]["pid"] != second.pid.unwrap() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it was not tried again");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -16,7 +16,7 @@ use serde_json::json;
 
 pub(crate) use self::orders::{Answer, Order};
 use self::plan::{Next, Plan};
-use crate::asking::{Told, ask};
+use crate::asking::{Told, ask, listener};
 use crate::definition::{Definition, DefinitionError};
 use crate::ended::End;
 use crate::log;
@@ -89,6 +89,10 @@ struct Keeper {
     log_from: u64,
     /// An operator has asked for the end of this process.
     asked: bool,
+    /// Its number is not known yet, and it is told to end as soon as it is.
+    is_owed: bool,
+    /// The disk does not have the record yet.
+    is_unkept: bool,
     /// The host is about to end.
     parked: bool,
     plan: Plan,
@@ -133,6 +137,8 @@ impl Keeper {
             since: Instant::now(),
             log_from: 0,
             asked: false,
+            is_owed: false,
+            is_unkept: false,
             parked: false,
             plan: Plan::default(),
             last_end: None,
@@ -169,14 +175,16 @@ impl Keeper {
     /// Finds the process that an earlier node has started, or learns how it has ended.
     fn adopt(&mut self) {
         let started = self.record.process.clone().filter(|it| it.boot == boot());
-        match Process::find(&self.lock(), started.as_ref().map(|it| it.pid)) {
+        match Process::find(&self.lock()) {
             Ok(Some(process)) => {
+                self.process = Some(process);
+                self.identify();
+                let Some(process) = &self.process else { return };
                 let text = match process.pid() {
                     Some(pid) => format!("the VM's process {pid} is kept from now on"),
                     None => "the VM's process is kept from now on".to_owned(),
                 };
                 self.tell("process_adopted", text, json!({ "pid": process.pid() }));
-                self.process = Some(process);
             }
             Ok(None) => {
                 if let Some(Started { pid, .. }) = started {
@@ -190,24 +198,47 @@ impl Keeper {
         }
     }
 
-    fn keep_record(&self) {
-        if let Err(error) = self.shared.records.write(&self.name, &self.record) {
-            tracing::error!(vm = self.name, %error, "what is known of the VM cannot be kept on the disk");
+    /// Asks the kernel which process listens for the VM, unless it is known.
+    fn identify(&mut self) {
+        let socket = self.socket();
+        if let Some(process) = self.process.as_mut().filter(|it| it.pid().is_none())
+            && let Ok(pid) = listener(&socket)
+        {
+            process.is(pid);
         }
     }
 
+    /// The number of the process, or of the one that was kept last.
+    fn pid(&self) -> u32 {
+        let kept = || self.record.process.as_ref().map(|it| it.pid);
+        self.process.as_ref().and_then(Process::pid).or_else(kept).unwrap_or_default()
+    }
+
+    fn keep_record(&mut self) {
+        let kept = self.shared.records.write(&self.name, &self.record);
+        if let Err(error) = &kept
+            && !self.is_unkept
+        {
+            tracing::error!(
+                vm = self.name, %error, "what is known of the VM cannot be kept on the disk: make room; it is tried again"
+            );
+        }
+        self.is_unkept = kept.is_err();
+    }
+
     fn look(&mut self) {
+        if self.is_unkept && self.looks.is_multiple_of(ASK_EVERY) {
+            self.keep_record();
+        }
         match self.process.as_mut().map(Process::life) {
             None => {}
             Some(Ok(Life::Lives)) => return self.hear(),
             Some(Ok(Life::Ended(status))) => {
-                let pid = self.process.as_ref().and_then(Process::pid).unwrap_or_default();
-                let log = self.log();
+                let (pid, log) = (self.pid(), self.log());
                 self.has_ended(End::of_child(status, pid, &self.events(), (&log, self.log_from)));
             }
             Some(Ok(Life::Gone)) => {
-                let pid = self.process.as_ref().and_then(Process::pid).unwrap_or_default();
-                self.has_ended(End::of_adopted(pid, &self.events()));
+                self.has_ended(End::of_adopted(self.pid(), &self.events()));
             }
             Some(Err(error)) => tracing::error!(vm = self.name, %error, "cannot look after the process"),
         }
@@ -255,13 +286,10 @@ impl Keeper {
             return;
         }
         let told = ask(&self.socket()).ok();
-        if let (Some(told), Some(process)) = (&told, &mut self.process)
-            && process.pid().is_none()
-        {
-            process.is_known_as(told.pid);
-            if self.asked {
-                let _ = self.end_process();
-            }
+        // Others may listen there.
+        let told = told.filter(|told| self.process.as_mut().is_some_and(|it| it.is(told.pid)));
+        if self.is_owed {
+            let _ = self.end_process();
         }
         // A process that does not answer once keeps its last answer for a while.
         let patience = self.told.is_some() && !self.looks.is_multiple_of(LOG_EVERY);
@@ -301,7 +329,8 @@ impl Keeper {
         };
         let lived = self.since.elapsed();
         let next = self.plan.ended(&end, self.asked, lived, limit, Instant::now());
-        (self.process, self.told, self.asked) = (None, None, false);
+        (self.process, self.told) = (None, None);
+        (self.asked, self.is_owed) = (false, false);
         self.record.process = None;
         // A parked VM is started again with its host.
         if next == Next::Ended && !self.parked {

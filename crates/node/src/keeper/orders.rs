@@ -1,13 +1,13 @@
 //! What a keeper is told, and does.
 
-use std::io;
 use std::sync::mpsc::Sender;
 
 use super::Keeper;
-use crate::asking::{Told, ask};
+use crate::asking::ask;
 use crate::definition::{Definition, DefinitionError};
 use crate::error::NodeError;
 use crate::files::lock;
+use crate::process::is_gone;
 use crate::records::{By, Desired, Record};
 
 /// What a keeper is told.
@@ -64,6 +64,7 @@ impl Keeper {
                 self.source = None;
                 if forget {
                     self.shared.records.remove(&self.name);
+                    self.is_unkept = false;
                     self.forget_lock();
                 }
             }
@@ -127,11 +128,7 @@ impl Keeper {
             return Err(NodeError::Foreign { vm: name, pid: self.foreign.unwrap_or_default() });
         }
         let Some(process) = &mut self.process else { return Ok(()) };
-        let is_its = |told: &Told| process.pid().is_none_or(|pid| pid == told.pid);
-        let fresh = ask(&socket).ok().filter(is_its);
-        if let Some(told) = &fresh {
-            process.is_known_as(told.pid);
-        }
+        let fresh = ask(&socket).ok().filter(|told| process.is(told.pid));
         match (&fresh, only_standby) {
             (Some(told), true) if told.runs => return Err(NodeError::RunsHere(name)),
             (Some(told), true) if told.takes_over => return Err(NodeError::TakesOver(name)),
@@ -170,11 +167,17 @@ impl Keeper {
     }
 
     pub(super) fn end_process(&mut self) -> Result<(), NodeError> {
+        self.identify();
         let Some(process) = &mut self.process else { return Ok(()) };
+        // One that is not known yet is told as soon as it is.
+        self.is_owed = process.pid().is_none();
+        if self.is_owed {
+            self.asked = true;
+            return Ok(());
+        }
         let ended = match process.terminate() {
-            // It has ended meanwhile, or its number is not known yet: then it is told as soon as it is.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ESRCH as i32) => Ok(()),
+            // It has ended meanwhile.
+            Err(error) if is_gone(&error) => Ok(()),
             told => told.map_err(|error| NodeError::System("cannot end the VM's process".into(), error)),
         };
         // One that was told before is still told.
