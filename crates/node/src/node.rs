@@ -96,6 +96,9 @@ pub(crate) struct NodeView {
     pub(crate) pid: u32,
     pub(crate) since: String,
     pub(crate) mode: Mode,
+    /// What is wrong with the node itself.
+    #[serde(default)]
+    pub(crate) warnings: Vec<String>,
     /// VMs by state.
     pub(crate) vms: BTreeMap<String, u32>,
     /// VMs that run here and that no standby has.
@@ -184,6 +187,7 @@ impl Node {
             pid: std::process::id(),
             since: self.since.clone(),
             mode: self.modes.get(),
+            warnings: self.modes.damage().into_iter().collect(),
             vms,
             unprotected: bare.map(|it| it.name.clone()).collect(),
         }
@@ -226,16 +230,10 @@ impl Node {
         order: impl FnOnce(crate::keeper::Answer) -> Order,
     ) -> Result<(), NodeError> {
         let (answer, heard) = std::sync::mpsc::channel();
-        let gone = || NodeError::NoSuchVm(name.to_owned());
-        self.vms().get(name).ok_or_else(gone)?.tell(order(answer));
-        match heard.recv_timeout(ANSWERS) {
-            Ok(said) => said,
-            Err(RecvTimeoutError::Disconnected) => Err(gone()),
-            Err(RecvTimeoutError::Timeout) => {
-                let secs = ANSWERS.as_secs();
-                Err(NodeError::NoAnswer { vm: name.to_owned(), secs })
-            }
+        if !self.vms().get(name).is_some_and(|vm| vm.tell(order(answer))) {
+            return Err(NodeError::NoSuchVm(name.to_owned()));
         }
+        answered(name, heard.recv_timeout(ANSWERS))
     }
 
     /// Waits until `seen` says something of a VM.
@@ -267,5 +265,15 @@ impl Node {
 
     fn vms(&self) -> MutexGuard<'_, BTreeMap<String, Kept>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a keeper has said, if it has.
+fn answered(name: &str, heard: Result<Result<(), NodeError>, RecvTimeoutError>) -> Result<(), NodeError> {
+    let vm = name.to_owned();
+    match heard {
+        Ok(said) => said,
+        Err(RecvTimeoutError::Disconnected) => Err(NodeError::NoSuchVm(vm)),
+        Err(RecvTimeoutError::Timeout) => Err(NodeError::NoAnswer { vm, secs: ANSWERS.as_secs() }),
     }
 }

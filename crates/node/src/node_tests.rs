@@ -1,15 +1,18 @@
 //! A whole node, with processes that run nothing.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::asking::{BEING_STARTED, UNDECIDED};
-use crate::definition::AUTOSTART;
+use crate::definition::{AUTOSTART, Definition};
 use crate::drain::Mode;
 use crate::error::NodeError;
+use crate::feed::Feed;
 use crate::jobs::{Job, JobState};
-use crate::node::Node;
-use crate::records::Desired;
+use crate::keeper::{Kept, Order};
+use crate::node::{Node, Shared};
+use crate::records::{Desired, Records};
 use crate::testing::{World, wait};
 use crate::view::State;
 
@@ -435,5 +438,119 @@ fn a_record_that_was_not_written_is_written_later() {
     while record(&world, "web")["process"]["pid"] != second.pid.unwrap() {
         assert!(began.elapsed() < Duration::from_secs(60), "it was not tried again");
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Its keeper is over, and the host's list still has it.
+#[test]
+fn a_vm_that_goes_does_not_break_off_the_end_of_the_host() {
+    let world = World::new();
+    let node = world.node();
+    for vm in ["b", "c"] {
+        node.define(vm, "memory = '1G'").unwrap();
+        done(&node, node.begin_start(vm).unwrap());
+    }
+    node.define("a", "memory = '1G'").unwrap();
+    std::fs::remove_file(world.places().definitions.join("a.toml")).unwrap();
+    while node.order("a", Order::Settle).is_ok() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let job = done(&node, node.begin_drain(true, Duration::from_secs(1)).unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    assert_eq!(job.result.unwrap()["stopped"], serde_json::json!(["b", "c"]));
+    assert!(["b", "c"].iter().all(|vm| !node.get(vm).unwrap().has_process));
+    node.undrain().unwrap();
+    wait(&node, "b", |it| it.has_process);
+    wait(&node, "c", |it| it.has_process);
+}
+
+/// What may still run here is waited for, and what does not run is not begun.
+#[test]
+fn a_drained_host_starts_nothing() {
+    let world = World::new();
+    let node = world.node();
+    let drain = |wait| done(&node, node.begin_drain(false, Duration::from_secs(wait)).unwrap());
+    node.define("alone", "memory = '1G'").unwrap();
+    node.define("web", &two_hosts(1)).unwrap();
+    for (vm, why) in [("alone", "VM alone is about to be started again"), ("web", "has not come within 1 s")]
+    {
+        done(&node, node.begin_start(vm).unwrap());
+        world.tell(vm, "refuses", "outlive: no");
+        kill(node.get(vm).unwrap().pid.unwrap());
+        wait(&node, vm, |it| it.state == State::Waiting && it.failures > 1);
+        let job = drain(1);
+        assert_eq!((job.state, node.modes.get()), (JobState::Failed, Mode::Active), "{job:?}");
+        assert!(job.error.as_ref().unwrap().message.contains(why), "{job:?}");
+        if vm == "alone" {
+            done(&node, node.begin_stop(vm, false, false).unwrap());
+        }
+    }
+    world.tell("web", "role", "standby");
+    world.untell("web", "refuses");
+    let job = drain(60);
+    assert_eq!((job.state, node.modes.get()), (JobState::Succeeded, Mode::Drained), "{job:?}");
+    assert_eq!(node.get("web").unwrap().state, State::Standby);
+    node.define("auto", &format!("{AUTOSTART} = true\nmemory = '1G'")).unwrap();
+    let rests = |node: &Node| {
+        std::thread::sleep(Duration::from_millis(600));
+        let view = node.get("auto").unwrap();
+        assert_eq!((view.state, view.why.as_deref()), (State::Stopped, Some("this host is drained")));
+        assert_eq!(world.starts("auto"), 0);
+    };
+    rests(&node);
+    drop(node);
+    let node = world.node();
+    rests(&node);
+    // It stays the standby of what has left it.
+    kill(wait(&node, "web", |it| it.state == State::Standby).pid.unwrap());
+    let starts = world.starts("web");
+    wait(&node, "web", |it| it.state == State::Standby && world.starts("web") > starts && it.failures > 0);
+    node.undrain().unwrap();
+    wait(&node, "auto", |it| it.state == State::Running);
+}
+
+#[test]
+fn a_host_whose_mode_is_not_kept_says_so() {
+    let world = World::new();
+    let mode = world.places().state.join("mode.json");
+    drop(world.node());
+    std::fs::write(&mode, "\"drain").unwrap();
+    let node = world.node();
+    assert_eq!((node.modes.get(), node.view().warnings.len()), (Mode::Drained, 1));
+    assert!(node.undrain().unwrap().warnings.is_empty());
+    // As a disk that is full.
+    std::fs::remove_file(&mode).unwrap();
+    std::fs::create_dir_all(mode.join("x")).unwrap();
+    let job = done(&node, node.begin_drain(false, Duration::from_secs(1)).unwrap());
+    assert_eq!((job.state, node.modes.get()), (JobState::Failed, Mode::Active), "{job:?}");
+}
+
+/// What a keeper is told is done, or it says that it is over.
+#[test]
+fn a_definition_that_comes_back_is_not_lost() {
+    let world = World::new();
+    drop(world.node());
+    let program = crate::testing::program();
+    let definition =
+        Definition::parse(std::path::Path::new("/vms/web.toml"), "memory = '1G'", "hosta", &program).unwrap();
+    let shared = Arc::new(Shared {
+        places: world.places(),
+        program,
+        records: Records::open(world.places().state.join("vms")).unwrap(),
+        feed: Arc::new(Feed::new()),
+        log_max: 1,
+    });
+    for pause in 0..300 {
+        let kept = Kept::start("web", Some(Ok(definition.clone())), Mode::Active, shared.clone()).unwrap();
+        let told = kept.tell(Order::Undefine { forget: false });
+        assert!(told);
+        std::thread::sleep(Duration::from_micros(pause % 30 * 10));
+        if !kept.tell(Order::Define(Box::new(Ok(definition.clone())))) {
+            continue;
+        }
+        let (answer, heard) = std::sync::mpsc::channel();
+        assert!(kept.tell(Order::Settle(answer)), "it took the definition and is over");
+        heard.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
+        assert_eq!(kept.view().definition_error, None);
     }
 }

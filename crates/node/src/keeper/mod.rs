@@ -18,6 +18,7 @@ pub(crate) use self::orders::{Answer, Order};
 use self::plan::{Next, Plan};
 use crate::asking::{Told, ask, listener};
 use crate::definition::{Definition, DefinitionError};
+use crate::drain::Mode;
 use crate::ended::End;
 use crate::log;
 use crate::node::Shared;
@@ -41,22 +42,24 @@ const EVENTS_MAX: &str = "1M";
 #[derive(Debug)]
 pub(crate) struct Kept {
     orders: Sender<Order>,
+    /// Whether the thread still hears orders.
+    hears: Arc<Mutex<bool>>,
     view: Arc<Mutex<View>>,
     thread: JoinHandle<()>,
 }
 
 impl Kept {
-    /// Starts the thread of a VM.
+    /// Starts the thread of a VM on a host in this mode.
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(name: &str, definition: Source, shared: Arc<Shared>) -> io::Result<Self> {
+    pub(crate) fn start(name: &str, definition: Source, mode: Mode, shared: Arc<Shared>) -> io::Result<Self> {
         let (orders, heard) = channel();
-        let keeper = Keeper::new(name, definition, shared);
-        let view = keeper.shown.clone();
+        let keeper = Keeper::new(name, definition, mode, shared);
+        let (view, hears) = (keeper.shown.clone(), keeper.hears.clone());
         // All that may wait for a file or a process is done by the thread.
         let thread = thread::Builder::new().name("vm".into()).spawn(move || keeper.run(&heard))?;
-        Ok(Self { orders, view, thread })
+        Ok(Self { orders, hears, view, thread })
     }
 
     /// What is known of the VM.
@@ -64,14 +67,15 @@ impl Kept {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Tells the thread something. It ends only after its definition has gone.
-    pub(crate) fn tell(&self, order: Order) {
-        let _ = self.orders.send(order);
+    /// Tells the thread something. Returns whether it will be done: the thread ends after its definition has gone.
+    pub(crate) fn tell(&self, order: Order) -> bool {
+        let hears = self.hears.lock().unwrap_or_else(PoisonError::into_inner);
+        *hears && self.orders.send(order).is_ok()
     }
 
-    /// The thread has ended: there is neither a definition nor a process.
+    /// The thread has ended, or is about to: there is neither a definition nor a process.
     pub(crate) fn is_over(&self) -> bool {
-        self.thread.is_finished()
+        !*self.hears.lock().unwrap_or_else(PoisonError::into_inner) || self.thread.is_finished()
     }
 }
 
@@ -95,6 +99,11 @@ struct Keeper {
     is_unkept: bool,
     /// The host is about to end.
     parked: bool,
+    /// The host is drained, and the VM did not run here: it is not started.
+    held: bool,
+    /// Nothing was known of the VM before.
+    is_new: bool,
+    hears: Arc<Mutex<bool>>,
     plan: Plan,
     last_end: Option<End>,
     told: Option<Told>,
@@ -107,9 +116,11 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new(name: &str, source: Source, shared: Arc<Shared>) -> Self {
+    fn new(name: &str, source: Source, mode: Mode, shared: Arc<Shared>) -> Self {
         let autostart = matches!(&source, Some(Ok(it)) if it.autostart);
-        let record = shared.records.read(name).unwrap_or_else(|| Record::fresh(autostart));
+        let known = shared.records.read(name);
+        let is_new = known.is_none();
+        let record = known.unwrap_or_else(|| Record::fresh(autostart));
         let view = View {
             name: name.to_owned(),
             state: State::Starting,
@@ -139,7 +150,10 @@ impl Keeper {
             asked: false,
             is_owed: false,
             is_unkept: false,
-            parked: false,
+            parked: mode == Mode::Stopping,
+            held: matches!(mode, Mode::Draining | Mode::Drained),
+            is_new,
+            hears: Arc::new(Mutex::new(true)),
             plan: Plan::default(),
             last_end: None,
             told: None,
@@ -153,6 +167,9 @@ impl Keeper {
 
     fn run(mut self, orders: &Receiver<Order>) {
         self.adopt();
+        // A drained host is still the standby of VMs that have left it.
+        let has_left = !self.is_new && matches!(&self.source, Some(Ok(it)) if it.is_of_two_hosts());
+        self.held &= self.process.is_none() && !has_left;
         self.has_looked = true;
         self.show();
         self.judge();
@@ -165,11 +182,22 @@ impl Keeper {
             }
             self.look();
             // What is desired stays on the disk: the file may come back.
-            if self.source.is_none() && self.process.is_none() {
-                return;
+            while self.source.is_none() && self.process.is_none() {
+                match self.last_order(orders) {
+                    Some(order) => self.obey(order),
+                    None => return,
+                }
             }
             self.show();
         }
+    }
+
+    /// What was told before the thread ends. `None`: nothing, and nobody is heard any more.
+    fn last_order(&self, orders: &Receiver<Order>) -> Option<Order> {
+        let mut hears = self.hears.lock().unwrap_or_else(PoisonError::into_inner);
+        let order = orders.try_recv().ok();
+        *hears = order.is_some();
+        order
     }
 
     /// Finds the process that an earlier node has started, or learns how it has ended.
@@ -242,7 +270,8 @@ impl Keeper {
             }
             Some(Err(error)) => tracing::error!(vm = self.name, %error, "cannot look after the process"),
         }
-        let wanted = self.record.desired == Desired::Running && !self.parked && !self.plan.is_given_up();
+        let may = !self.parked && !self.held && !self.plan.is_given_up();
+        let wanted = self.record.desired == Desired::Running && may;
         let starts = wanted && self.plan.wait(Instant::now()).is_zero();
         self.looks = self.looks.wrapping_add(1);
         if self.looks.is_multiple_of(JUDGE_EVERY) {

@@ -9,6 +9,7 @@ use crate::error::NodeError;
 use crate::files::lock;
 use crate::process::is_gone;
 use crate::records::{By, Desired, Record};
+use crate::view::State;
 
 /// What a keeper is told.
 #[derive(Debug)]
@@ -21,8 +22,10 @@ pub(crate) enum Order {
     Stop { only_standby: bool, answer: Answer },
     /// The process shall end, because the host does. What is desired stays.
     Park(Answer),
+    /// The host is drained: what does not run here, and is not about to, is not started.
+    Hold(Answer),
     /// It may be started again after all.
-    Unpark,
+    Unpark(Answer),
     /// Says when everything that was told before is done.
     Settle(Answer),
     /// A definition was read.
@@ -58,13 +61,25 @@ impl Keeper {
                 self.answer(&answer, said);
             }
             Order::Settle(answer) => self.answer(&answer, Ok(())),
-            Order::Unpark => self.parked = false,
+            Order::Hold(answer) => {
+                self.held = self.process.is_none() && self.state().0 != State::Waiting;
+                self.answer(&answer, Ok(()));
+            }
+            Order::Unpark(answer) => {
+                (self.parked, self.held) = (false, false);
+                self.answer(&answer, Ok(()));
+            }
             Order::Define(read) => self.is_defined(*read),
             Order::Undefine { forget } => {
                 self.source = None;
                 if forget {
                     self.shared.records.remove(&self.name);
                     self.is_unkept = false;
+                    // Should the file come back at once, nothing is left of what was desired.
+                    if self.process.is_none() {
+                        (self.record, self.is_new) = (Record::fresh(false), true);
+                        self.plan.forgive();
+                    }
                     self.forget_lock();
                 }
             }
@@ -97,6 +112,12 @@ impl Keeper {
         {
             self.tell("definition_bad", why.to_string(), serde_json::json!({}));
         }
+        if let Ok(it) = &read
+            && self.source.is_none()
+            && self.is_new
+        {
+            self.record = Record::fresh(it.autostart);
+        }
         self.source = Some(read);
         self.judge();
     }
@@ -115,7 +136,7 @@ impl Keeper {
             return Err(NodeError::Foreign { vm: self.name.clone(), pid });
         }
         self.plan.forgive();
-        self.parked = false;
+        (self.parked, self.held) = (false, false);
         self.desire(Desired::Running, By::Operator)
     }
 

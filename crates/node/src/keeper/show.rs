@@ -61,7 +61,7 @@ impl Keeper {
         of_process.is_some_and(|it| it.arguments != self.arguments(definition))
     }
 
-    fn state(&self) -> (State, Option<String>) {
+    pub(super) fn state(&self) -> (State, Option<String>) {
         if !self.has_looked {
             return (State::Starting, Some(LOOKS.into()));
         }
@@ -93,6 +93,7 @@ impl Keeper {
             (_, Desired::Stopped) => (State::Stopped, None),
             _ if self.plan.is_given_up() => (State::Failed, end),
             _ if self.parked => (State::Stopped, Some("this host is about to stop".into())),
+            _ if self.held => (State::Stopped, Some("this host is drained".into())),
             _ if self.plan.failures() > 0 => (State::Waiting, end),
             _ => (State::Starting, end),
         }

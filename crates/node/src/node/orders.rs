@@ -32,11 +32,7 @@ impl Node {
     /// # Errors
     /// See [`NodeError`].
     pub(crate) fn begin_start(self: &Arc<Self>, name: &str) -> Result<Job, NodeError> {
-        match self.modes.get() {
-            Mode::Active => {}
-            Mode::Stopping => return Err(NodeError::Stopping),
-            Mode::Draining | Mode::Drained => return Err(NodeError::Drained),
-        }
+        self.takes_vms()?;
         let view = self.get(name)?;
         if let Some(why) = view.definition_error.filter(|_| !view.has_process) {
             return Err(NodeError::NoDefinition(name.to_owned(), why));
@@ -45,8 +41,18 @@ impl Node {
         self.jobs.begin((Kind::Start, Some(&name.clone())), false, move |work| node.start_vm(&name, work))
     }
 
+    fn takes_vms(&self) -> Result<(), NodeError> {
+        match self.modes.get() {
+            Mode::Active => Ok(()),
+            Mode::Stopping => Err(NodeError::Stopping),
+            Mode::Draining | Mode::Drained => Err(NodeError::Drained),
+        }
+    }
+
     fn start_vm(&self, name: &str, work: &Work) -> Result<Value, NodeError> {
         let began = Instant::now();
+        // No drain begins beside this job, and one may have ended before it.
+        self.takes_vms()?;
         let before = self.get(name)?.last_end;
         self.order(name, Order::Start)?;
         work.at(0, 1, "the process starts");
@@ -172,8 +178,9 @@ impl Node {
         if let Some(Job { id: job, .. }) = running {
             return Err(NodeError::Busy { what: "this host".into(), job });
         }
-        self.modes.set(Mode::Active, self.feed())?;
-        self.vms().values().for_each(|vm| vm.tell(Order::Unpark));
+        for (vm, why) in self.tell_all(Some(Mode::Active), Order::Unpark)? {
+            tracing::warn!(vm, "the VM may not hear yet that the maintenance is over: {why}");
+        }
         Ok(self.view())
     }
 }
