@@ -18,7 +18,7 @@ use crate::definition::Folder;
 use crate::drain::{Mode, Modes};
 use crate::error::NodeError;
 use crate::feed::Feed;
-use crate::files::{lock, make_folder};
+use crate::files::{lock, make_folder, protect_each};
 use crate::jobs::Jobs;
 use crate::keeper::{Kept, Order};
 use crate::log;
@@ -36,9 +36,9 @@ const STEP: Duration = Duration::from_millis(50);
 pub struct Places {
     /// Definitions.
     pub definitions: PathBuf,
-    /// What is desired, and which processes there are. It must survive a restart of the host.
+    /// What is desired, which processes there are, and their locks. Only the node writes there. It must survive a restart of the host.
     pub state: PathBuf,
-    /// Sockets and locks of the VMs. It need not.
+    /// Sockets of the VMs. It need not.
     pub run: PathBuf,
     /// Logs of the VMs.
     pub logs: PathBuf,
@@ -48,6 +48,15 @@ impl Places {
     /// Where a VM's process is asked.
     pub(crate) fn socket_of(&self, vm: &str) -> PathBuf {
         self.run.join(format!("{vm}.sock"))
+    }
+
+    /// What its process has locked. Users that VMs run as may write to the directory of the sockets, and not here.
+    pub(crate) fn lock_of(&self, vm: &str) -> PathBuf {
+        self.locks().join(format!("{vm}.lock"))
+    }
+
+    fn locks(&self) -> PathBuf {
+        self.state.join("locks")
     }
 
     /// Where its output goes.
@@ -127,10 +136,11 @@ impl Node {
     /// # Errors
     /// See [`StartError`]. A bad definition is none: its VM says what is wrong.
     pub fn start(host: &str, places: Places, program: Program) -> Result<Arc<Self>, StartError> {
-        let vms = places.state.join("vms");
+        let (vms, locks) = (places.state.join("vms"), places.locks());
         for (path, option) in [
             (&places.definitions, "--vms"),
             (&vms, "--state"),
+            (&locks, "--state"),
             (&places.run, "--run"),
             (&places.logs, "--logs"),
         ] {
@@ -138,6 +148,8 @@ impl Node {
             make_folder(path).map_err(wrong)?;
             std::fs::read_dir(path).map_err(wrong)?;
         }
+        let run = |source| StartError::Folder { path: places.run.clone(), option: "--run", source };
+        protect_each(&places.run).map_err(run)?;
         let state = |source| StartError::Folder { path: places.state.clone(), option: "--state", source };
         let only = lock(&places.state.join("node.lock")).map_err(state)?;
         let only = only.ok_or_else(|| StartError::Taken(places.state.clone()))?;

@@ -75,7 +75,7 @@ fn a_vm_outlives_its_node() {
         (State::Stopped, 1),
         "it stays stopped"
     );
-    let lock = world.places().run.join("web.lock");
+    let lock = world.places().lock_of("web");
     assert!(lock.exists());
     node.undefine("web").unwrap();
     assert!(node.list().is_empty() && !lock.exists(), "nothing of it is left");

@@ -37,7 +37,7 @@ const CONNECTIONS: usize = 64;
 /// How many requests may wait for the disk, or for a VM's process, at a time.
 const WAITING: usize = 32;
 /// How long a client may take to say what it wants.
-const HEAD: Duration = Duration::from_secs(10);
+const HEAD: Duration = Duration::from_secs(5);
 /// The longest head of a request, in bytes.
 const LONGEST_HEAD: usize = 32 << 10;
 

@@ -412,3 +412,24 @@ fn only_the_socket_itself_is_given_to_a_group() {
     give_to(own, &socket).unwrap();
     assert_eq!(mode(&socket), 0o660);
 }
+
+/// Each has a connection, and none keeps it for long.
+#[test]
+fn clients_that_never_end_their_words_are_sent_away() {
+    let api = Api::new();
+    let head = "PUT /v1/vms/web HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nmemory";
+    let stalled: Vec<_> = (0..CONNECTIONS)
+        .map(|number| {
+            let mut stream = UnixStream::connect(api.path()).unwrap();
+            let words = if number % 2 == 0 { head } else { &head[..20] };
+            stream.write_all(words.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    let began = std::time::Instant::now();
+    api.ask("GET", "/v1/node", None);
+    assert!(began.elapsed() < 3 * HEAD, "{:?}", began.elapsed());
+    let mut answer = String::new();
+    let _ = (&stalled[0]).read_to_string(&mut answer);
+    assert!(answer.contains(" 400 ") && answer.contains("has not come within"), "{answer}");
+}

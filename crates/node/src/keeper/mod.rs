@@ -395,7 +395,7 @@ impl Keeper {
     }
 
     fn lock(&self) -> PathBuf {
-        self.shared.places.run.join(format!("{}.lock", self.name))
+        self.shared.places.lock_of(&self.name)
     }
 
     fn socket(&self) -> PathBuf {
