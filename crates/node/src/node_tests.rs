@@ -554,3 +554,31 @@ fn a_definition_that_comes_back_is_not_lost() {
         assert_eq!(kept.view().definition_error, None);
     }
 }
+
+/// A node may die between the disk and the signal. A second signal would not wait for the guest.
+#[test]
+fn a_stop_is_carried_out_once_whichever_node_does() {
+    let world = World::new();
+    let node = world.node();
+    for vm in ["told", "untold", "standby"] {
+        node.define(vm, "memory = '1G'").unwrap();
+        let job = done(&node, node.begin_start(vm).unwrap());
+        assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    }
+    drop(node);
+    let null = serde_json::Value::Null;
+    for (vm, untold) in [("told", null), ("untold", "vm".into()), ("standby", "standby".into())] {
+        let mut new = record(&world, vm);
+        (new["desired"], new["by"], new["untold"]) = ("stopped".into(), "operator".into(), untold);
+        std::fs::write(world.places().state.join("vms").join(format!("{vm}.json")), new.to_string()).unwrap();
+    }
+    let node = world.node();
+    wait(&node, "untold", |it| it.state == State::Stopped && !it.has_process);
+    let view = wait(&node, "standby", |it| it.desired == Desired::Running);
+    assert!(view.has_process, "it was to end a standby, and the VM runs here");
+    // Long enough for what must not be.
+    std::thread::sleep(Duration::from_millis(1500));
+    let view = node.get("told").unwrap();
+    assert!(view.state == State::Stopping && view.has_process, "{view:?}");
+    assert_eq!(node.get("standby").unwrap().state, State::Running);
+}

@@ -203,6 +203,8 @@ impl Keeper {
     /// Finds the process that an earlier node has started, or learns how it has ended.
     fn adopt(&mut self) {
         let started = self.record.process.clone().filter(|it| it.boot == boot());
+        // If an operator has asked for its end, and an earlier node has told it: a second word would end it at once.
+        self.asked = self.record.is_told();
         match Process::find(&self.lock()) {
             Ok(Some(process)) => {
                 self.process = Some(process);
@@ -320,6 +322,9 @@ impl Keeper {
         if self.is_owed {
             let _ = self.end_process();
         }
+        if told.is_some() && !self.asked {
+            self.carry_out();
+        }
         // A process that does not answer once keeps its last answer for a while.
         let patience = self.told.is_some() && !self.looks.is_multiple_of(LOG_EVERY);
         if told.is_some() || !patience {
@@ -339,6 +344,7 @@ impl Keeper {
                 self.process = Some(process);
                 self.since = Instant::now();
                 (self.asked, self.told, self.foreign) = (false, None, None);
+                self.record.untold = None;
                 self.record.process = Some(Started { pid, boot: boot(), arguments });
                 self.keep_record();
                 self.tell("process_started", format!("the VM's process is {pid}"), json!({ "pid": pid }));
@@ -360,10 +366,10 @@ impl Keeper {
         let next = self.plan.ended(&end, self.asked, lived, limit, Instant::now());
         (self.process, self.told) = (None, None);
         (self.asked, self.is_owed) = (false, false);
-        self.record.process = None;
+        (self.record.process, self.record.untold) = (None, None);
         // A parked VM is started again with its host.
         if next == Next::Ended && !self.parked {
-            self.record = Record { desired: Desired::Stopped, by: By::Guest, process: None };
+            self.record = Record { desired: Desired::Stopped, by: By::Guest, ..self.record.clone() };
         }
         self.keep_record();
         let then = match next {

@@ -2,13 +2,15 @@
 
 use std::sync::mpsc::Sender;
 
+use serde_json::json;
+
 use super::Keeper;
 use crate::asking::ask;
 use crate::definition::{Definition, DefinitionError};
 use crate::error::NodeError;
 use crate::files::lock;
 use crate::process::is_gone;
-use crate::records::{By, Desired, Record};
+use crate::records::{By, Desired, Record, Stop};
 use crate::view::State;
 
 /// What a keeper is told.
@@ -110,7 +112,7 @@ impl Keeper {
         if let Err(why) = &read
             && !matches!(&self.source, Some(Err(known)) if known == why)
         {
-            self.tell("definition_bad", why.to_string(), serde_json::json!({}));
+            self.tell("definition_bad", why.to_string(), json!({}));
         }
         if let Ok(it) = &read
             && self.source.is_none()
@@ -137,6 +139,7 @@ impl Keeper {
         }
         self.plan.forgive();
         (self.parked, self.held) = (false, false);
+        self.record.untold = None;
         self.desire(Desired::Running, By::Operator)
     }
 
@@ -169,7 +172,12 @@ impl Keeper {
     fn shall_stop(&mut self, only_standby: bool) -> Result<(), NodeError> {
         self.may_stop(only_standby)?;
         let before = self.record.clone();
-        self.desire(Desired::Stopped, By::Operator)?;
+        let stop = if only_standby { Stop::Standby } else { Stop::Vm };
+        self.record.untold = self.process.is_some().then_some(stop);
+        if let Err(why) = self.desire(Desired::Stopped, By::Operator) {
+            self.record = before;
+            return Err(why);
+        }
         if self.process.is_none() {
             // What failed before is over.
             self.plan.forgive();
@@ -203,7 +211,33 @@ impl Keeper {
         };
         // One that was told before is still told.
         self.asked |= ended.is_ok();
+        if ended.is_ok() && self.record.untold.take().is_some() {
+            // After the word: a node that dies before it has told nobody.
+            self.keep_record();
+        }
         ended
+    }
+
+    /// Ends a process that an earlier node was to end, and that it may not have told.
+    pub(super) fn carry_out(&mut self) {
+        let Some(stop) = self.record.untold else { return };
+        match self.shall_stop(stop == Stop::Standby) {
+            Ok(()) => {
+                self.tell("stop_goes_on", "the stop that an earlier node began goes on".into(), json!({}))
+            }
+            // It is asked again when it is decided.
+            Err(NodeError::Undecided(_) | NodeError::SaysNothing(_) | NodeError::TakesOver(_)) => {}
+            Err(why) => {
+                self.record.untold = None;
+                self.record.desired = Desired::Running;
+                self.keep_record();
+                self.tell(
+                    "stop_refused",
+                    format!("the stop that an earlier node began is not done: {why}"),
+                    json!({}),
+                );
+            }
+        }
     }
 
     fn desire(&mut self, desired: Desired, by: By) -> Result<(), NodeError> {
