@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Deserialize;
@@ -15,7 +15,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The longest answer, in bytes.
-const LONGEST: u64 = 64 << 10;
+const LONGEST: usize = 64 << 10;
 
 /// How a process begins to say why it protects nothing, while it asks the arbiter which host starts the VM.
 pub const UNDECIDED: &str = "it is not decided yet which host starts the VM";
@@ -62,21 +62,11 @@ struct Loss {
 /// # Errors
 /// The operating system's: nobody listens there, nobody answers in time, or the answer is not understood.
 pub(crate) fn ask(path: &Path) -> io::Result<Told> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // A process that stands still, and for which too many wait, must not hold up the node.
-    socket.set_nonblocking(true)?;
-    socket.connect(&SockAddr::unix(path)?)?;
-    socket.set_nonblocking(false)?;
-    let pid = getsockopt(&socket, PeerCredentials)?.pid();
-    let stream = UnixStream::from(OwnedFd::from(socket));
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let (stream, pid) = connect(path)?;
     // There is no word to come.
     let _ = stream.shutdown(Shutdown::Write);
-    let mut bytes = Vec::new();
-    stream.take(LONGEST).read_to_end(&mut bytes)?;
-    let all: Value = serde_json::from_slice(&bytes)?;
+    let all: Value = serde_json::from_slice(&read(&stream)?)?;
     let Parts { role, protected, why, loss_of_this_host } = serde_json::from_value(all.clone())?;
-    let pid = u32::try_from(pid).map_err(|_| ErrorKind::InvalidData)?;
     let runs = role == "primary";
     let says = |words: &str| why.as_ref().is_some_and(|it| it.starts_with(words));
     let (starts, decides) = (runs && says(BEING_STARTED), !runs && says(UNDECIDED));
@@ -84,6 +74,43 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     let counts = loss_of_this_host.is_some_and(|loss| !loss.survived);
     let takes_over = !runs && !protected && counts;
     Ok(Told { pid, runs, starts, decides, takes_over, protected, why, all })
+}
+
+/// Which process listens at `path`, whether it answers or not.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn listener(path: &Path) -> io::Result<u32> {
+    connect(path).map(|(_, pid)| pid)
+}
+
+fn connect(path: &Path) -> io::Result<(UnixStream, u32)> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // A process that stands still, and for which too many wait, must not hold up the node.
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    socket.set_nonblocking(false)?;
+    let pid = getsockopt(&socket, PeerCredentials)?.pid();
+    let pid = u32::try_from(pid).map_err(|_| ErrorKind::InvalidData)?;
+    Ok((UnixStream::from(OwnedFd::from(socket)), pid))
+}
+
+/// The whole answer. One that comes byte by byte has no more time than another.
+fn read(mut stream: &UnixStream) -> io::Result<Vec<u8>> {
+    let until = Instant::now() + PATIENCE;
+    let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
+    while bytes.len() < LONGEST {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut part)? {
+            0 => break,
+            count => bytes.extend_from_slice(&part[..count]),
+        }
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -100,7 +127,7 @@ mod tests {
         assert_eq!(ask(&path).unwrap_err().kind(), ErrorKind::NotFound);
         let listener = UnixListener::bind(&path).unwrap();
         let server = std::thread::spawn(move || {
-            let endless = "[".repeat(LONGEST as usize * 2);
+            let endless = "[".repeat(LONGEST * 2);
             for answer in [
                 r#"{"role":"primary","protected":true,"why":null,"new":1}"#,
                 r#"{"role":"standby","protected":false,"why":"w"}"#,

@@ -1,7 +1,9 @@
 //! Maintenance: a host gives all of its VMs away and starts none.
 
-use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::collections::BTreeSet;
+use std::io::{self, ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -9,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::error::NodeError;
 use crate::feed::Feed;
-use crate::files::replace;
+use crate::files::{self, replace};
 use crate::jobs::Work;
 use crate::keeper::Order;
 use crate::node::Node;
@@ -48,20 +50,43 @@ impl Mode {
 #[derive(Debug)]
 pub(crate) struct Modes {
     file: PathBuf,
-    mode: Mutex<Mode>,
+    now: Mutex<Now>,
+}
+
+#[derive(Debug)]
+struct Now {
+    mode: Mode,
+    /// What the disk has; `None`: nothing that can be read.
+    kept: Option<Mode>,
+    damage: Option<String>,
 }
 
 impl Modes {
-    /// Reads what an earlier node has kept.
+    /// Reads what an earlier node has kept. A host whose mode cannot be read may be in its maintenance, so it counts as
+    /// drained.
     pub(crate) fn open(file: PathBuf) -> Self {
-        let kept = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        let mode = if kept == Some(Mode::Drained) { Mode::Drained } else { Mode::Active };
-        Self { file, mode: Mutex::new(mode) }
+        let (kept, damage) = match read(&file) {
+            Ok(mode) => (Some(mode), None),
+            Err(error) => {
+                let file = file.display();
+                let why = format!(
+                    "{file} cannot be read, so this host counts as drained: `outlive node undrain` ends that ({error})"
+                );
+                tracing::error!("{why}");
+                (None, Some(why))
+            }
+        };
+        Self { file, now: Mutex::new(Now { mode: kept.unwrap_or(Mode::Drained), kept, damage }) }
     }
 
     /// The mode.
     pub(crate) fn get(&self) -> Mode {
-        *self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+        self.now().mode
+    }
+
+    /// Why it is not known what the host was before.
+    pub(crate) fn damage(&self) -> Option<String> {
+        self.now().damage.clone()
     }
 
     /// Changes it. What is only for a while, a drain or the end of the host, ends with the node: then the host is what it
@@ -70,37 +95,72 @@ impl Modes {
     /// # Errors
     /// The disk does not take it.
     pub(crate) fn set(&self, mode: Mode, feed: &Feed) -> Result<(), NodeError> {
-        let mut now = self.mode.lock().unwrap_or_else(PoisonError::into_inner);
-        if *now == mode {
-            return Ok(());
-        }
-        if matches!(mode, Mode::Active | Mode::Drained) {
+        let mut now = self.now();
+        if matches!(mode, Mode::Active | Mode::Drained) && now.kept != Some(mode) {
             // Plain data: this cannot fail.
             replace(&self.file, &serde_json::to_vec(&mode).expect("a mode is plain data"))
                 .map_err(|error| NodeError::System("cannot keep the mode of the host".into(), error))?;
+            (now.kept, now.damage) = (Some(mode), None);
         }
-        *now = mode;
-        let name = mode.name();
-        feed.tell("node_mode", None, format!("this host is {name}"), json!({ "mode": mode }));
+        change(&mut now, mode, feed);
         Ok(())
     }
+
+    /// Goes back after something has failed. If the disk does not take it, it is so until the node ends.
+    fn back_to(&self, mode: Mode, feed: &Feed) {
+        if let Err(why) = self.set(mode, feed) {
+            tracing::error!("this host is {} until its node ends: {why}", mode.name());
+            change(&mut self.now(), mode, feed);
+        }
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn change(now: &mut Now, mode: Mode, feed: &Feed) {
+    if now.mode != mode {
+        now.mode = mode;
+        let name = mode.name();
+        feed.tell("node_mode", None, format!("this host is {name}"), json!({ "mode": mode }));
+    }
+}
+
+/// What the disk has of the mode; nothing is a host that was never drained.
+fn read(file: &Path) -> io::Result<Mode> {
+    let mut bytes = Vec::new();
+    match files::open(file) {
+        Ok(file) => file.take(100).read_to_end(&mut bytes)?,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Mode::Active),
+        Err(error) => return Err(error),
+    };
+    Ok(serde_json::from_slice(&bytes)?)
 }
 
 /// Gives all VMs away. If one does not go, those that went stay where they are, and the host is active again.
 pub(crate) fn drain(node: &Node, stop: bool, wait: Duration, work: &Work) -> Result<Value, NodeError> {
     let before = node.modes.get();
     node.modes.set(Mode::Draining, node.feed())?;
-    if !stop {
-        let drained = move_all(node, wait, work);
-        node.modes.set(if drained.is_ok() { Mode::Drained } else { Mode::Active }, node.feed())?;
-        return drained;
+    if stop {
+        let stopped = stop_all(node, wait, work);
+        // One that was cancelled before anything was shut down.
+        if node.modes.get() == Mode::Draining {
+            node.modes.back_to(before, node.feed());
+        }
+        return stopped;
     }
-    let stopped = stop_all(node, wait, work);
-    // One that was cancelled before anything was shut down.
-    if node.modes.get() == Mode::Draining {
-        node.modes.set(before, node.feed())?;
+    let drained = move_all(node, wait, work).and_then(|done| {
+        // What does not run by now does not begin to.
+        node.tell_all(None, Order::Hold)?;
+        node.modes.set(Mode::Drained, node.feed())?;
+        Ok(done)
+    });
+    if drained.is_err() {
+        node.modes.back_to(Mode::Active, node.feed());
+        node.tell_all(None, Order::Unpark)?;
     }
-    stopped
+    drained
 }
 
 /// The VMs that run here.
@@ -108,25 +168,67 @@ fn here(node: &Node) -> Vec<View> {
     node.list().into_iter().filter(|it| matches!(it.state, State::Running | State::Stopping)).collect()
 }
 
-/// Waits for VMs of which it is not certain yet whether they will run here.
-fn settle(node: &Node, wait: Duration, work: &Work) -> Result<(), NodeError> {
-    let is_open = |vm: &View| vm.pid.is_some() && matches!(vm.state, State::Starting | State::Deciding);
-    for vm in node.list().into_iter().filter(is_open) {
-        work.at(0, 1, &format!("it is not certain yet whether VM {} will run here", vm.name));
-        node.wait(&vm.name, wait, "the decision whether it runs here", |vm| {
+/// Waits for VMs of which it is not certain yet whether they will run here, but for those that have just left.
+fn settle(node: &Node, left: &[Value], wait: Duration, work: &Work) -> Result<(), NodeError> {
+    let is_open = |vm: &View| matches!(vm.state, State::Starting | State::Deciding | State::Waiting);
+    let has_left = |vm: &View| left.iter().any(|it| it["vm"] == *vm.name);
+    for vm in node.list().into_iter().filter(|vm| is_open(vm) && !has_left(vm)) {
+        let name = &vm.name;
+        if vm.state == State::Waiting && !vm.has_standby {
+            return Err(NodeError::Said(format!(
+                "VM {name} is about to be started again and has no standby, so it cannot leave this host: stop it first"
+            )));
+        }
+        work.at(0, 1, &format!("it is not certain yet whether VM {name} will run here"));
+        unless_gone(node.wait(name, wait, "the decision whether it runs here", |vm| {
             work.goes_on()?;
             Ok((!is_open(vm)).then_some(()))
-        })?;
+        }))?;
     }
     Ok(())
 }
 
+/// A VM that is not there any more has left in its own way.
+fn unless_gone<T>(waited: Result<T, NodeError>) -> Result<Option<T>, NodeError> {
+    match waited {
+        Err(NodeError::NoSuchVm(_)) => Ok(None),
+        waited => waited.map(Some),
+    }
+}
+
+/// How often the host is looked at anew after VMs were moved.
+const ROUNDS: u32 = 3;
+
 fn move_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError> {
     let began = Instant::now();
-    settle(node, wait, work)?;
-    let all = here(node);
+    let mut moved = Vec::new();
+    for _ in 0..ROUNDS {
+        settle(node, &moved, wait, work)?;
+        let all = here(node);
+        if all.is_empty() {
+            return Ok(json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved }));
+        }
+        move_these(node, &all, &mut moved, wait, work)?;
+    }
+    let names: Vec<_> = here(node).into_iter().map(|it| it.name).collect();
+    if names.is_empty() {
+        return Ok(json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved }));
+    }
+    let names = names.join(", ");
+    Err(NodeError::Said(format!(
+        "{names}: still here, or here again, after all VMs were moved, and this host is active again; `outlive vm list` says more"
+    )))
+}
+
+fn move_these(
+    node: &Node,
+    all: &[View],
+    moved: &mut Vec<Value>,
+    wait: Duration,
+    work: &Work,
+) -> Result<(), NodeError> {
     // Nothing is moved if it is known that not everything can be.
-    for vm in &all {
+    for vm in all {
         if !vm.has_standby && !vm.protected {
             let name = &vm.name;
             return Err(NodeError::Said(format!(
@@ -135,16 +237,16 @@ fn move_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError
             )));
         }
     }
-    let mut moved = Vec::new();
-    for (number, vm) in all.iter().enumerate() {
+    let total = moved.len() + all.len();
+    for vm in all {
         let name = &vm.name;
-        work.at(number, all.len(), &format!("VM {name} moves to its standby"));
+        work.at(moved.len(), total, &format!("VM {name} moves to its standby"));
         match move_one(node, name, wait, work) {
             Ok(None) => {}
             Ok(Some(took)) => moved.push(json!({ "vm": name, "took_ms": took })),
             Err(NodeError::Cancelled) => return Err(NodeError::Cancelled),
             Err(why) => {
-                let (count, total) = (moved.len(), all.len());
+                let count = moved.len();
                 let why = format!(
                     "VM {name} stays here, {count} of {total} VMs were moved, and this host is active again: {why}"
                 );
@@ -152,24 +254,24 @@ fn move_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError
             }
         }
     }
-    Ok(json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved }))
+    Ok(())
 }
 
 /// Returns how long it took, or nothing if the VM has ended or gone by itself.
 fn move_one(node: &Node, name: &str, wait: Duration, work: &Work) -> Result<Option<u64>, NodeError> {
-    let runs = node.wait(name, wait, "its protection", |vm| {
+    let runs = unless_gone(node.wait(name, wait, "its protection, or its end", |vm| {
         work.goes_on()?;
         let runs = vm.state == State::Running;
-        Ok((!runs || vm.protected).then_some(runs))
-    })?;
-    if !runs {
+        Ok((vm.state != State::Stopping && (!runs || vm.protected)).then_some(runs))
+    }))?;
+    if runs != Some(true) {
         return Ok(None);
     }
     let done = node.hand_over(name)?;
     // The process says that it waits, or ends, a little later.
-    node.wait(name, Duration::from_secs(30), "the end of its run here", |vm| {
+    unless_gone(node.wait(name, Duration::from_secs(30), "the end of its run here", |vm| {
         Ok((vm.state != State::Running).then_some(()))
-    })?;
+    }))?;
     Ok(done["took_ms"].as_u64())
 }
 
@@ -190,20 +292,32 @@ fn stop_all(node: &Node, wait: Duration, work: &Work) -> Result<Value, NodeError
             }
         }
     }
-    // From here on nothing can be taken back. A host that was drained is so when it is back.
-    node.modes.set(Mode::Stopping, node.feed())?;
-    for vm in node.list() {
-        node.order(&vm.name, Order::Park)?;
-    }
-    let left = |began: Instant| ENDS.saturating_sub(began.elapsed());
+    // From here on nothing can be taken back. A host that was drained is so when it is back. A VM that was begun meanwhile
+    // ends, too.
+    let mut wrong = node.tell_all(Some(Mode::Stopping), Order::Park)?;
+    let mut names: BTreeSet<_> = all.into_iter().map(|it| it.name).collect();
+    names.extend(node.list().into_iter().filter(|it| it.state.is_kept()).map(|it| it.name));
     let ends = Instant::now();
-    for vm in &all {
-        node.wait(&vm.name, left(ends), "the end of its process", |vm| {
-            Ok((!vm.state.is_kept()).then_some(()))
-        })?;
-        stopped.push(vm.name.clone());
+    for name in names {
+        let left = ENDS.saturating_sub(ends.elapsed());
+        let ended =
+            node.wait(&name, left, "the end of its process", |vm| Ok((!vm.state.is_kept()).then_some(())));
+        match unless_gone(ended) {
+            Ok(_) => stopped.push(name),
+            Err(why) => wrong.push((name, why)),
+        }
     }
-    Ok(json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved, "stopped": stopped }))
+    wrong.retain(|(name, _)| !stopped.contains(name));
+    if wrong.is_empty() {
+        return Ok(
+            json!({ "took_ms": began.elapsed().as_millis() as u64, "moved": moved, "stopped": stopped }),
+        );
+    }
+    let whys: Vec<_> = wrong.iter().map(|(name, why)| format!("VM {name}: {why}")).collect();
+    Err(NodeError::Said(format!(
+        "not every VM has ended, and this host is about to stop ({}); `outlive node undrain` takes that back, if the host stays",
+        whys.join("; ")
+    )))
 }
 
 #[cfg(test)]
@@ -227,5 +341,28 @@ mod tests {
         assert_eq!((modes.get(), open().get()), (Mode::Stopping, Mode::Drained));
         open().set(Mode::Active, &feed).unwrap();
         assert_eq!(open().get(), Mode::Active);
+    }
+
+    #[test]
+    fn a_damaged_mode_is_a_drained_host_and_a_full_disk_no_half_drain() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, feed) = (folder.path().join("mode.json"), Feed::new());
+        let open = || Modes::open(file.clone());
+        for damage in ["", "\"dra", "\"stopping\"x"] {
+            std::fs::write(&file, damage).unwrap();
+            let modes = open();
+            assert_eq!(modes.get(), Mode::Drained, "{damage}");
+            assert!(modes.damage().unwrap().contains("`outlive node undrain`"));
+        }
+        let modes = open();
+        modes.set(Mode::Active, &feed).unwrap();
+        assert_eq!((modes.damage(), open().damage(), open().get()), (None, None, Mode::Active));
+        // Nothing can be put in the place of a directory.
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir_all(file.join("x")).unwrap();
+        modes.set(Mode::Draining, &feed).unwrap();
+        modes.set(Mode::Drained, &feed).unwrap_err();
+        modes.back_to(Mode::Active, &feed);
+        assert_eq!(modes.get(), Mode::Active);
     }
 }

@@ -1,6 +1,5 @@
 //! How a process ended: by its exit code, or by the last line of its events if it was not this node's child.
 
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -8,7 +7,7 @@ use std::process::ExitStatus;
 
 use serde::{Deserialize, Serialize};
 
-use crate::log;
+use crate::{bounded, files, log};
 
 /// How much of a file of events is read to find its last line.
 const TAIL: i64 = 16 << 10;
@@ -74,14 +73,20 @@ struct LastWord {
 
 /// The last line of the events, if it is this process's and says how it ended.
 fn last_word(events: &Path, pid: u32) -> Option<LastWord> {
-    let mut file = File::open(events).ok()?;
+    let file = events.to_owned();
+    // An operator has named the file: it may be anything, anywhere.
+    let line = bounded::look(&format!("events {}", events.display()), move || last_line(&file)).flatten()?;
+    let word: LastWord = serde_json::from_slice(&line).ok()?;
+    (word.event == "ended" && word.pid == pid).then_some(word)
+}
+
+fn last_line(events: &Path) -> Option<Vec<u8>> {
+    let mut file = files::open(events).ok()?;
     let end = file.seek(SeekFrom::End(0)).ok()? as i64;
     file.seek(SeekFrom::End(-end.min(TAIL))).ok()?;
     let mut tail = Vec::new();
     file.take(TAIL as u64).read_to_end(&mut tail).ok()?;
-    let line = tail.trim_ascii_end().rsplit(|byte| *byte == b'\n').next()?;
-    let word: LastWord = serde_json::from_slice(line).ok()?;
-    (word.event == "ended" && word.pid == pid).then_some(word)
+    tail.trim_ascii_end().rsplit(|byte| *byte == b'\n').next().map(<[u8]>::to_vec)
 }
 
 #[cfg(test)]

@@ -115,6 +115,14 @@ pub enum NodeError {
         /// How long.
         secs: u64,
     },
+    /// Its thread waits for something.
+    #[error("the node's thread for VM {vm} has not answered within {secs} s")]
+    NoAnswer {
+        /// The VM.
+        vm: String,
+        /// How long.
+        secs: u64,
+    },
     /// The request is not understood.
     #[error("{0}")]
     BadRequest(String),
@@ -157,7 +165,7 @@ impl NodeError {
             Self::CannotCancel(_) => (409, "cannot_cancel"),
             Self::Cancelled => (409, "cancelled"),
             Self::NotStarted { .. } | Self::Failed { .. } | Self::Said(_) => (409, "failed"),
-            Self::TooLong { .. } => (504, "too_long"),
+            Self::TooLong { .. } | Self::NoAnswer { .. } => (504, "too_long"),
             Self::BadRequest(_) => (400, "bad_request"),
             Self::NoRoute(_) => (404, "no_route"),
             Self::NoMethod(_) => (405, "no_method"),
@@ -206,6 +214,9 @@ impl NodeError {
             }
             Self::TooLong { vm, .. } => {
                 return format!("`outlive vm show {vm}` says what it waits for").into();
+            }
+            Self::NoAnswer { .. } => {
+                "look after the mounts of its images, logs and events; the order may still be carried out"
             }
             Self::BadRequest(_) => "docs/api/openapi.json has every request",
             Self::NoRoute(_) | Self::NoMethod(_) => "docs/api/openapi.json has every route",

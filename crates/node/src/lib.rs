@@ -9,7 +9,7 @@
 //!   they are, and its options.
 //! - `records`: desired state and process of each VM, on disk. `process`: one process, from its start or adoption to its
 //!   end. `ended`: how it ended. `log`: its output, bounded. `asking`: what it says at the socket of `outlive status`.
-//!   `words`: its remedies, where a node keeps it.
+//!   `words`: its remedies, where a node keeps it. `bounded`: looks at files that may never come back.
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
 //! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `sse`: its
@@ -21,6 +21,7 @@
 
 pub mod api;
 mod asking;
+mod bounded;
 pub mod cli;
 mod client;
 pub mod definition;

@@ -6,6 +6,8 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::files;
+
 /// Longer files are cut, in bytes.
 pub(crate) const MOST: u64 = 8 << 20;
 
@@ -43,7 +45,7 @@ pub(crate) fn bound(path: &Path, most: u64) -> io::Result<()> {
 /// # Errors
 /// The operating system's.
 pub(crate) fn tail(path: &Path, bytes: u64) -> io::Result<(String, u64)> {
-    let mut file = match File::open(path) {
+    let mut file = match files::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((String::new(), 0)),
         file => file?,
     };
@@ -68,7 +70,7 @@ pub(crate) fn tail(path: &Path, bytes: u64) -> io::Result<(String, u64)> {
 /// # Errors
 /// The operating system's.
 pub(crate) fn after(path: &Path, from: u64, most: u64) -> io::Result<(String, u64)> {
-    let mut file = match File::open(path) {
+    let mut file = match files::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((String::new(), 0)),
         file => file?,
     };

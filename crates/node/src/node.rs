@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use crate::definition::Folder;
 use crate::drain::{Mode, Modes};
 use crate::error::NodeError;
 use crate::feed::Feed;
-use crate::files::{lock, make_folder};
+use crate::files::{lock, make_folder, protect_each};
 use crate::jobs::Jobs;
 use crate::keeper::{Kept, Order};
 use crate::log;
@@ -25,16 +26,19 @@ use crate::program::Program;
 use crate::records::Records;
 use crate::view::{State, View};
 
+/// How long a keeper may take to answer. It may be asking its process, a few times and two seconds each at most.
+const ANSWERS: Duration = Duration::from_secs(10);
 /// How often a job looks.
 const STEP: Duration = Duration::from_millis(50);
+
 /// Where a node has its files.
 #[derive(Clone, Debug)]
 pub struct Places {
     /// Definitions.
     pub definitions: PathBuf,
-    /// What is desired, and which processes there are. It must survive a restart of the host.
+    /// What is desired, which processes there are, and their locks. Only the node writes there. It must survive a restart of the host.
     pub state: PathBuf,
-    /// Sockets and locks of the VMs. It need not.
+    /// Sockets of the VMs. It need not.
     pub run: PathBuf,
     /// Logs of the VMs.
     pub logs: PathBuf,
@@ -44,6 +48,15 @@ impl Places {
     /// Where a VM's process is asked.
     pub(crate) fn socket_of(&self, vm: &str) -> PathBuf {
         self.run.join(format!("{vm}.sock"))
+    }
+
+    /// What its process has locked. Users that VMs run as may write to the directory of the sockets, and not here.
+    pub(crate) fn lock_of(&self, vm: &str) -> PathBuf {
+        self.locks().join(format!("{vm}.lock"))
+    }
+
+    fn locks(&self) -> PathBuf {
+        self.state.join("locks")
     }
 
     /// Where its output goes.
@@ -92,6 +105,9 @@ pub(crate) struct NodeView {
     pub(crate) pid: u32,
     pub(crate) since: String,
     pub(crate) mode: Mode,
+    /// What is wrong with the node itself.
+    #[serde(default)]
+    pub(crate) warnings: Vec<String>,
     /// VMs by state.
     pub(crate) vms: BTreeMap<String, u32>,
     /// VMs that run here and that no standby has.
@@ -120,10 +136,11 @@ impl Node {
     /// # Errors
     /// See [`StartError`]. A bad definition is none: its VM says what is wrong.
     pub fn start(host: &str, places: Places, program: Program) -> Result<Arc<Self>, StartError> {
-        let vms = places.state.join("vms");
+        let (vms, locks) = (places.state.join("vms"), places.locks());
         for (path, option) in [
             (&places.definitions, "--vms"),
             (&vms, "--state"),
+            (&locks, "--state"),
             (&places.run, "--run"),
             (&places.logs, "--logs"),
         ] {
@@ -131,6 +148,8 @@ impl Node {
             make_folder(path).map_err(wrong)?;
             std::fs::read_dir(path).map_err(wrong)?;
         }
+        let run = |source| StartError::Folder { path: places.run.clone(), option: "--run", source };
+        protect_each(&places.run).map_err(run)?;
         let state = |source| StartError::Folder { path: places.state.clone(), option: "--state", source };
         let only = lock(&places.state.join("node.lock")).map_err(state)?;
         let only = only.ok_or_else(|| StartError::Taken(places.state.clone()))?;
@@ -180,6 +199,7 @@ impl Node {
             pid: std::process::id(),
             since: self.since.clone(),
             mode: self.modes.get(),
+            warnings: self.modes.damage().into_iter().collect(),
             vms,
             unprotected: bare.map(|it| it.name.clone()).collect(),
         }
@@ -222,13 +242,10 @@ impl Node {
         order: impl FnOnce(crate::keeper::Answer) -> Order,
     ) -> Result<(), NodeError> {
         let (answer, heard) = std::sync::mpsc::channel();
-        match self.vms().get(name) {
-            Some(vm) => vm.tell(order(answer)),
-            None => return Err(NodeError::NoSuchVm(name.to_owned())),
+        if !self.vms().get(name).is_some_and(|vm| vm.tell(order(answer))) {
+            return Err(NodeError::NoSuchVm(name.to_owned()));
         }
-        // It may be asking its process, a few times and two seconds each at most.
-        let heard = heard.recv_timeout(Duration::from_secs(10));
-        heard.map_err(|_| NodeError::NoSuchVm(name.to_owned()))?
+        answered(name, heard.recv_timeout(ANSWERS))
     }
 
     /// Waits until `seen` says something of a VM.
@@ -260,5 +277,15 @@ impl Node {
 
     fn vms(&self) -> MutexGuard<'_, BTreeMap<String, Kept>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a keeper has said, if it has.
+fn answered(name: &str, heard: Result<Result<(), NodeError>, RecvTimeoutError>) -> Result<(), NodeError> {
+    let vm = name.to_owned();
+    match heard {
+        Ok(said) => said,
+        Err(RecvTimeoutError::Disconnected) => Err(NodeError::NoSuchVm(vm)),
+        Err(RecvTimeoutError::Timeout) => Err(NodeError::NoAnswer { vm, secs: ANSWERS.as_secs() }),
     }
 }

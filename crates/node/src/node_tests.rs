@@ -1,15 +1,18 @@
 //! A whole node, with processes that run nothing.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::asking::{BEING_STARTED, UNDECIDED};
-use crate::definition::AUTOSTART;
+use crate::definition::{AUTOSTART, Definition};
 use crate::drain::Mode;
 use crate::error::NodeError;
+use crate::feed::Feed;
 use crate::jobs::{Job, JobState};
-use crate::node::Node;
-use crate::records::Desired;
+use crate::keeper::{Kept, Order};
+use crate::node::{Node, Shared};
+use crate::records::{Desired, Records};
 use crate::testing::{World, wait};
 use crate::view::State;
 
@@ -72,7 +75,7 @@ fn a_vm_outlives_its_node() {
         (State::Stopped, 1),
         "it stays stopped"
     );
-    let lock = world.places().run.join("web.lock");
+    let lock = world.places().lock_of("web");
     assert!(lock.exists());
     node.undefine("web").unwrap();
     assert!(node.list().is_empty() && !lock.exists(), "nothing of it is left");
@@ -327,4 +330,255 @@ fn two_nodes_do_not_share_a_host_and_definitions_are_read_when_they_change() {
     while node.get("b").is_ok() {
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+fn fifo(path: &std::path::Path) {
+    let _ = std::fs::remove_file(path);
+    nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+}
+
+/// A pipe whose other end nobody opens holds up whoever opens it, as a mount does whose server is dead.
+#[test]
+fn files_that_never_answer_hold_up_nobody() {
+    let world = World::new();
+    let pipe = world.folder.path().join("pipe");
+    let node = world.node();
+    node.define("web", &format!("{AUTOSTART} = true\nmemory = '1G'\nevents = '{}'", pipe.display())).unwrap();
+    let first = wait(&node, "web", |it| it.state == State::Running);
+    fifo(&pipe);
+    kill(first.pid.unwrap());
+    let second = wait(&node, "web", |it| it.state == State::Running && it.pid != first.pid);
+    // The same for a node that finds nobody any more.
+    drop(node);
+    kill(second.pid.unwrap());
+    fifo(&world.places().definitions.join("pipe.toml"));
+    let node = world.node();
+    wait(&node, "web", |it| it.state == State::Running && it.pid != second.pid);
+    wait(&node, "pipe", |it| it.state == State::Misdefined);
+    fifo(&world.places().log_of("pipe"));
+    assert!(matches!(node.log("pipe", None, 10), Err(NodeError::System(..))));
+    assert!(matches!(node.log("pipe", Some(0), 10), Err(NodeError::System(..))));
+    // The program opens what a definition names.
+    let kernel = world.folder.path().join("hangs");
+    fifo(&kernel);
+    node.define("late", &format!("kernel = '{}'", kernel.display())).unwrap();
+    wait(&node, "late", |it| it.warnings.iter().any(|it| it.contains("does not answer")));
+}
+
+/// One whose thread hangs is not called missing.
+#[test]
+fn a_process_that_stands_still_holds_up_no_node() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", "memory = '1G'").unwrap();
+    let job = done(&node, node.begin_start("web").unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    let pid = node.get("web").unwrap().pid.unwrap();
+    let signal = |it| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), it).unwrap();
+    drop(node);
+    signal(nix::sys::signal::Signal::SIGSTOP);
+    let began = std::time::Instant::now();
+    let node = world.node();
+    assert!(began.elapsed() < Duration::from_secs(2), "the node waits for a process: {:?}", began.elapsed());
+    let view = wait(&node, "web", |it| it.has_process);
+    assert_eq!(view.state, State::Starting, "{view:?}");
+    signal(nix::sys::signal::Signal::SIGCONT);
+    wait(&node, "web", |it| it.state == State::Running);
+}
+
+/// The record of a VM, as it is on the disk.
+fn record(world: &World, vm: &str) -> serde_json::Value {
+    let file = world.places().state.join("vms").join(format!("{vm}.json"));
+    serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+}
+
+/// The disk was full when the VM's second process began, and the first one's number is a stranger's by now.
+#[test]
+fn only_a_process_that_has_the_lock_is_told_to_end() {
+    let world = World::new();
+    let node = world.node();
+    for vm in ["web", "mute"] {
+        node.define(vm, "memory = '1G'").unwrap();
+        let job = done(&node, node.begin_start(vm).unwrap());
+        assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    }
+    let own = node.get("web").unwrap().pid;
+    drop(node);
+    let mut stranger = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    for vm in ["web", "mute"] {
+        let mut old = record(&world, vm);
+        old["process"]["pid"] = stranger.id().into();
+        std::fs::write(world.places().state.join("vms").join(format!("{vm}.json")), old.to_string()).unwrap();
+    }
+    world.tell("mute", "mute", "");
+    let node = world.node();
+    assert_eq!(wait(&node, "web", |it| it.state == State::Running).pid, own);
+    for (vm, now) in [("web", false), ("mute", true)] {
+        let job = done(&node, node.begin_stop(vm, false, now).unwrap());
+        assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+        assert!(!node.get(vm).unwrap().has_process);
+    }
+    assert!(stranger.try_wait().unwrap().is_none(), "a stranger was told to end");
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+}
+
+#[test]
+fn a_record_that_was_not_written_is_written_later() {
+    let world = World::new();
+    let node = world.node();
+    node.define("web", &format!("{AUTOSTART} = true\nmemory = '1G'")).unwrap();
+    let first = wait(&node, "web", |it| it.state == State::Running);
+    let (records, away) = (world.places().state.join("vms"), world.places().state.join("away"));
+    std::fs::rename(&records, &away).unwrap();
+    kill(first.pid.unwrap());
+    let second = wait(&node, "web", |it| it.state == State::Running && it.pid != first.pid);
+    std::fs::rename(&away, &records).unwrap();
+    let began = std::time::Instant::now();
+    while record(&world, "web")["process"]["pid"] != second.pid.unwrap() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it was not tried again");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Its keeper is over, and the host's list still has it.
+#[test]
+fn a_vm_that_goes_does_not_break_off_the_end_of_the_host() {
+    let world = World::new();
+    let node = world.node();
+    for vm in ["b", "c"] {
+        node.define(vm, "memory = '1G'").unwrap();
+        done(&node, node.begin_start(vm).unwrap());
+    }
+    node.define("a", "memory = '1G'").unwrap();
+    std::fs::remove_file(world.places().definitions.join("a.toml")).unwrap();
+    while node.order("a", Order::Settle).is_ok() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let job = done(&node, node.begin_drain(true, Duration::from_secs(1)).unwrap());
+    assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    assert_eq!(job.result.unwrap()["stopped"], serde_json::json!(["b", "c"]));
+    assert!(["b", "c"].iter().all(|vm| !node.get(vm).unwrap().has_process));
+    node.undrain().unwrap();
+    wait(&node, "b", |it| it.has_process);
+    wait(&node, "c", |it| it.has_process);
+}
+
+/// What may still run here is waited for, and what does not run is not begun.
+#[test]
+fn a_drained_host_starts_nothing() {
+    let world = World::new();
+    let node = world.node();
+    let drain = |wait| done(&node, node.begin_drain(false, Duration::from_secs(wait)).unwrap());
+    node.define("alone", "memory = '1G'").unwrap();
+    node.define("web", &two_hosts(1)).unwrap();
+    for (vm, why) in [("alone", "VM alone is about to be started again"), ("web", "has not come within 1 s")]
+    {
+        done(&node, node.begin_start(vm).unwrap());
+        world.tell(vm, "refuses", "outlive: no");
+        kill(node.get(vm).unwrap().pid.unwrap());
+        wait(&node, vm, |it| it.state == State::Waiting && it.failures > 1);
+        let job = drain(1);
+        assert_eq!((job.state, node.modes.get()), (JobState::Failed, Mode::Active), "{job:?}");
+        assert!(job.error.as_ref().unwrap().message.contains(why), "{job:?}");
+        if vm == "alone" {
+            done(&node, node.begin_stop(vm, false, false).unwrap());
+        }
+    }
+    world.tell("web", "role", "standby");
+    world.untell("web", "refuses");
+    let job = drain(60);
+    assert_eq!((job.state, node.modes.get()), (JobState::Succeeded, Mode::Drained), "{job:?}");
+    assert_eq!(node.get("web").unwrap().state, State::Standby);
+    node.define("auto", &format!("{AUTOSTART} = true\nmemory = '1G'")).unwrap();
+    let rests = |node: &Node| {
+        std::thread::sleep(Duration::from_millis(600));
+        let view = node.get("auto").unwrap();
+        assert_eq!((view.state, view.why.as_deref()), (State::Stopped, Some("this host is drained")));
+        assert_eq!(world.starts("auto"), 0);
+    };
+    rests(&node);
+    drop(node);
+    let node = world.node();
+    rests(&node);
+    // It stays the standby of what has left it.
+    kill(wait(&node, "web", |it| it.state == State::Standby).pid.unwrap());
+    let starts = world.starts("web");
+    wait(&node, "web", |it| it.state == State::Standby && world.starts("web") > starts && it.failures > 0);
+    node.undrain().unwrap();
+    wait(&node, "auto", |it| it.state == State::Running);
+}
+
+#[test]
+fn a_host_whose_mode_is_not_kept_says_so() {
+    let world = World::new();
+    let mode = world.places().state.join("mode.json");
+    drop(world.node());
+    std::fs::write(&mode, "\"drain").unwrap();
+    let node = world.node();
+    assert_eq!((node.modes.get(), node.view().warnings.len()), (Mode::Drained, 1));
+    assert!(node.undrain().unwrap().warnings.is_empty());
+    // As a disk that is full.
+    std::fs::remove_file(&mode).unwrap();
+    std::fs::create_dir_all(mode.join("x")).unwrap();
+    let job = done(&node, node.begin_drain(false, Duration::from_secs(1)).unwrap());
+    assert_eq!((job.state, node.modes.get()), (JobState::Failed, Mode::Active), "{job:?}");
+}
+
+/// What a keeper is told is done, or it says that it is over.
+#[test]
+fn a_definition_that_comes_back_is_not_lost() {
+    let world = World::new();
+    drop(world.node());
+    let program = crate::testing::program();
+    let definition =
+        Definition::parse(std::path::Path::new("/vms/web.toml"), "memory = '1G'", "hosta", &program).unwrap();
+    let shared = Arc::new(Shared {
+        places: world.places(),
+        program,
+        records: Records::open(world.places().state.join("vms")).unwrap(),
+        feed: Arc::new(Feed::new()),
+        log_max: 1,
+    });
+    for pause in 0..300 {
+        let kept = Kept::start("web", Some(Ok(definition.clone())), Mode::Active, shared.clone()).unwrap();
+        let told = kept.tell(Order::Undefine { forget: false });
+        assert!(told);
+        std::thread::sleep(Duration::from_micros(pause % 30 * 10));
+        if !kept.tell(Order::Define(Box::new(Ok(definition.clone())))) {
+            continue;
+        }
+        let (answer, heard) = std::sync::mpsc::channel();
+        assert!(kept.tell(Order::Settle(answer)), "it took the definition and is over");
+        heard.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
+        assert_eq!(kept.view().definition_error, None);
+    }
+}
+
+/// A node may die between the disk and the signal. A second signal would not wait for the guest.
+#[test]
+fn a_stop_is_carried_out_once_whichever_node_does() {
+    let world = World::new();
+    let node = world.node();
+    for vm in ["told", "untold", "standby"] {
+        node.define(vm, "memory = '1G'").unwrap();
+        let job = done(&node, node.begin_start(vm).unwrap());
+        assert_eq!(job.state, JobState::Succeeded, "{job:?}");
+    }
+    drop(node);
+    let null = serde_json::Value::Null;
+    for (vm, untold) in [("told", null), ("untold", "vm".into()), ("standby", "standby".into())] {
+        let mut new = record(&world, vm);
+        (new["desired"], new["by"], new["untold"]) = ("stopped".into(), "operator".into(), untold);
+        std::fs::write(world.places().state.join("vms").join(format!("{vm}.json")), new.to_string()).unwrap();
+    }
+    let node = world.node();
+    wait(&node, "untold", |it| it.state == State::Stopped && !it.has_process);
+    let view = wait(&node, "standby", |it| it.desired == Desired::Running);
+    assert!(view.has_process, "it was to end a standby, and the VM runs here");
+    // Long enough for what must not be.
+    std::thread::sleep(Duration::from_millis(1500));
+    let view = node.get("told").unwrap();
+    assert!(view.state == State::Stopping && view.has_process, "{view:?}");
+    assert_eq!(node.get("standby").unwrap().state, State::Running);
 }

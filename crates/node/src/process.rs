@@ -4,8 +4,10 @@
 //! node that comes later knows for certain whether the VM has a process: there is no time between the start and the
 //! lock, and no number that another process might have by now.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -27,9 +29,17 @@ pub(crate) enum Process {
     Adopted {
         /// What only a living process has locked.
         lock: PathBuf,
-        /// Its number, once it is known.
-        pid: Option<u32>,
+        /// Which it is, once that is certain.
+        known: Option<Known>,
     },
+}
+
+/// A process that has the lock for certain.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pid: u32,
+    /// Of this one process for ever, also when its number is another's.
+    descriptor: OwnedFd,
 }
 
 /// Whether a process has ended.
@@ -69,10 +79,10 @@ impl Process {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn find(lock: &Path, pid: Option<u32>) -> io::Result<Option<Self>> {
+    pub(crate) fn find(lock: &Path) -> io::Result<Option<Self>> {
         Ok(match files::lock(lock)? {
             Some(_free) => None,
-            None => Some(Self::Adopted { lock: lock.to_owned(), pid }),
+            None => Some(Self::Adopted { lock: lock.to_owned(), known: None }),
         })
     }
 
@@ -80,7 +90,7 @@ impl Process {
     pub(crate) fn pid(&self) -> Option<u32> {
         match self {
             Self::Child(child) => Some(child.id()),
-            Self::Adopted { pid, .. } => *pid,
+            Self::Adopted { known, .. } => known.as_ref().map(|it| it.pid),
         }
     }
 
@@ -89,10 +99,26 @@ impl Process {
         matches!(self, Self::Adopted { .. })
     }
 
-    /// Its number has become known.
-    pub(crate) fn is_known_as(&mut self, number: u32) {
-        if let Self::Adopted { pid, .. } = self {
-            *pid = Some(number);
+    /// Whether it has this number, which somebody at its socket has. A record's number is not enough: the record may be
+    /// of an earlier process, and the number a stranger's by now. Nor is the socket's: others may have put theirs there.
+    pub(crate) fn is(&mut self, pid: u32) -> bool {
+        match self {
+            Self::Child(child) => child.id() == pid,
+            Self::Adopted { known: Some(known), .. } if known.pid == pid => true,
+            Self::Adopted { lock, known } => match look_at(pid, lock) {
+                Ok(found) => {
+                    let is = found.is_some();
+                    *known = found.or(known.take());
+                    is
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        %error, "cannot look at the process {pid}, so it is not known whether it is a VM's: run the node \
+                         with CAP_SYS_PTRACE"
+                    );
+                    false
+                }
+            },
         }
     }
 
@@ -115,14 +141,39 @@ impl Process {
     /// # Errors
     /// The operating system's; also if the number of an adopted process is not known yet.
     pub(crate) fn terminate(&mut self) -> io::Result<()> {
-        let pid = self.pid().and_then(|it| Pid::from_raw(it as i32)).ok_or(io::ErrorKind::NotFound)?;
-        // A descriptor is of one process for ever. If that lives after it was made, it is the right one.
-        let process = pidfd_open(pid, PidfdFlags::empty())?;
-        if !matches!(self.life()?, Life::Lives) {
-            return Err(io::ErrorKind::NotFound.into());
-        }
+        let child;
+        let process = match self {
+            // Nobody else has its number until this node has asked how it has ended.
+            Self::Child(it) => {
+                let pid = Pid::from_raw(it.id() as i32).ok_or(io::ErrorKind::NotFound)?;
+                child = pidfd_open(pid, PidfdFlags::empty())?;
+                &child
+            }
+            Self::Adopted { known, .. } => &known.as_ref().ok_or(io::ErrorKind::NotFound)?.descriptor,
+        };
         Ok(pidfd_send_signal(process, Signal::TERM)?)
     }
+}
+
+/// The process of this number, if its standard input is the file of the lock.
+fn look_at(pid: u32, lock: &Path) -> io::Result<Option<Known>> {
+    let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+    // Before the look: should the number become another's, the descriptor is of nobody.
+    let looked = pidfd_open(number, PidfdFlags::empty()).map_err(io::Error::from).and_then(|descriptor| {
+        let (input, lock) = (fs::metadata(format!("/proc/{pid}/fd/0"))?, fs::symlink_metadata(lock)?);
+        let is = (input.dev(), input.ino()) == (lock.dev(), lock.ino());
+        Ok(is.then_some(Known { pid, descriptor }))
+    });
+    match looked {
+        // It has ended, or has no standard input.
+        Err(error) if error.kind() == io::ErrorKind::NotFound || is_gone(&error) => Ok(None),
+        looked => looked,
+    }
+}
+
+/// Whether a process has ended, as the kernel says it.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::errno::Errno::ESRCH as i32)
 }
 
 #[cfg(test)]
@@ -158,15 +209,17 @@ mod tests {
             folder.path(),
             "echo \"$@\" \"$NOTIFY_SOCKET\"; trap 'exit 7' TERM; while :; do sleep 0.01; done",
         );
-        assert!(Process::find(&lock, None).unwrap().is_none());
+        assert!(Process::find(&lock).unwrap().is_none());
         let start =
             || Process::start(&program, &["--name=a b".into()], &lock, crate::log::open(&log).unwrap());
         let mut child = start().unwrap().unwrap();
         assert!(start().unwrap().is_none(), "two processes");
-        let mut found = Process::find(&lock, None).unwrap().expect("it lives");
+        let mut found = Process::find(&lock).unwrap().expect("it lives");
         assert!(found.is_adopted() && matches!(found.life().unwrap(), Life::Lives));
         assert!(found.terminate().is_err(), "nobody knows its number");
-        found.is_known_as(child.pid().unwrap());
+        assert!(!found.is(std::process::id()) && !found.is(u32::MAX), "a stranger has the number");
+        assert!(found.terminate().is_err() && found.pid().is_none());
+        assert!(found.is(child.pid().unwrap()));
         while std::fs::read_to_string(&log).unwrap().is_empty() {
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, ArgMatches, Command};
 
+use crate::bounded;
+
 /// `outlive`: where it is, and its command `run`.
 #[derive(Clone, Debug)]
 pub struct Program {
@@ -113,7 +115,12 @@ impl Program {
     /// What the program thinks of arguments, if it can read them.
     pub(crate) fn judge(&self, arguments: &[String]) -> Sense {
         let read = self.run.clone().try_get_matches_from(arguments).ok();
-        self.judge.zip(read).map(|(judge, matches)| judge(&matches)).unwrap_or_default()
+        let Some((judge, matches)) = self.judge.zip(read) else { return Sense::default() };
+        // It looks at the files that are named.
+        bounded::look(&arguments.join(" "), move || judge(&matches)).unwrap_or_else(|| {
+            let late = "a file that it names does not answer: look after the mount that it is on";
+            Sense { wrong: None, warnings: vec![Remark::new("", late)] }
+        })
     }
 }
 

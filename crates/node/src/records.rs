@@ -1,12 +1,12 @@
 //! What is desired of each VM, and which process it has: one small file for each, in the node's state directory.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, ErrorKind, Read};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::replace;
+use crate::files::{self, replace};
 
 /// The longest record, in bytes. The arguments of a process are in it.
 const LONGEST: u64 = 256 << 10;
@@ -56,13 +56,31 @@ pub(crate) struct Record {
     pub(crate) by: By,
     /// The process whose end is not known yet.
     pub(crate) process: Option<Started>,
+    /// A stop that was accepted, and of which the process was not told yet.
+    #[serde(default)]
+    pub(crate) untold: Option<Stop>,
+}
+
+/// What shall end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Stop {
+    /// The VM, which runs here.
+    Vm,
+    /// Its protection by this host.
+    Standby,
 }
 
 impl Record {
+    /// Whether an operator has asked for the end of the process, and it was told.
+    pub(crate) fn is_told(&self) -> bool {
+        self.desired == Desired::Stopped && self.by == By::Operator && self.untold.is_none()
+    }
+
     /// Of a VM that nobody has started or stopped.
     pub(crate) fn fresh(autostart: bool) -> Self {
         let desired = if autostart { Desired::Running } else { Desired::Stopped };
-        Self { desired, by: By::Definition, process: None }
+        Self { desired, by: By::Definition, process: None, untold: None }
     }
 }
 
@@ -95,7 +113,7 @@ impl Records {
     pub(crate) fn read(&self, name: &str) -> Option<Record> {
         let read = || -> io::Result<Record> {
             let mut bytes = Vec::new();
-            File::open(self.file(name))?.take(LONGEST).read_to_end(&mut bytes)?;
+            files::open(&self.file(name))?.take(LONGEST).read_to_end(&mut bytes)?;
             Ok(serde_json::from_slice(&bytes)?)
         };
         match read() {
@@ -107,7 +125,7 @@ impl Records {
                     "the record {} cannot be read: the VM is not started until `outlive vm start {name}`",
                     self.file(name).display()
                 );
-                Some(Record { desired: Desired::Stopped, by: By::Damage, process: None })
+                Some(Record { desired: Desired::Stopped, by: By::Damage, process: None, untold: None })
             }
         }
     }

@@ -75,6 +75,9 @@ pub(crate) struct View {
     pub(crate) why: Option<String>,
     /// Since when it is in this state: RFC 3339, UTC.
     pub(crate) since: String,
+    /// There is a process that this node keeps; its number may not be known yet.
+    #[serde(default)]
+    pub(crate) has_process: bool,
     /// Its process.
     pub(crate) pid: Option<u32>,
     /// This node has found the process and not started it.

@@ -34,8 +34,10 @@ use crate::node::Node;
 
 /// The most clients at a time. The next one waits.
 const CONNECTIONS: usize = 64;
+/// How many requests may wait for the disk, or for a VM's process, at a time.
+const WAITING: usize = 32;
 /// How long a client may take to say what it wants.
-const HEAD: Duration = Duration::from_secs(10);
+const HEAD: Duration = Duration::from_secs(5);
 /// The longest head of a request, in bytes.
 const LONGEST_HEAD: usize = 32 << 10;
 
@@ -106,7 +108,7 @@ pub fn serve(node: &Arc<Node>, path: &Path, group: Option<&str>) -> Result<Serve
         give_to(group, path).map_err(refused)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .max_blocking_threads(4)
+        .max_blocking_threads(WAITING)
         .enable_all()
         .build()
         .map_err(ServeError::Runtime)?;

@@ -23,6 +23,8 @@ use crate::view::View;
 
 /// The longest body of a request, in bytes: a definition in JSON, with its escapes.
 const LONGEST: usize = 2 * definition::LONGEST;
+/// How long a body may take. Its client has a connection meanwhile, which others may wait for.
+const BODY: Duration = Duration::from_secs(5);
 /// How much of a log is told, in bytes.
 const LOG: u64 = 64 << 10;
 
@@ -197,10 +199,11 @@ impl<S: Send + Sync> axum::extract::FromRequest<S> for Body {
     type Rejection = std::convert::Infallible;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
-        let bytes = Bytes::from_request(request, state).await;
         let why =
             |_| NodeError::BadRequest(format!("the body is longer than {LONGEST} bytes, or it broke off"));
-        Ok(Self(bytes.map_err(why)))
+        let late = |_| NodeError::BadRequest(format!("the body has not come within {} s", BODY.as_secs()));
+        let bytes = tokio::time::timeout(BODY, Bytes::from_request(request, state)).await;
+        Ok(Self(bytes.map_err(late).and_then(|bytes| bytes.map_err(why))))
     }
 }
 

@@ -66,6 +66,7 @@ fn status(api: &Api) -> Outcome {
             node.version,
             node.since
         );
+        node.warnings.iter().for_each(|why| text += &format!("  WARNING: {why}\n"));
         for (state, count) in &node.vms {
             text += &format!("  {count} {state}\n");
         }

@@ -129,10 +129,10 @@ fn define(name: &str, file: &Path, api: &Api) -> Outcome {
     }
     print(api.json, &defined, |Defined { vm, changed }| {
         let is = if *changed { "is defined" } else { "is defined so already: nothing was changed" };
-        let then = match vm.pid {
-            Some(_) if !changed => String::new(),
-            Some(_) => "; its process keeps what it was started with until its next start".to_owned(),
-            None => format!("; `outlive vm start {name}` starts it"),
+        let then = match vm.has_process {
+            true if !changed => String::new(),
+            true => "; its process keeps what it was started with until its next start".to_owned(),
+            false => format!("; `outlive vm start {name}` starts it"),
         };
         format!("VM {name} {is}{then}\n")
     })

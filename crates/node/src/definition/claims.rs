@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::{Definition, DefinitionError, Fault};
+use crate::bounded;
 
 /// Something that only one VM of a host may have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +32,18 @@ enum Identity {
 }
 
 impl Identity {
+    /// A file that does not answer is known by its path alone.
     fn of_file(path: &str) -> Self {
+        let of_thread = path.to_owned();
+        bounded::look(&format!("file {path}"), move || Self::found(&of_thread)).unwrap_or_else(|| {
+            tracing::warn!(
+                "{path} does not answer, so it is not known whether two VMs have it: look after its mount"
+            );
+            Self::Text(path.to_owned())
+        })
+    }
+
+    fn found(path: &str) -> Self {
         match fs::metadata(path) {
             // Two device nodes may be one device.
             Ok(it) if it.rdev() != 0 => Self::File(u64::MAX, it.rdev()),
@@ -64,8 +76,8 @@ impl Claim {
     }
 }
 
-/// What a VM has for itself.
-fn claims(of: &Definition) -> Vec<Claim> {
+/// What a VM has for itself. It looks at files.
+pub(super) fn claims(of: &Definition) -> Vec<Claim> {
     let mut claims = Vec::new();
     let mut claim = |key, what, value: &str, readonly, identity| {
         claims.push(Claim { key, what, value: value.to_owned(), readonly, identity });
@@ -103,13 +115,19 @@ pub type Conflict = DefinitionError;
 /// The first thing that a VM has in common with one of the others and must not.
 pub fn conflict<'a>(one: &Definition, others: impl IntoIterator<Item = &'a Definition>) -> Option<Conflict> {
     let mine = claims(one);
-    others.into_iter().filter(|other| other.name != one.name).find_map(|other| {
-        let theirs = claims(other);
-        let claim = mine.iter().find(|claim| theirs.iter().any(|it| it.is(claim)))?;
-        let (what, value) = (claim.what, claim.value.clone());
-        let fault = Fault::Shared { what, value, of: other.name.clone(), file: other.file.clone() };
-        Some(DefinitionError::new(&one.file, claim.key, fault))
-    })
+    let others = others.into_iter().filter(|other| other.name != one.name);
+    others.into_iter().find_map(|other| shared((one, &mine), (other, &claims(other))))
+}
+
+/// The first thing that two VMs have in common.
+pub(super) fn shared(
+    (one, mine): (&Definition, &[Claim]),
+    (other, theirs): (&Definition, &[Claim]),
+) -> Option<Conflict> {
+    let claim = mine.iter().find(|claim| theirs.iter().any(|it| it.is(claim)))?;
+    let (what, value) = (claim.what, claim.value.clone());
+    let fault = Fault::Shared { what, value, of: other.name.clone(), file: other.file.clone() };
+    Some(DefinitionError::new(&one.file, claim.key, fault))
 }
 
 #[cfg(test)]

@@ -1,13 +1,14 @@
 //! The directory with all definitions of a host.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read as _};
+use std::fs;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::{Definition, DefinitionError, Fault, conflict};
-use crate::files::replace;
+use super::claims::{Claim, claims, shared};
+use super::{Definition, DefinitionError, Fault};
+use crate::files::{self, replace};
 use crate::program::Program;
 
 /// How the names of definitions end.
@@ -40,14 +41,20 @@ impl Folder {
     /// The operating system's, if there is no such directory.
     pub fn read(&self, program: &Program) -> io::Result<Read> {
         let mut all = Read::new();
+        let mut good: Vec<(Definition, Vec<Claim>)> = Vec::new();
         for file in self.files()? {
             let name = file.file_stem().map(|it| it.to_string_lossy().into_owned()).unwrap_or_default();
-            let mut read = self.read_one(&file, program);
-            if let Ok(definition) = &read
-                && let Some(conflict) = conflict(definition, all.values().flatten())
-            {
-                read = Err(conflict);
-            }
+            let read = self.read_one(&file, program).and_then(|definition| {
+                // Each file that it names is looked at once.
+                let mine = claims(&definition);
+                if let Some(why) =
+                    good.iter().find_map(|(it, theirs)| shared((&definition, &mine), (it, theirs)))
+                {
+                    return Err(why);
+                }
+                good.push((definition.clone(), mine));
+                Ok(definition)
+            });
             all.insert(name, read);
         }
         Ok(all)
@@ -117,11 +124,8 @@ impl Folder {
 
 /// `None`: it is longer than a definition can be.
 fn text(file: &Path) -> io::Result<Option<String>> {
-    if !fs::metadata(file)?.is_file() {
-        return Err(io::Error::new(ErrorKind::InvalidInput, "it is no file"));
-    }
     let mut text = String::new();
-    File::open(file)?.take(LONGEST as u64 + 1).read_to_string(&mut text)?;
+    files::open(file)?.take(LONGEST as u64 + 1).read_to_string(&mut text)?;
     Ok((text.len() <= LONGEST).then_some(text))
 }
 

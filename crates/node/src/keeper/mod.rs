@@ -16,8 +16,9 @@ use serde_json::json;
 
 pub(crate) use self::orders::{Answer, Order};
 use self::plan::{Next, Plan};
-use crate::asking::{Told, ask};
+use crate::asking::{Told, ask, listener};
 use crate::definition::{Definition, DefinitionError};
+use crate::drain::Mode;
 use crate::ended::End;
 use crate::log;
 use crate::node::Shared;
@@ -41,21 +42,24 @@ const EVENTS_MAX: &str = "1M";
 #[derive(Debug)]
 pub(crate) struct Kept {
     orders: Sender<Order>,
+    /// Whether the thread still hears orders.
+    hears: Arc<Mutex<bool>>,
     view: Arc<Mutex<View>>,
     thread: JoinHandle<()>,
 }
 
 impl Kept {
-    /// Starts the thread of a VM.
+    /// Starts the thread of a VM on a host in this mode.
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(name: &str, definition: Source, shared: Arc<Shared>) -> io::Result<Self> {
+    pub(crate) fn start(name: &str, definition: Source, mode: Mode, shared: Arc<Shared>) -> io::Result<Self> {
         let (orders, heard) = channel();
-        let keeper = Keeper::new(name, definition, shared);
-        let view = keeper.shown.clone();
+        let keeper = Keeper::new(name, definition, mode, shared);
+        let (view, hears) = (keeper.shown.clone(), keeper.hears.clone());
+        // All that may wait for a file or a process is done by the thread.
         let thread = thread::Builder::new().name("vm".into()).spawn(move || keeper.run(&heard))?;
-        Ok(Self { orders, view, thread })
+        Ok(Self { orders, hears, view, thread })
     }
 
     /// What is known of the VM.
@@ -63,14 +67,15 @@ impl Kept {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Tells the thread something. It ends only after its definition has gone.
-    pub(crate) fn tell(&self, order: Order) {
-        let _ = self.orders.send(order);
+    /// Tells the thread something. Returns whether it will be done: the thread ends after its definition has gone.
+    pub(crate) fn tell(&self, order: Order) -> bool {
+        let hears = self.hears.lock().unwrap_or_else(PoisonError::into_inner);
+        *hears && self.orders.send(order).is_ok()
     }
 
-    /// The thread has ended: there is neither a definition nor a process.
+    /// The thread has ended, or is about to: there is neither a definition nor a process.
     pub(crate) fn is_over(&self) -> bool {
-        self.thread.is_finished()
+        !*self.hears.lock().unwrap_or_else(PoisonError::into_inner) || self.thread.is_finished()
     }
 }
 
@@ -88,39 +93,53 @@ struct Keeper {
     log_from: u64,
     /// An operator has asked for the end of this process.
     asked: bool,
+    /// Its number is not known yet, and it is told to end as soon as it is.
+    is_owed: bool,
+    /// The disk does not have the record yet.
+    is_unkept: bool,
     /// The host is about to end.
     parked: bool,
+    /// The host is drained, and the VM did not run here: it is not started.
+    held: bool,
+    /// Nothing was known of the VM before.
+    is_new: bool,
+    hears: Arc<Mutex<bool>>,
     plan: Plan,
     last_end: Option<End>,
     told: Option<Told>,
     foreign: Option<u32>,
     looks: u32,
+    /// Whether the VM has a process is known.
+    has_looked: bool,
     warnings: Vec<String>,
     shown: Arc<Mutex<View>>,
 }
 
 impl Keeper {
-    fn new(name: &str, source: Source, shared: Arc<Shared>) -> Self {
+    fn new(name: &str, source: Source, mode: Mode, shared: Arc<Shared>) -> Self {
         let autostart = matches!(&source, Some(Ok(it)) if it.autostart);
-        let record = shared.records.read(name).unwrap_or_else(|| Record::fresh(autostart));
+        let known = shared.records.read(name);
+        let is_new = known.is_none();
+        let record = known.unwrap_or_else(|| Record::fresh(autostart));
         let view = View {
             name: name.to_owned(),
-            state: State::Stopped,
+            state: State::Starting,
             desired: record.desired,
             protected: false,
             has_standby: false,
-            why: None,
+            why: Some(show::LOOKS.to_owned()),
             since: now(),
+            has_process: false,
             pid: None,
             adopted: false,
             failures: 0,
             last_end: None,
             definition_changed: false,
-            definition_error: None,
+            definition_error: show::definition_error(&source),
             warnings: Vec::new(),
             status: None,
         };
-        let mut keeper = Self {
+        Self {
             name: name.to_owned(),
             shared,
             source,
@@ -129,22 +148,31 @@ impl Keeper {
             since: Instant::now(),
             log_from: 0,
             asked: false,
-            parked: false,
+            is_owed: false,
+            is_unkept: false,
+            parked: mode == Mode::Stopping,
+            held: matches!(mode, Mode::Draining | Mode::Drained),
+            is_new,
+            hears: Arc::new(Mutex::new(true)),
             plan: Plan::default(),
             last_end: None,
             told: None,
             foreign: None,
             looks: 0,
+            has_looked: false,
             warnings: Vec::new(),
             shown: Arc::new(Mutex::new(view)),
-        };
-        keeper.adopt();
-        keeper.judge();
-        keeper.show();
-        keeper
+        }
     }
 
     fn run(mut self, orders: &Receiver<Order>) {
+        self.adopt();
+        // A drained host is still the standby of VMs that have left it.
+        let has_left = !self.is_new && matches!(&self.source, Some(Ok(it)) if it.is_of_two_hosts());
+        self.held &= self.process.is_none() && !has_left;
+        self.has_looked = true;
+        self.show();
+        self.judge();
         loop {
             match orders.recv_timeout(EVERY) {
                 Ok(order) => self.obey(order),
@@ -154,24 +182,39 @@ impl Keeper {
             }
             self.look();
             // What is desired stays on the disk: the file may come back.
-            if self.source.is_none() && self.process.is_none() {
-                return;
+            while self.source.is_none() && self.process.is_none() {
+                match self.last_order(orders) {
+                    Some(order) => self.obey(order),
+                    None => return,
+                }
             }
             self.show();
         }
     }
 
+    /// What was told before the thread ends. `None`: nothing, and nobody is heard any more.
+    fn last_order(&self, orders: &Receiver<Order>) -> Option<Order> {
+        let mut hears = self.hears.lock().unwrap_or_else(PoisonError::into_inner);
+        let order = orders.try_recv().ok();
+        *hears = order.is_some();
+        order
+    }
+
     /// Finds the process that an earlier node has started, or learns how it has ended.
     fn adopt(&mut self) {
         let started = self.record.process.clone().filter(|it| it.boot == boot());
-        match Process::find(&self.lock(), started.as_ref().map(|it| it.pid)) {
+        // If an operator has asked for its end, and an earlier node has told it: a second word would end it at once.
+        self.asked = self.record.is_told();
+        match Process::find(&self.lock()) {
             Ok(Some(process)) => {
+                self.process = Some(process);
+                self.identify();
+                let Some(process) = &self.process else { return };
                 let text = match process.pid() {
                     Some(pid) => format!("the VM's process {pid} is kept from now on"),
                     None => "the VM's process is kept from now on".to_owned(),
                 };
                 self.tell("process_adopted", text, json!({ "pid": process.pid() }));
-                self.process = Some(process);
             }
             Ok(None) => {
                 if let Some(Started { pid, .. }) = started {
@@ -185,28 +228,52 @@ impl Keeper {
         }
     }
 
-    fn keep_record(&self) {
-        if let Err(error) = self.shared.records.write(&self.name, &self.record) {
-            tracing::error!(vm = self.name, %error, "what is known of the VM cannot be kept on the disk");
+    /// Asks the kernel which process listens for the VM, unless it is known.
+    fn identify(&mut self) {
+        let socket = self.socket();
+        if let Some(process) = self.process.as_mut().filter(|it| it.pid().is_none())
+            && let Ok(pid) = listener(&socket)
+        {
+            process.is(pid);
         }
     }
 
+    /// The number of the process, or of the one that was kept last.
+    fn pid(&self) -> u32 {
+        let kept = || self.record.process.as_ref().map(|it| it.pid);
+        self.process.as_ref().and_then(Process::pid).or_else(kept).unwrap_or_default()
+    }
+
+    fn keep_record(&mut self) {
+        let kept = self.shared.records.write(&self.name, &self.record);
+        if let Err(error) = &kept
+            && !self.is_unkept
+        {
+            tracing::error!(
+                vm = self.name, %error, "what is known of the VM cannot be kept on the disk: make room; it is tried again"
+            );
+        }
+        self.is_unkept = kept.is_err();
+    }
+
     fn look(&mut self) {
+        if self.is_unkept && self.looks.is_multiple_of(ASK_EVERY) {
+            self.keep_record();
+        }
         match self.process.as_mut().map(Process::life) {
             None => {}
             Some(Ok(Life::Lives)) => return self.hear(),
             Some(Ok(Life::Ended(status))) => {
-                let pid = self.process.as_ref().and_then(Process::pid).unwrap_or_default();
-                let log = self.log();
+                let (pid, log) = (self.pid(), self.log());
                 self.has_ended(End::of_child(status, pid, &self.events(), (&log, self.log_from)));
             }
             Some(Ok(Life::Gone)) => {
-                let pid = self.process.as_ref().and_then(Process::pid).unwrap_or_default();
-                self.has_ended(End::of_adopted(pid, &self.events()));
+                self.has_ended(End::of_adopted(self.pid(), &self.events()));
             }
             Some(Err(error)) => tracing::error!(vm = self.name, %error, "cannot look after the process"),
         }
-        let wanted = self.record.desired == Desired::Running && !self.parked && !self.plan.is_given_up();
+        let may = !self.parked && !self.held && !self.plan.is_given_up();
+        let wanted = self.record.desired == Desired::Running && may;
         let starts = wanted && self.plan.wait(Instant::now()).is_zero();
         self.looks = self.looks.wrapping_add(1);
         if self.looks.is_multiple_of(JUDGE_EVERY) {
@@ -250,13 +317,13 @@ impl Keeper {
             return;
         }
         let told = ask(&self.socket()).ok();
-        if let (Some(told), Some(process)) = (&told, &mut self.process)
-            && process.pid().is_none()
-        {
-            process.is_known_as(told.pid);
-            if self.asked {
-                let _ = self.end_process();
-            }
+        // Others may listen there.
+        let told = told.filter(|told| self.process.as_mut().is_some_and(|it| it.is(told.pid)));
+        if self.is_owed {
+            let _ = self.end_process();
+        }
+        if told.is_some() && !self.asked {
+            self.carry_out();
         }
         // A process that does not answer once keeps its last answer for a while.
         let patience = self.told.is_some() && !self.looks.is_multiple_of(LOG_EVERY);
@@ -277,6 +344,7 @@ impl Keeper {
                 self.process = Some(process);
                 self.since = Instant::now();
                 (self.asked, self.told, self.foreign) = (false, None, None);
+                self.record.untold = None;
                 self.record.process = Some(Started { pid, boot: boot(), arguments });
                 self.keep_record();
                 self.tell("process_started", format!("the VM's process is {pid}"), json!({ "pid": pid }));
@@ -296,11 +364,12 @@ impl Keeper {
         };
         let lived = self.since.elapsed();
         let next = self.plan.ended(&end, self.asked, lived, limit, Instant::now());
-        (self.process, self.told, self.asked) = (None, None, false);
-        self.record.process = None;
+        (self.process, self.told) = (None, None);
+        (self.asked, self.is_owed) = (false, false);
+        (self.record.process, self.record.untold) = (None, None);
         // A parked VM is started again with its host.
         if next == Next::Ended && !self.parked {
-            self.record = Record { desired: Desired::Stopped, by: By::Guest, process: None };
+            self.record = Record { desired: Desired::Stopped, by: By::Guest, ..self.record.clone() };
         }
         self.keep_record();
         let then = match next {
@@ -332,7 +401,7 @@ impl Keeper {
     }
 
     fn lock(&self) -> PathBuf {
-        self.shared.places.run.join(format!("{}.lock", self.name))
+        self.shared.places.lock_of(&self.name)
     }
 
     fn socket(&self) -> PathBuf {

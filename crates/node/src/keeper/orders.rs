@@ -1,14 +1,17 @@
 //! What a keeper is told, and does.
 
-use std::io;
 use std::sync::mpsc::Sender;
 
+use serde_json::json;
+
 use super::Keeper;
-use crate::asking::{Told, ask};
+use crate::asking::ask;
 use crate::definition::{Definition, DefinitionError};
 use crate::error::NodeError;
 use crate::files::lock;
-use crate::records::{By, Desired, Record};
+use crate::process::is_gone;
+use crate::records::{By, Desired, Record, Stop};
+use crate::view::State;
 
 /// What a keeper is told.
 #[derive(Debug)]
@@ -21,8 +24,10 @@ pub(crate) enum Order {
     Stop { only_standby: bool, answer: Answer },
     /// The process shall end, because the host does. What is desired stays.
     Park(Answer),
+    /// The host is drained: what does not run here, and is not about to, is not started.
+    Hold(Answer),
     /// It may be started again after all.
-    Unpark,
+    Unpark(Answer),
     /// Says when everything that was told before is done.
     Settle(Answer),
     /// A definition was read.
@@ -58,12 +63,25 @@ impl Keeper {
                 self.answer(&answer, said);
             }
             Order::Settle(answer) => self.answer(&answer, Ok(())),
-            Order::Unpark => self.parked = false,
+            Order::Hold(answer) => {
+                self.held = self.process.is_none() && self.state().0 != State::Waiting;
+                self.answer(&answer, Ok(()));
+            }
+            Order::Unpark(answer) => {
+                (self.parked, self.held) = (false, false);
+                self.answer(&answer, Ok(()));
+            }
             Order::Define(read) => self.is_defined(*read),
             Order::Undefine { forget } => {
                 self.source = None;
                 if forget {
                     self.shared.records.remove(&self.name);
+                    self.is_unkept = false;
+                    // Should the file come back at once, nothing is left of what was desired.
+                    if self.process.is_none() {
+                        (self.record, self.is_new) = (Record::fresh(false), true);
+                        self.plan.forgive();
+                    }
                     self.forget_lock();
                 }
             }
@@ -94,7 +112,13 @@ impl Keeper {
         if let Err(why) = &read
             && !matches!(&self.source, Some(Err(known)) if known == why)
         {
-            self.tell("definition_bad", why.to_string(), serde_json::json!({}));
+            self.tell("definition_bad", why.to_string(), json!({}));
+        }
+        if let Ok(it) = &read
+            && self.source.is_none()
+            && self.is_new
+        {
+            self.record = Record::fresh(it.autostart);
         }
         self.source = Some(read);
         self.judge();
@@ -114,7 +138,8 @@ impl Keeper {
             return Err(NodeError::Foreign { vm: self.name.clone(), pid });
         }
         self.plan.forgive();
-        self.parked = false;
+        (self.parked, self.held) = (false, false);
+        self.record.untold = None;
         self.desire(Desired::Running, By::Operator)
     }
 
@@ -127,11 +152,7 @@ impl Keeper {
             return Err(NodeError::Foreign { vm: name, pid: self.foreign.unwrap_or_default() });
         }
         let Some(process) = &mut self.process else { return Ok(()) };
-        let is_its = |told: &Told| process.pid().is_none_or(|pid| pid == told.pid);
-        let fresh = ask(&socket).ok().filter(is_its);
-        if let Some(told) = &fresh {
-            process.is_known_as(told.pid);
-        }
+        let fresh = ask(&socket).ok().filter(|told| process.is(told.pid));
         match (&fresh, only_standby) {
             (Some(told), true) if told.runs => return Err(NodeError::RunsHere(name)),
             (Some(told), true) if told.takes_over => return Err(NodeError::TakesOver(name)),
@@ -151,7 +172,12 @@ impl Keeper {
     fn shall_stop(&mut self, only_standby: bool) -> Result<(), NodeError> {
         self.may_stop(only_standby)?;
         let before = self.record.clone();
-        self.desire(Desired::Stopped, By::Operator)?;
+        let stop = if only_standby { Stop::Standby } else { Stop::Vm };
+        self.record.untold = self.process.is_some().then_some(stop);
+        if let Err(why) = self.desire(Desired::Stopped, By::Operator) {
+            self.record = before;
+            return Err(why);
+        }
         if self.process.is_none() {
             // What failed before is over.
             self.plan.forgive();
@@ -170,16 +196,48 @@ impl Keeper {
     }
 
     pub(super) fn end_process(&mut self) -> Result<(), NodeError> {
+        self.identify();
         let Some(process) = &mut self.process else { return Ok(()) };
+        // One that is not known yet is told as soon as it is.
+        self.is_owed = process.pid().is_none();
+        if self.is_owed {
+            self.asked = true;
+            return Ok(());
+        }
         let ended = match process.terminate() {
-            // It has ended meanwhile, or its number is not known yet: then it is told as soon as it is.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ESRCH as i32) => Ok(()),
+            // It has ended meanwhile.
+            Err(error) if is_gone(&error) => Ok(()),
             told => told.map_err(|error| NodeError::System("cannot end the VM's process".into(), error)),
         };
         // One that was told before is still told.
         self.asked |= ended.is_ok();
+        if ended.is_ok() && self.record.untold.take().is_some() {
+            // After the word: a node that dies before it has told nobody.
+            self.keep_record();
+        }
         ended
+    }
+
+    /// Ends a process that an earlier node was to end, and that it may not have told.
+    pub(super) fn carry_out(&mut self) {
+        let Some(stop) = self.record.untold else { return };
+        match self.shall_stop(stop == Stop::Standby) {
+            Ok(()) => {
+                self.tell("stop_goes_on", "the stop that an earlier node began goes on".into(), json!({}))
+            }
+            // It is asked again when it is decided.
+            Err(NodeError::Undecided(_) | NodeError::SaysNothing(_) | NodeError::TakesOver(_)) => {}
+            Err(why) => {
+                self.record.untold = None;
+                self.record.desired = Desired::Running;
+                self.keep_record();
+                self.tell(
+                    "stop_refused",
+                    format!("the stop that an earlier node began is not done: {why}"),
+                    json!({}),
+                );
+            }
+        }
     }
 
     fn desire(&mut self, desired: Desired, by: By) -> Result<(), NodeError> {

@@ -4,12 +4,24 @@ use std::sync::PoisonError;
 
 use serde_json::json;
 
-use super::Keeper;
+use super::{Keeper, Source};
 use crate::definition::Definition;
 use crate::process::Process;
 use crate::records::{By, Desired};
 use crate::view::{State, now};
 use crate::words::of_node;
+
+/// Why a VM is starting whose keeper has just begun.
+pub(super) const LOOKS: &str = "the node looks for its process";
+
+/// What is wrong with a definition.
+pub(super) fn definition_error(source: &Source) -> Option<String> {
+    match source {
+        Some(Ok(_)) => None,
+        Some(Err(why)) => Some(why.to_string()),
+        None => Some("the definition was removed".into()),
+    }
+}
 
 impl Keeper {
     pub(super) fn show(&self) {
@@ -21,6 +33,7 @@ impl Keeper {
         shown.has_standby = matches!(&self.source, Some(Ok(it)) if it.is_of_two_hosts());
         shown.why = why;
         shown.desired = self.record.desired;
+        shown.has_process = self.process.is_some();
         shown.pid = self.process.as_ref().and_then(Process::pid).or(self.foreign);
         shown.adopted = self.process.as_ref().is_some_and(Process::is_adopted);
         shown.failures = self.plan.failures();
@@ -28,11 +41,8 @@ impl Keeper {
         // What has a process lacks nothing.
         shown.warnings = if self.process.is_none() { self.warnings.clone() } else { Vec::new() };
         shown.status = told.map(|it| it.all.clone());
-        (shown.definition_changed, shown.definition_error) = match &self.source {
-            Some(Ok(it)) => (self.has_other_arguments(it), None),
-            Some(Err(why)) => (false, Some(why.to_string())),
-            None => (false, Some("the definition was removed".into())),
-        };
+        shown.definition_changed = matches!(&self.source, Some(Ok(it)) if self.has_other_arguments(it));
+        shown.definition_error = definition_error(&self.source);
         if before == (state, shown.protected) {
             return;
         }
@@ -51,7 +61,10 @@ impl Keeper {
         of_process.is_some_and(|it| it.arguments != self.arguments(definition))
     }
 
-    fn state(&self) -> (State, Option<String>) {
+    pub(super) fn state(&self) -> (State, Option<String>) {
+        if !self.has_looked {
+            return (State::Starting, Some(LOOKS.into()));
+        }
         if self.process.is_some() {
             let told = self.told.as_ref();
             let state = match told {
@@ -80,6 +93,7 @@ impl Keeper {
             (_, Desired::Stopped) => (State::Stopped, None),
             _ if self.plan.is_given_up() => (State::Failed, end),
             _ if self.parked => (State::Stopped, Some("this host is about to stop".into())),
+            _ if self.held => (State::Stopped, Some("this host is drained".into())),
             _ if self.plan.failures() > 0 => (State::Waiting, end),
             _ => (State::Starting, end),
         }

@@ -1,17 +1,18 @@
 //! The definitions of a node: read, changed, and kept by threads.
 
 use std::io;
+use std::sync::mpsc::channel;
 use std::sync::{MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Node, STEP};
+use super::{ANSWERS, Node, STEP, answered};
 use crate::definition::{self, DefinitionError, conflict, is_name};
 use crate::drain::Mode;
 use crate::error::NodeError;
-use crate::keeper::{Kept, Order, Source};
+use crate::keeper::{Answer, Kept, Order, Source};
 use crate::records::Desired;
 use crate::view::{State, View};
 
@@ -128,20 +129,49 @@ impl Node {
     /// Only who is [`defining`](Self::defining) may call it: a new keeper looks at the disk, and nobody waits for that who
     /// only wants to know.
     fn keep(&self, name: &str, source: Source) {
-        if let (Some(vm), Some(read)) = (self.vms().get(name).filter(|it| !it.is_over()), &source) {
-            vm.tell(Order::Define(Box::new(read.clone())));
+        if let (Some(vm), Some(read)) = (self.vms().get(name), &source)
+            && vm.tell(Order::Define(Box::new(read.clone())))
+        {
             return;
         }
-        match Kept::start(name, source, self.shared.clone()) {
-            Ok(kept) => {
-                if self.modes.get() == Mode::Stopping {
-                    // Before its thread looks for the first time. Nobody hears the answer.
-                    kept.tell(Order::Park(std::sync::mpsc::channel().0));
-                }
-                self.vms().insert(name.to_owned(), kept);
-            }
+        match Kept::start(name, source, self.modes.get(), self.shared.clone()) {
+            Ok(kept) => drop(self.vms().insert(name.to_owned(), kept)),
             Err(error) => tracing::error!(vm = name, %error, "the VM is not kept: there is no thread for it"),
         }
+    }
+
+    /// Changes the mode of the host, unless it is to stay, and tells every VM, also one that is being defined. Returns what
+    /// went wrong, VM by VM.
+    ///
+    /// # Errors
+    /// The disk does not take the mode; then nobody was told.
+    pub(crate) fn tell_all(
+        &self,
+        mode: Option<Mode>,
+        order: impl Fn(Answer) -> Order,
+    ) -> Result<Vec<(String, NodeError)>, NodeError> {
+        let one = self.defining();
+        mode.map_or(Ok(()), |mode| self.modes.set(mode, self.feed()))?;
+        let mut told = Vec::new();
+        for (name, vm) in self.vms().iter() {
+            let (answer, heard) = channel();
+            // One that is over does nothing any more.
+            if vm.tell(order(answer)) {
+                told.push((name.clone(), heard));
+            }
+        }
+        drop(one);
+        let until = Instant::now() + ANSWERS;
+        let heard = told.into_iter().map(|(name, heard)| {
+            let left = until.saturating_duration_since(Instant::now());
+            let said = answered(&name, heard.recv_timeout(left));
+            (name, said)
+        });
+        let wrong = heard.filter_map(|(name, said)| match said {
+            Ok(()) | Err(NodeError::NoSuchVm(_)) => None,
+            Err(why) => Some((name, why)),
+        });
+        Ok(wrong.collect())
     }
 
     fn has_room_for(&self, name: &str) -> bool {

@@ -1,11 +1,12 @@
 //! What an operator has done with a VM, or with all of them: each is a job.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde_json::{Value, json};
 
 use super::{Node, NodeView};
@@ -31,21 +32,27 @@ impl Node {
     /// # Errors
     /// See [`NodeError`].
     pub(crate) fn begin_start(self: &Arc<Self>, name: &str) -> Result<Job, NodeError> {
-        match self.modes.get() {
-            Mode::Active => {}
-            Mode::Stopping => return Err(NodeError::Stopping),
-            Mode::Draining | Mode::Drained => return Err(NodeError::Drained),
-        }
+        self.takes_vms()?;
         let view = self.get(name)?;
-        if let Some(why) = view.definition_error.filter(|_| view.pid.is_none()) {
+        if let Some(why) = view.definition_error.filter(|_| !view.has_process) {
             return Err(NodeError::NoDefinition(name.to_owned(), why));
         }
         let (node, name) = (self.clone(), name.to_owned());
         self.jobs.begin((Kind::Start, Some(&name.clone())), false, move |work| node.start_vm(&name, work))
     }
 
+    fn takes_vms(&self) -> Result<(), NodeError> {
+        match self.modes.get() {
+            Mode::Active => Ok(()),
+            Mode::Stopping => Err(NodeError::Stopping),
+            Mode::Draining | Mode::Drained => Err(NodeError::Drained),
+        }
+    }
+
     fn start_vm(&self, name: &str, work: &Work) -> Result<Value, NodeError> {
         let began = Instant::now();
+        // No drain begins beside this job, and one may have ended before it.
+        self.takes_vms()?;
         let before = self.get(name)?.last_end;
         self.order(name, Order::Start)?;
         work.at(0, 1, "the process starts");
@@ -171,8 +178,9 @@ impl Node {
         if let Some(Job { id: job, .. }) = running {
             return Err(NodeError::Busy { what: "this host".into(), job });
         }
-        self.modes.set(Mode::Active, self.feed())?;
-        self.vms().values().for_each(|vm| vm.tell(Order::Unpark));
+        for (vm, why) in self.tell_all(Some(Mode::Active), Order::Unpark)? {
+            tracing::warn!(vm, "the VM may not hear yet that the maintenance is over: {why}");
+        }
         Ok(self.view())
     }
 }
@@ -195,8 +203,7 @@ fn goes_on(view: &View, before: Option<&End>) -> Result<(), NodeError> {
 
 /// Runs a short command: whether it succeeded, and its words. `None`: it did not end in time and was killed.
 fn run(mut command: Command, most: Duration) -> io::Result<(Option<bool>, String)> {
-    use std::io::Read as _;
-    let (mut words, theirs) = io::pipe()?;
+    let (words, theirs) = io::pipe()?;
     let mut child =
         command.stdin(std::process::Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs).spawn()?;
     // Its ends of the pipe.
@@ -213,7 +220,16 @@ fn run(mut command: Command, most: Duration) -> io::Result<(Option<bool>, String
         }
         thread::sleep(Duration::from_millis(5));
     };
-    let mut said = String::new();
-    words.by_ref().take(4096).read_to_string(&mut said)?;
+    let said = at_hand(words)?;
     Ok((ended, said.trim().strip_prefix("outlive: ").unwrap_or(said.trim()).to_owned()))
+}
+
+/// What is in a pipe by now. A process that the command has left behind may keep it open for ever.
+fn at_hand(pipe: io::PipeReader) -> io::Result<String> {
+    fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let mut words = Vec::new();
+    match pipe.take(4096).read_to_end(&mut words) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+        _ => Ok(String::from_utf8_lossy(&words).into_owned()),
+    }
 }
