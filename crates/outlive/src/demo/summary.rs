@@ -552,7 +552,7 @@ mod tests {
         for part in [
             "3 of 3 kills",
             "12 345",
-            "p50 300 ms, max 400 ms",
+            "p50 300 ms, p99 400 ms, max 400 ms",
             "p50 7.0 ms, max 9.0 ms",
             "812 a second",
             "6 frames given to the guest, 3 sent again",

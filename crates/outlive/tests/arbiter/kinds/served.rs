@@ -167,7 +167,7 @@ fn what_cannot_be_served_is_refused() {
         (made.path(), "192.0.2.1:1", Some(&ours), "--listen an address of this machine"),
         (made.path(), "127.0.0.1:0", Some(&none), "outlive keys init"),
         (made.path(), "127.0.0.1:0", Some(&late), "outlive keys rotate"),
-        (made.path(), "127.0.0.1:0", Some(&hosts), "`outlive keys issue --host hosta --arbiter`"),
+        (made.path(), "127.0.0.1:0", Some(&hosts), "`outlive keys issue --host NAME --arbiter`"),
     ] {
         let out = command(directory, address, keys.map(|it| it.as_path())).output().unwrap();
         let said = String::from_utf8(out.stderr).unwrap();

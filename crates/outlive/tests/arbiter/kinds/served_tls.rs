@@ -149,7 +149,7 @@ fn a_host_of_vms_cannot_pose_as_the_arbiter() {
     fs::copy(impostor.join("host.pem"), stage.keys.arbiter().join("host.pem")).unwrap();
     let told = why(host.claim(&VM, 2, "primary"));
     assert!(told.contains("host hostb may not be the arbiter"), "{told}");
-    assert!(told.contains("`outlive keys issue --host hostb --arbiter`"), "{told}");
+    assert!(told.contains("`outlive keys issue --host NAME --arbiter`"), "{told}");
     assert!(stage.refusal(&stage.keys.host()).contains("may not be the arbiter"));
 }
 
