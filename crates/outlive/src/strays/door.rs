@@ -35,7 +35,7 @@ struct Taking {
 pub(crate) struct Door(Arc<Mutex<Option<Taking>>>);
 
 impl Door {
-    /// Takes strays at this address from now on. `None` without one: then nobody takes any.
+    /// Takes strays at this socket from now on, on a thread of its own.
     ///
     /// # Errors
     /// The operating system's.

@@ -38,6 +38,9 @@ pub(crate) use door::{Door, Sink, claim};
 pub(crate) use forward::Way;
 pub(crate) use seal::Sender;
 
+/// How long a host that has taken the VM over still gives it strays.
+const AFTER: Duration = Duration::from_secs(2);
+
 /// The part of a link by which strays follow the guest.
 #[derive(Debug)]
 pub(crate) struct Strays {
@@ -109,6 +112,3 @@ pub(crate) fn towards(standby: SocketAddr) -> io::Result<UdpSocket> {
     socket.connect(standby)?;
     Ok(socket)
 }
-
-/// How long a host that has taken the VM over still gives it strays.
-const AFTER: Duration = Duration::from_secs(2);
