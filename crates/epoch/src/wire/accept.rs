@@ -35,13 +35,16 @@ pub struct Accept {
 
 /// What seals strays: a secret of the two ends of a connection.
 #[derive(Clone, PartialEq, Eq)]
-pub struct StrayKey(pub [u8; 32]);
+pub struct StrayKey(pub [u8; KEY]);
 
 impl fmt::Debug for StrayKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("StrayKey(..)")
     }
 }
+
+/// Bytes of a [`StrayKey`].
+const KEY: usize = 32;
 
 /// The first version of the payload that has the version of the stream.
 const WITH_VERSION: u16 = 2;
@@ -67,7 +70,8 @@ impl Accept {
                 fields.malformed("a version of the stream that was not offered", number.into())
             })?;
             let holds = fields.len() > 0 && *fields.fixed::<u8>()? == 1;
-            let strays = if fields.len() > 0 { Some(StrayKey(*fields.fixed()?)) } else { None };
+            // Fewer bytes are no key, whatever they are: without one nothing is lost but the help.
+            let strays = if fields.len() >= KEY { Some(StrayKey(*fields.fixed()?)) } else { None };
             fields.skip_later();
             (stream, holds, strays)
         } else {

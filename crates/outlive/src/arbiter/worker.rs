@@ -46,6 +46,21 @@ impl ClaimWorker {
     /// Starts the thread. Every result goes to `deliver`, on that thread; it may send into a channel, write
     /// to an eventfd, or both. A new claim may be submitted as soon as it is called.
     pub fn start(
+        arbiter: Box<dyn Arbiter>,
+        vm: VmId,
+        owner: String,
+        deliver: impl FnMut(ClaimResult) + Send + 'static,
+    ) -> io::Result<ClaimWorker> {
+        Self::start_after(|| {}, arbiter, vm, owner, deliver)
+    }
+
+    /// The same, but each claim comes after `ready` has returned: while this host could do nothing with the VM, the other
+    /// one may win it.
+    ///
+    /// # Errors
+    /// The operating system's, when it refuses the thread.
+    pub fn start_after(
+        mut ready: impl FnMut() + Send + 'static,
         mut arbiter: Box<dyn Arbiter>,
         vm: VmId,
         owner: String,
@@ -59,6 +74,7 @@ impl ClaimWorker {
                 match request {
                     Request::Claim(generation) => {
                         let start = Instant::now();
+                        ready();
                         let claim = arbiter.claim(&vm, generation, &owner);
                         let won = claim == Claim::Won;
                         *lock(&shared) = None;

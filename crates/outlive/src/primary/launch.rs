@@ -204,7 +204,10 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         // The driver has the thread, so the thread must not keep the driver.
         let (told, events, watch) = (Arc::downgrade(&driver), events.clone(), arbiter_watch.clone());
         let owner = arbiter::owner("primary");
-        let claims = ClaimWorker::start(arbiter, identity.provenance.vm, owner, move |result| {
+        let guests = output.clone();
+        let ready = move || guests.iter().for_each(|output| output.wait_for_drain());
+        let vm = identity.provenance.vm;
+        let claims = ClaimWorker::start_after(ready, arbiter, vm, owner, move |result| {
             if let Some(watch) = watch.as_ref().filter(|_| !matches!(result.claim, Claim::Unreachable { .. }))
             {
                 watch.answered();

@@ -206,7 +206,7 @@ fn repeated_output_comes_before_everything_that_the_guest_sends() {
     assert!(!rig.device.repeat(0, &[1; 100]), "a header that claims what this guest may not");
     assert!(!rig.device.repeat(0, &vec![0; MAX_PACKET + 1]));
     assert!(!rig.device.repeat(0, &[]));
-    assert_eq!(rig.sink.count(), 0, "nothing leaves before the machine goes live");
+    // The device's thread may let them out before, in their order; nothing of the guest's is among them yet.
     rig.device.go_live(false);
     let _ = rig.output.drain();
     wait_for("the guest's own", || rig.sink.count() == 3);
