@@ -193,6 +193,23 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_claimed_for_a_host_that_is_not_ready() {
+        let (let_go, gate) = channel();
+        let (answer, answers) = channel();
+        let (results, received) = channel();
+        let deliver = move |result| results.send(result).unwrap();
+        let ready = move || gate.recv().unwrap();
+        let arbiter = Box::new(Slow(answers));
+        let worker = ClaimWorker::start_after(ready, arbiter, VmId([1; 16]), "test".into(), deliver).unwrap();
+        answer.send(Claim::Won).unwrap();
+        worker.submit(7).unwrap();
+        let patience = Duration::from_millis(50);
+        assert!(received.recv_timeout(patience).is_err(), "the arbiter was asked");
+        let_go.send(()).unwrap();
+        assert_eq!(received.recv().unwrap().claim, Claim::Won);
+    }
+
+    #[test]
     fn one_claim_at_a_time_and_a_hung_one_blocks_nobody() {
         let (answer, answers) = channel();
         let (results, received) = channel();

@@ -204,8 +204,10 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         // The driver has the thread, so the thread must not keep the driver.
         let (told, events, watch) = (Arc::downgrade(&driver), events.clone(), arbiter_watch.clone());
         let owner = arbiter::owner("primary");
-        let guests = output.clone();
-        let ready = move || guests.iter().for_each(|output| output.wait_for_drain());
+        // A thread that stands still in the middle of a drain lets nothing of the VM out any more, however many generations
+        // this host wins. Whoever drains waits for it.
+        let drained = valve.clone();
+        let ready = move || drained.drain();
         let vm = identity.provenance.vm;
         let claims = ClaimWorker::start_after(ready, arbiter, vm, owner, move |result| {
             if let Some(watch) = watch.as_ref().filter(|_| !matches!(result.claim, Claim::Unreachable { .. }))

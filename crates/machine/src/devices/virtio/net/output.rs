@@ -222,12 +222,6 @@ impl Output {
         self.drain_with(self.writer())
     }
 
-    /// Waits until nobody is letting anything out. Whoever claims a VM for this host asks this first: a thread that stands
-    /// still in the middle of a drain lets nothing of the VM out any more, however many generations this host wins.
-    pub fn wait_for_drain(&self) {
-        drop(self.writer());
-    }
-
     fn drain_with(&self, mut writer: Writer<'_>) -> Released {
         let mut released = Released::default();
         let began = self.permit.order();
