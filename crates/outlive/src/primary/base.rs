@@ -14,6 +14,7 @@ use super::brake::{Brake, Step};
 use super::converge::{Converge, Hopeless, Then};
 use super::coordinator::{Coordinator, Protection};
 use super::disks::{DiskBase, DiskBaseError, Next};
+use super::inbox::Accepted;
 use super::known::Known;
 use super::pool::Pool;
 use crate::disk::SyncReport;
@@ -213,23 +214,24 @@ impl Base {
 
 impl Coordinator {
     /// Begins protection: allocates everything that checkpoints need (invariant 5).
-    pub(super) fn start_base(&mut self, link: Link, pool: Arc<Pool>, version: ProtocolVersion, needs: Needs) {
-        let known = match needs {
-            Needs::Rest => self.with.known.take().map(Known::into_pages),
-            Needs::Everything => None,
-        };
-        // What is known counts for this base or for none.
-        self.forget_writes();
-        let prepared = match (needs, known) {
-            (Needs::Rest, None) => Err(Forgotten.into()),
-            (_, early) => self.prepare_base(link, &pool, version).map(|base| base.of(needs, early)),
-        };
-        let base = match prepared {
+    pub(super) fn start_base(&mut self, accepted: Accepted) {
+        let Accepted { link, pool, version, needs, strays } = accepted;
+        if needs == Needs::Rest && self.with.known.is_none() {
+            return self.base_failed(link, &Forgotten.into());
+        }
+        // Before what is known is taken: tracking must not be left without an owner. Nobody would empty the dirty logs then,
+        // and a full log holds the guest.
+        let base = match self.prepare_base(link, &pool, version) {
             Ok(base) => base,
             Err(error) => return self.base_failed(link, &error),
         };
+        let early = self.with.known.take_if(|_| needs == Needs::Rest).map(Known::into_pages);
+        // What is known counts for this base or for none.
+        self.forget_writes();
+        let base = base.of(needs, early);
         let disks_first = base.disks.as_ref().is_some_and(DiskBase::comes_first);
-        self.protection = Some(Protection { link, pool, base: Some(base) });
+        let strays = strays.and_then(|(standby, key)| self.guard_strays(&standby, key));
+        self.protection = Some(Protection { link, pool, base: Some(base), strays });
         if !disks_first {
             self.begin_memory(link);
         }
@@ -254,11 +256,8 @@ impl Coordinator {
     fn base_failed(&mut self, link: Link, error: &BaseError) {
         let why = error.to_string();
         tracing::error!("protection cannot start: {why}");
-        // What this base has taken counts for no other one. And nobody would empty the dirty logs: a full one holds the
-        // guest.
-        self.with.known = None;
-        self.with.driver.forgets_writes();
-        self.with.machine.disable_tracking();
+        // What is known counts for this base alone.
+        self.forget_writes();
         self.with.machine.write_log().set_mode(LogMode::Off);
         self.with.driver.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
     }

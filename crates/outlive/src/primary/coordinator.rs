@@ -40,6 +40,7 @@ use super::restarts::Restarts;
 use super::rivals::Rivals;
 use super::self_check::SelfCheck;
 use super::stats::Totals;
+use super::strays::GuardedStrays;
 use crate::arbiter::Watch;
 use crate::disk::{Books, Saying, Sidecars};
 use crate::events::{Event, EventWriter, Part, Place};
@@ -116,6 +117,8 @@ pub(super) struct Protection {
     pub(super) pool: Arc<Pool>,
     /// The base synchronisation, until the base is captured.
     pub(super) base: Option<Base>,
+    /// Strays follow the guest to this standby.
+    pub(super) strays: Option<GuardedStrays>,
 }
 
 /// The coordinator; see the module.
@@ -242,7 +245,7 @@ impl Coordinator {
             Inbox::Wake => {}
             Inbox::Machine(event) => self.machine_event(event),
             Inbox::Sender(link, report) => self.sender_report(link, report),
-            Inbox::StartBase(link, pool, version, needs) => self.start_base(link, pool, version, needs),
+            Inbox::StartBase(accepted) => self.start_base(accepted),
             Inbox::DiskWant(link, want) => {
                 if let Some(disks) = self.base_of(link).and_then(Base::disks) {
                     disks.want(want);
@@ -569,7 +572,7 @@ impl Coordinator {
         self.with.sidecars.written_within(FAREWELL).ok();
         if let (Some(moment), ExitReason::Fenced { .. }) = (self.with.driver.handed_over(), &reason) {
             let (shelf, vm) = &self.with.shelf;
-            let tap = self.with.machine.net().and_then(|net| net.keep_tap());
+            let tap = self.with.machine.net().and_then(|net| net.tap_again().ok());
             shelf.put(KeptMemory { vm: *vm, moment }, KeptVm { ram: self.with.machine.ram().clone(), tap });
         }
         if let (Some(handed), ExitReason::Fenced { generation, owner }) = (handed, &reason) {

@@ -16,14 +16,13 @@ use outlive_pair::{
 };
 
 use super::inbox::{Inbox, Queue};
-use super::ports::{Commit, Connection, Ports, StrayWay};
+use super::ports::{Commit, Connection, Ports};
 use super::stats::Totals;
 use crate::arbiter::{Claim, ClaimWorker};
 use crate::clock::Clock;
 use crate::events::{Event, EventWriter};
 use crate::link::{Agreed, CheckpointPart, Job};
 use crate::pulse::Pulse;
-use crate::strays::Following;
 
 /// How often, and in what distance, the lock is tried by a thread that must not wait for it.
 const LOCK_LOOKS: u32 = 100;
@@ -137,15 +136,8 @@ impl SharedDriver {
 
     /// Both sides of a link have agreed on a version of the stream. To be called before the acceptance is
     /// handled.
-    pub(super) fn agreed(&self, link: Link, agreed: &Agreed, strays: Option<StrayWay>) {
-        self.lock().ports_mut().agreed(link, agreed, strays);
-    }
-
-    /// The guest stands still here, and its standby has it: frames that come from now on follow it.
-    pub(super) fn send_strays_after(&self) -> Option<Following> {
-        let strays = self.lock().ports().strays()?;
-        let following = strays.follow();
-        following.inspect_err(|error| tracing::debug!(%error, "late frames do not follow the guest")).ok()?
+    pub(super) fn agreed(&self, link: Link, agreed: Agreed) {
+        self.lock().ports_mut().agreed(link, agreed);
     }
 
     /// A checkpoint is captured. Called inside the pause; what it leaves to do is done after the pause.

@@ -142,8 +142,9 @@ impl Coordinator {
     pub(super) fn let_vm_go(&mut self) {
         self.with.driver.finish_output();
         // From here on frames for the guest come too late for this host, and its queues are nobody's.
+        let strays = self.send_strays_after();
         if let Some(under_way) = &mut self.hand_over {
-            under_way.strays = self.with.driver.send_strays_after();
+            under_way.strays = strays;
         }
         self.with.driver.handle(PrimaryEvent::OutputLeft);
     }

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{ArbiterSight, Audited, DiskAudited, DiskWant, ProtocolVersion};
+use outlive_epoch::{ArbiterSight, Audited, DiskAudited, DiskWant, ProtocolVersion, StrayKey};
 use outlive_machine::MachineEvent;
 use outlive_pair::{Broken, ExitReason, Kept, Link, Needs, PrimaryNote};
 
@@ -21,6 +21,18 @@ use crate::disk::SyncReport;
 use crate::link::SenderReport;
 use crate::network::Sight;
 use crate::vm::{BootDiskError, FromDisk};
+
+/// A standby that has accepted.
+pub(crate) struct Accepted {
+    pub(super) link: Link,
+    /// The buffers for its checkpoints.
+    pub(super) pool: Arc<Pool>,
+    /// Of the stream.
+    pub(super) version: ProtocolVersion,
+    pub(super) needs: Needs,
+    /// Where it takes strays, and with what, if they are wanted.
+    pub(super) strays: Option<(String, StrayKey)>,
+}
 
 /// Both ends, for messages to the calling thread.
 pub(crate) fn inbox() -> (Queue, Messages) {
@@ -128,9 +140,8 @@ pub(crate) enum Inbox {
     BootRead(u64, Result<Box<FromDisk>, BootDiskError>),
     /// How far the disks are in the base synchronisation.
     DiskSync(Link, SyncReport),
-    /// Begin base synchronisation for this link, with these buffers for its checkpoints, in this version of the
-    /// stream, of this.
-    StartBase(Link, Arc<Pool>, ProtocolVersion, Needs),
+    /// Begin base synchronisation.
+    StartBase(Accepted),
     /// The link is no longer useful: end the protection that used it.
     Detached(Link),
     /// Log this.

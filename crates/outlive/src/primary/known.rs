@@ -37,7 +37,7 @@ impl Coordinator {
     /// A dirty log is full, and no standby is there: its pages are taken for later.
     pub(super) fn keep_dirty(&mut self) {
         let Some(known) = &mut self.with.known else {
-            // Nobody wants to know. Without tracking a full log holds no vCPU.
+            // Nobody wants to know, and without tracking a full log holds no vCPU.
             return self.with.machine.disable_tracking();
         };
         if let Err(error) = self.with.machine.take_dirty(&mut known.pages) {

@@ -196,7 +196,6 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         heartbeat: timing.heartbeat(),
         totals: totals.clone(),
         inbox: queue.clone(),
-        card: machine.net().filter(|_| options.frame_tail.is_on()).map(Arc::downgrade),
     };
     links::start(errands, &driver, plan).map_err(CoordinateError::NoThread)?;
     let mut end_notes = None;

@@ -1,23 +1,19 @@
 //! The thread that makes connections and ends them, so that no decision waits for a network.
 
 use std::cell::Cell;
-use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender as Channel, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use outlive_epoch::{ProtocolVersion, RefuseCode, VmId};
-use outlive_machine::{GuestMemory, MacAddr, NetDevice};
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
 use super::driver::SharedDriver;
 use super::inbox::{Inbox, Queue};
 use super::pool::Pool;
-use super::ports::{Connection, StrayWay};
+use super::ports::Connection;
 use super::stats::Totals;
 use crate::link::{self, Heard, Security, Sender, SenderReport};
-use crate::strays::{self, Strays};
 
 /// The thread's orders.
 pub(crate) enum Errand {
@@ -41,31 +37,6 @@ pub(crate) struct Plan {
     pub(crate) totals: Arc<Totals>,
     /// Takes the senders' reports.
     pub(crate) inbox: Queue,
-    /// The card whose strays follow the guest to the standby.
-    pub(crate) card: Option<Weak<NetDevice<GuestMemory>>>,
-}
-
-/// What it takes to send strays after the guest. It is made on this thread, because those that hear a standby may not make
-/// connections.
-struct Way {
-    queues: Vec<OwnedFd>,
-    to: UdpSocket,
-    guest: MacAddr,
-}
-
-impl Way {
-    /// To the standby at this address.
-    fn to(peer: &str, card: &Weak<NetDevice<GuestMemory>>) -> Option<Self> {
-        let made = card.upgrade().map(|card| {
-            let peer: SocketAddr = peer.parse().map_err(std::io::Error::other)?;
-            Ok::<_, std::io::Error>(Self {
-                queues: card.tap_queues()?,
-                to: strays::towards(peer)?,
-                guest: card.mac(),
-            })
-        });
-        made?.inspect_err(|error| tracing::debug!(%error, "late frames will not follow the guest")).ok()
-    }
 }
 
 /// The orders' queue, for a thread that does not run yet.
@@ -144,27 +115,13 @@ fn connect(
     let report = reporter(link, pool.clone(), Arc::downgrade(driver), plan);
     let (clock, pulse) = (driver.clock(), driver.pulse().clone());
     let sender = Sender::start(writer, closer, clock, pulse, plan.heartbeat, introduction, report)?;
-    driver.connected(Connection {
-        link,
-        sender,
-        address: address.to_owned(),
-        pool,
-        version: None,
-        holds: false,
-        strays: None,
-    });
-    let way = Cell::new(plan.card.as_ref().and_then(|card| Way::to(&peer, card)));
+    driver.connected(Connection { link, sender, address: address.to_owned(), pool, peer, agreed: None });
     let (receiving, older) = (driver.clone(), older.clone());
     let received = outlive_machine::spawn("receiver", move || {
         let theirs = Cell::new(introduction);
         link::receive(reader, link, |heard| match heard {
             Heard::Introduction(version) => theirs.set(version),
-            Heard::Agreed(agreed) => {
-                let strays = way.take().zip(agreed.strays.clone());
-                let strays =
-                    strays.map(|(Way { queues, to, guest }, key)| Strays::new(queues, to, key, guest));
-                receiving.agreed(link, &agreed, strays.map(StrayWay::new));
-            }
+            Heard::Agreed(agreed) => receiving.agreed(link, agreed),
             Heard::Audited(audited) => receiving.tell(Inbox::Audited(audited)),
             Heard::Sees(sight) => receiving.tell(Inbox::StandbySees(link, sight)),
             Heard::DiskAudited(audited) => receiving.tell(Inbox::DiskAudited(audited)),

@@ -26,6 +26,7 @@ mod restarts;
 mod rivals;
 mod self_check;
 mod stats;
+mod strays;
 #[cfg(test)]
 mod tests;
 

@@ -13,7 +13,7 @@ use outlive_epoch::{ArbiterSight, EndReason, Hello, Moment, ProtocolVersion};
 use outlive_machine::{EpochError, OutputMode, Valve};
 use outlive_pair::{Broken, ExitReason, Forgotten, Kept, Link, PrimaryNote, PrimaryPorts, Since, Ticket};
 
-use super::inbox::{Inbox, Queue};
+use super::inbox::{Accepted, Inbox, Queue};
 use super::links::Errand;
 use super::pool::Pool;
 use super::stats::Totals;
@@ -21,8 +21,6 @@ use crate::arbiter::{Busy, ClaimWorker, Watch};
 use crate::clock::Clock;
 use crate::link::{Agreed, CheckpointPart, FrameTail, Job, Sender};
 use crate::pulse::Pulse;
-use crate::sentinel::{self, Guarded};
-use crate::strays::Strays;
 
 /// A connection in use.
 pub(super) struct Connection {
@@ -32,24 +30,15 @@ pub(super) struct Connection {
     pub(super) address: String,
     /// The buffers of its checkpoints.
     pub(super) pool: Arc<Pool>,
-    /// The version of the stream that both sides have agreed on, once they have.
-    pub(super) version: Option<ProtocolVersion>,
-    /// Whether the standby holds what it was offered ([`Since`]).
-    pub(super) holds: bool,
-    /// How strays follow the guest to it.
-    pub(super) strays: Option<StrayWay>,
+    /// The address of its other end.
+    pub(super) peer: String,
+    /// What both sides have agreed on, once they have.
+    pub(super) agreed: Option<Agreed>,
 }
 
-/// How strays follow the guest over a link: by its sentinel when this process dies, and otherwise by this process.
-pub(super) struct StrayWay {
-    strays: Arc<Strays>,
-    _guarded: Option<Guarded>,
-}
-
-impl StrayWay {
-    /// They follow as soon as this process dies.
-    pub(super) fn new(strays: Arc<Strays>) -> Self {
-        Self { _guarded: sentinel::guard_strays(&strays), strays }
+impl Connection {
+    fn version(&self) -> Option<ProtocolVersion> {
+        self.agreed.as_ref().map(|agreed| agreed.version)
     }
 }
 
@@ -171,7 +160,7 @@ impl Ports {
 
     /// Tells the standby what has changed. Nothing is decided by it: whoever asks there must know.
     fn tell_sight(&mut self, link: Link) -> Result<(), PortError> {
-        let version = self.connection(link).and_then(|connection| connection.version);
+        let version = self.connection(link).and_then(Connection::version);
         let Some(watch) = self.watch.as_ref().filter(|_| version >= Some(ProtocolVersion::V8)) else {
             return Ok(());
         };
@@ -205,19 +194,12 @@ impl Ports {
     }
 
     /// Both sides of this link have agreed on a version of the stream: what is sent from now on is in it.
-    pub(super) fn agreed(&mut self, link: Link, agreed: &Agreed, strays: Option<StrayWay>) {
-        let &Agreed { version, holds, .. } = agreed;
+    pub(super) fn agreed(&mut self, link: Link, agreed: Agreed) {
         if let Some(connection) = self.connection.as_mut().filter(|connection| connection.link == link) {
-            connection.version = Some(version);
-            connection.holds = holds;
-            connection.strays = strays;
-            connection.sender.send(Job::Speak(version, self.tail.clone(), self.totals.audit().clone()));
+            let audit = self.totals.audit().clone();
+            connection.sender.send(Job::Speak(agreed.version, self.tail.clone(), audit));
+            connection.agreed = Some(agreed);
         }
-    }
-
-    /// How strays follow the guest, if somebody takes them.
-    pub(super) fn strays(&self) -> Option<Arc<Strays>> {
-        Some(self.connection.as_ref()?.strays.as_ref()?.strays.clone())
     }
 
     /// Takes the connection out, for the end of the process.
@@ -257,9 +239,12 @@ impl PrimaryPorts for Ports {
 
     fn start_base(&mut self, link: Link) -> Result<(), PortError> {
         let connection = self.connection(link).ok_or(PortError::Closed)?;
-        let version = connection.version.ok_or(PortError::NoVersion)?;
-        let (pool, holds) = (connection.pool.clone(), connection.holds);
-        let start = Inbox::StartBase(link, pool, version, self.since.answer(link, holds)?);
+        let (pool, peer) = (connection.pool.clone(), connection.peer.clone());
+        let Agreed { version, holds, ref strays } =
+            *connection.agreed.as_ref().ok_or(PortError::NoVersion)?;
+        let strays = strays.clone().filter(|_| self.tail.is_some()).map(|key| (peer, key));
+        let needs = self.since.answer(link, holds)?;
+        let start = Inbox::StartBase(Accepted { link, pool, version, needs, strays });
         self.inbox.send(start).map_err(|_| PortError::NoCoordinator)
     }
 

@@ -24,7 +24,7 @@ pub(super) enum Role {
     Vcpu,
     /// Carries a device's requests out.
     Device,
-    /// Sends checkpoints, or frames that come too late; hears such frames.
+    /// Sends checkpoints; takes strays, or sends them.
     Sender,
     /// Reads acknowledgements at the primary, and lets output out.
     Receiver,

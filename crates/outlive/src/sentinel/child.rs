@@ -18,7 +18,8 @@ use outlive_epoch::StrayKey;
 use outlive_machine::MacAddr;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use crate::{exit, sandbox, strays};
+use crate::strays::{By, Forwarder};
+use crate::{exit, sandbox};
 
 /// The most wards that it keeps; a host has a handful.
 const MOST: usize = 1024;
@@ -193,8 +194,8 @@ impl Links {
     fn follow(&mut self) {
         for ward in std::mem::take(&mut self.0).into_values() {
             if let Ward::Strays { to, queues, guest, key } = ward {
-                let queues: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
-                strays::Way::new(&queues, to.as_fd(), &key, strays::Sender::Sentinel, guest).forward(|| true);
+                let queues = queues.iter().map(AsFd::as_fd);
+                Forwarder::new(queues, to.as_fd(), &key, By::Sentinel, guest).forward(|| true);
             }
         }
     }

@@ -109,12 +109,17 @@ impl Ward {
                 }
             }
             Self::Strays(strays) => {
-                if let Some(strays) = strays.upgrade() {
-                    let (key, guest) = strays.secret();
-                    let order = child::Order::Follow { guest, key: key.clone() };
-                    let with: Vec<RawFd> = strays.descriptors().map(|it| it.as_raw_fd()).collect();
-                    send(channel, &order, number, &with);
-                }
+                let Some(strays) = strays.upgrade() else { return };
+                let to = match strays.socket() {
+                    Ok(to) => to,
+                    Err(error) => return tracing::warn!(%error, "strays will not follow the guest"),
+                };
+                let (key, guest) = strays.secret();
+                let order = child::Order::Follow { guest, key: key.clone() };
+                // From here on only the sentinel has the socket.
+                let with: Vec<RawFd> =
+                    [to.as_fd()].into_iter().chain(strays.queues()).map(|it| it.as_raw_fd()).collect();
+                send(channel, &order, number, &with);
             }
         }
     }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixDatagram;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use outlive_epoch::StrayKey;
-use outlive_machine::MacAddr;
+use outlive_machine::{MacAddr, Tap};
 
 use super::child::{Links, Order};
 use super::*;
@@ -92,13 +92,13 @@ fn a_sentinel_that_cannot_hear_its_dead_parent_ends_the_links_that_it_has() {
 #[test]
 fn frames_that_wait_in_a_tap_follow_the_guest_when_its_host_is_dead() {
     let mut rig = Rig::new();
-    let (standby, to) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
-    to.connect(standby.local_addr().unwrap()).unwrap();
+    let standby = UdpSocket::bind("127.0.0.1:0").unwrap();
     standby.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let (network, queue) = UnixDatagram::pair().unwrap();
     queue.set_nonblocking(true).unwrap();
     let (mut kept, guest, key) = (link(), MacAddr([2; 6]), StrayKey([5; 32]));
-    let strays = Strays::new(vec![queue.into()], to, key, guest);
+    let tap = Tap::of_queues("tap", vec![queue.into()]);
+    let strays = Strays::new(tap, guest, standby.local_addr().unwrap(), key);
     let (wards, channel) = ([Ward::Strays(Arc::downgrade(&strays)), Ward::Link(Weak::new())], &rig.orders);
     wards.iter().zip(1..).for_each(|(ward, number)| ward.entrust(channel, number));
     send(channel, &Order::Guard, 3, &[kept.0.as_raw_fd()]);

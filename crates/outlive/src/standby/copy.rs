@@ -124,7 +124,8 @@ impl VmCopy {
         let card = plan.card.zip(options.net.as_ref());
         let (ram, tap) = kept.map_or((None, None), |KeptVm { ram, tap }| (Some(ram), tap));
         let open = |(Card { pairs, wiring }, net): (Card, &NetSpec)| -> Result<NetConfig, CardError> {
-            // The same VM, so it is wired as it must be.
+            // The same VM, so it is wired as it must be. One with several queues is made anew: a card begins with all of them
+            // in use.
             let tap = match tap.filter(|tap| pairs == 1 && tap.name() == net.tap) {
                 Some(tap) => Arc::new(tap),
                 None => vm::open_card(net, pairs, wiring)?,

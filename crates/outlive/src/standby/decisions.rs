@@ -25,7 +25,7 @@ use crate::disk::{Books, DiskEvent, STUCK};
 use crate::events::{self, EventWriter};
 use crate::network::Uplink;
 use crate::status::Standing;
-use crate::strays;
+use crate::strays::Intake;
 use crate::vm::Shelf;
 
 /// Whether a decision was made or not, what the ports were given to do is done.
@@ -49,8 +49,8 @@ pub(super) struct Equipment {
     pub(super) standing: Arc<Standing>,
     /// The memory of a VM that this host has handed over.
     pub(super) shelf: Shelf,
-    /// Takes the frames that follow the guest from its old host; `None` if it may not.
-    pub(super) strays: Option<strays::Door>,
+    /// Takes strays; `None` if nobody is to have them.
+    pub(super) strays: Option<Intake>,
     /// How often copies on this host were found not to be the VM.
     pub(super) differences: Arc<Differences>,
 }

@@ -5,14 +5,13 @@
 //! read as Outlive's before its host has shown a certificate.
 
 use std::io::{self, Read};
-use std::net::UdpSocket;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use outlive_epoch::{
     Hello, IncomingError, IncomingLimits, Message, PAGE_SIZE, Peer, ProtocolVersion, ReadError, RefuseCode,
-    SectionReader, VersionRange, WireError,
+    SectionReader, StrayKey, VersionRange, WireError,
 };
 use outlive_pair::{Introduction, Link, Unwelcome};
 
@@ -32,7 +31,7 @@ use crate::events::Event;
 use crate::keys::{Certificate, Right};
 use crate::link::{Connection, Listener, MayNot, NewConnection, Reader};
 use crate::logs::RateLimit;
-use crate::strays;
+use crate::strays::{self, Intake};
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
 /// How many connections may be heard at the same time: one is the primary's, and those that [`HalfOpen`] has let
@@ -65,10 +64,8 @@ pub(crate) struct Door {
     /// Until the thread has it that accepts connections.
     listener: Option<Listener>,
     inside: Inside,
-    /// Where strays are taken, beside the links.
-    strays: Option<strays::Door>,
-    /// Until its thread has it.
-    stray_socket: Option<UdpSocket>,
+    /// Takes strays, beside the links; `None` if somebody else has the port.
+    strays: Option<Intake>,
 }
 
 impl Door {
@@ -79,20 +76,18 @@ impl Door {
     pub(crate) fn reserve(address: &str) -> Result<Self, DoorError> {
         let failed = |source| DoorError::Listen { address: address.to_owned(), source };
         let listener = Listener::reserve(address).map_err(failed)?;
-        let stray_socket = listener.address().and_then(strays::claim).inspect_err(|error| {
+        let strays = listener.address().and_then(Intake::claim).inspect_err(|error| {
             tracing::warn!(
                 "cannot take UDP at {address} beside TCP ({error}): clients whose frames come between a host's end and \
                  the takeover wait for their own TCP"
             );
         });
-        let stray_socket = stray_socket.ok();
-        let strays = stray_socket.is_some().then(strays::Door::default);
         let address = listener.address().map_or_else(|_| address.to_owned(), |it| it.to_string());
-        Ok(Self { address, listener: Some(listener), inside: Inside::default(), strays, stray_socket })
+        Ok(Self { address, listener: Some(listener), inside: Inside::default(), strays: strays.ok() })
     }
 
-    /// Where strays are taken; `None` if somebody else has the port.
-    pub(super) fn strays(&self) -> Option<strays::Door> {
+    /// Takes strays; `None` if somebody else has the port.
+    pub(super) fn strays(&self) -> Option<Intake> {
         self.strays.clone()
     }
 
@@ -112,8 +107,8 @@ impl Door {
     pub(super) fn open(&mut self, decisions: Arc<Decisions>) -> Result<(), DoorError> {
         self.listen()?;
         *self.inside.lock().unwrap_or_else(PoisonError::into_inner) = Some(decisions);
-        if let Some((door, socket)) = self.strays.as_ref().zip(self.stray_socket.take()) {
-            door.open(socket).map_err(DoorError::NoThread)?;
+        if let Some(strays) = &self.strays {
+            strays.open().map_err(DoorError::NoThread)?;
         }
         let Some(listener) = self.listener.take() else { return Ok(()) };
         let inside = self.inside.clone();
@@ -329,28 +324,35 @@ fn admit(
     let applier = Applier { decisions: decisions.clone(), link, handover: handover.clone(), copy, audit };
     let applier = applier.start().map_err(Refusal::NoThread)?;
     let tail = Arc::new(Tail::new(decisions.equipment.options.active.frame_tail.is_on()));
-    let strays = decisions.equipment.strays.as_ref().map(|door| door.expect(Arc::downgrade(&tail) as _));
-    let strays = strays.and_then(|drawn| {
-        drawn.inspect_err(|error| tracing::warn!(%error, "no key: late frames do not follow the guest")).ok()
-    });
+    let strays = decisions.equipment.strays.as_ref().and_then(|intake| Some((intake, key_for_strays()?)));
     let session = Session {
         link,
         version,
         holds,
-        strays,
+        strays: strays.as_ref().map(|(_, key)| key.clone()),
         handover: handover.clone(),
         tail: tail.clone(),
         disks: Arc::downgrade(&disks),
         claims,
         applier,
     };
-    let admitted = Admitted { ram, disks, shape, tail, handover: ReaderEnd(handover) };
+    let admitted = Admitted { ram, disks, shape, tail: tail.clone(), handover: ReaderEnd(handover) };
     decisions.hello(link, introduction, session).map_err(|session| {
         // Another primary was faster, and the refusal has been sent. The applier frees the copy.
         session.handover.end(Ending::Discard);
         Refusal::Attached
     })?;
+    if let Some((intake, key)) = strays {
+        let sink: Weak<Tail> = Arc::downgrade(&tail);
+        intake.expect(&key, sink);
+    }
     Ok((admitted, version))
+}
+
+fn key_for_strays() -> Option<StrayKey> {
+    strays::draw_key()
+        .inspect_err(|error| tracing::warn!(%error, "no key: strays do not follow the guest"))
+        .ok()
 }
 
 /// The words of a refusal. Where a VM runs, it says which: the primary may have it, too.

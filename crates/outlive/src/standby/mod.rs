@@ -54,6 +54,7 @@ use crate::events::{self, Event, EventWriter, EventsError, Role};
 use crate::report::Reporter;
 use crate::sandbox::Steward;
 use crate::status::Standing;
+use crate::strays::Intake;
 use crate::vm::{self, CardError, Launch, Stops, UplinkError};
 use crate::{disk, notify, sandbox};
 use decisions::{Decisions, Equipment};
@@ -173,7 +174,7 @@ impl Post {
             tracker: None,
         });
         let (options, books) = (options.clone(), Books::default());
-        let (differences, shelf, strays) = (Arc::default(), vm::Shelf::default(), strays(&door, &options));
+        let (differences, shelf, strays) = (Arc::default(), vm::Shelf::default(), intake(&door, &options));
         let equipment = Equipment {
             host,
             options,
@@ -205,7 +206,7 @@ impl Post {
         let (console, events) = (launch.console.clone(), launch.events.clone());
         let (standing, uplink) = (launch.standing.clone(), launch.uplink.clone());
         let books = launch.books.clone();
-        let (differences, shelf, strays) = (Arc::default(), launch.shelf.clone(), strays(&door, &options));
+        let (differences, shelf, strays) = (Arc::default(), launch.shelf.clone(), intake(&door, &options));
         let equipment = Equipment {
             host,
             options,
@@ -319,9 +320,9 @@ impl Post {
     }
 }
 
-/// Where frames are taken that follow a guest from its old host.
-fn strays(door: &Door, options: &StandbyOptions) -> Option<crate::strays::Door> {
-    (options.net.is_some() && options.active.frame_tail.is_on()).then(|| door.strays()).flatten()
+/// Takes strays, if the VM may have a card, and they are wanted.
+fn intake(door: &Door, options: &StandbyOptions) -> Option<Intake> {
+    door.strays().filter(|_| options.net.is_some() && options.active.frame_tail.is_on())
 }
 
 /// Checks that the card can be made here and the images can be a standby's, and brings them to their last

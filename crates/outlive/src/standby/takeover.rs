@@ -90,13 +90,13 @@ pub(super) fn take_over(
     // What is repeated. An answer to it is not thrown away any more, as what waited in the tap is.
     machine.valve().drain();
     machine.resume();
-    if let Some((net, door)) = machine.net().zip(equipment.strays.as_ref()) {
+    if let Some((net, strays)) = machine.net().zip(equipment.strays.as_ref()) {
         let guest = Arc::downgrade(net);
         frames.follow(move |pair, packet| {
             // One that is not taken is lost, as in any network.
-            let _ = guest.upgrade().is_some_and(|net| net.give_late(pair, packet));
+            let _ = guest.upgrade().is_some_and(|net| net.give_stray(pair, packet));
         });
-        door.runs_here(frames);
+        strays.runs_here(frames);
     }
     let running = Instant::now();
     let micros =

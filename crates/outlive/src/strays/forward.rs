@@ -11,7 +11,7 @@ use nix::unistd::read;
 use outlive_epoch::StrayKey;
 use outlive_machine::{MAX_PACKET, MacAddr, PACKET_HEADER};
 
-use super::seal::{AROUND, Sealer, Sender};
+use super::seal::{AROUND, By, Sealer};
 
 /// Later nobody waits for a frame: TCP has sent it again.
 const LONGEST: Duration = Duration::from_millis(500);
@@ -23,8 +23,9 @@ const MOST: usize = 65_507 - AROUND;
 const TURN: usize = 64;
 
 /// From the queues of a tap to the standby.
-pub(crate) struct Way<'a> {
-    queues: &'a [BorrowedFd<'a>],
+pub(crate) struct Forwarder<'a> {
+    /// `None`: there is nothing to be had from it any more.
+    queues: Vec<Option<BorrowedFd<'a>>>,
     to: BorrowedFd<'a>,
     sealer: Sealer,
     guest: MacAddr,
@@ -35,16 +36,16 @@ pub(crate) struct Way<'a> {
     heard: bool,
 }
 
-impl<'a> Way<'a> {
+impl<'a> Forwarder<'a> {
     /// `to` leads to the standby; the guest's own frames are told by its address.
     pub(crate) fn new(
-        queues: &'a [BorrowedFd<'a>],
+        queues: impl IntoIterator<Item = BorrowedFd<'a>>,
         to: BorrowedFd<'a>,
         key: &StrayKey,
-        sender: Sender,
+        by: By,
         guest: MacAddr,
     ) -> Self {
-        let sealer = Sealer::new(key, sender);
+        let (queues, sealer) = (queues.into_iter().map(Some).collect(), Sealer::new(key, by));
         let (packet, datagram) = (vec![0; MAX_PACKET], Vec::with_capacity(MAX_PACKET + AROUND));
         Self { queues, to, sealer, guest, packet, datagram, sent: 0, heard: false }
     }
@@ -52,34 +53,41 @@ impl<'a> Way<'a> {
     /// Forwards while it is wanted, and the guest was not heard, and it is not too late. Returns the number of frames.
     pub(crate) fn forward(&mut self, wanted: impl Fn() -> bool) -> u64 {
         let until = Instant::now() + LONGEST;
-        while wanted() && Instant::now() < until {
-            let mut on: Vec<_> = self.queues.iter().map(|it| PollFd::new(*it, PollFlags::POLLIN)).collect();
-            let patience = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO);
-            let ready = match poll(&mut on, patience) {
-                Err(Errno::EINTR) => continue,
-                Err(_) => break,
-                Ok(ready) => ready,
-            };
-            // Also what came before the guest's own words is forwarded.
-            if ready == 0 && self.heard {
+        while wanted() && Instant::now() < until && self.queues.iter().any(Option::is_some) {
+            let ready = self.wait();
+            // What has come before the guest's own words is forwarded, too.
+            if ready.is_empty() && self.heard {
                 break;
             }
-            let readable = |it: &PollFd<'_>| it.revents().is_some_and(|on| on.contains(PollFlags::POLLIN));
-            let some: Vec<_> = (0..).zip(&on).filter(|(_, it)| readable(it)).map(|(pair, _)| pair).collect();
-            // A queue that is out of use, or whose interface was deleted, is an error only.
-            if ready > 0 && some.is_empty() {
-                break;
-            }
-            for pair in some {
-                self.take_turn(pair);
-            }
+            ready.into_iter().for_each(|pair| self.take_turn(pair));
         }
         self.sent
     }
 
+    /// Waits a moment until frames wait. Returns in which queues, and drops those that are broken: the interface was
+    /// deleted, for example.
+    fn wait(&mut self) -> Vec<u16> {
+        let open: Vec<_> = (0..).zip(&self.queues).filter_map(|(pair, it)| Some((pair, (*it)?))).collect();
+        let mut on: Vec<_> = open.iter().map(|(_, it)| PollFd::new(*it, PollFlags::POLLIN)).collect();
+        let patience = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO);
+        if poll(&mut on, patience).is_err() {
+            return Vec::new();
+        }
+        let mut ready = Vec::new();
+        for ((pair, _), it) in open.iter().zip(&on) {
+            match it.revents().unwrap_or(PollFlags::empty()) {
+                some if some.contains(PollFlags::POLLIN) => ready.push(*pair),
+                none if none.is_empty() => {}
+                _ => self.queues[usize::from(*pair)] = None,
+            }
+        }
+        ready
+    }
+
     fn take_turn(&mut self, pair: u16) {
+        let Some(queue) = self.queues[usize::from(pair)] else { return };
         for _ in 0..TURN {
-            match read(self.queues[usize::from(pair)], &mut self.packet) {
+            match read(queue, &mut self.packet) {
                 Ok(len) => self.pass_on(pair, len),
                 Err(Errno::EINTR) => {}
                 Err(_) => return,

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! old host   tap's queue ──► forward.rs ──► seal.rs ──► UDP
-//! new host                                              UDP ──► door.rs: opened ──► kept until the guest runs, then given
+//! new host                                              UDP ──► intake.rs: opened ──► kept until the guest runs, then given
 //! ```
 //!
 //! - Who forwards: the sentinel (`sentinel/`) when its process dies, which has duplicates of the tap's queues; or the
@@ -18,53 +18,67 @@
 //! - Nobody depends on it: it is as good as a network that delays frames, or repeats them, or loses them. The guest is given
 //!   input that was meant for it; nothing of it is output. A firewall that drops the datagrams costs the clients TCP's timer.
 
-mod door;
 mod forward;
+mod intake;
 mod seal;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use outlive_epoch::StrayKey;
-use outlive_machine::MacAddr;
+use outlive_machine::{MacAddr, Tap};
 
-pub(crate) use door::{Door, Sink, claim};
-pub(crate) use forward::Way;
-pub(crate) use seal::Sender;
-
-/// How long a host that has taken the VM over still gives it strays.
-const AFTER: Duration = Duration::from_secs(2);
+pub(crate) use forward::Forwarder;
+pub(crate) use intake::{Intake, Sink, draw_key};
+pub(crate) use seal::By;
 
 /// The part of a link by which strays follow the guest.
+///
+/// It has no socket until one is needed. A socket for datagrams leads wherever whoever has it pleases, and every thread of
+/// this process would have it; see `sandbox/`.
 #[derive(Debug)]
 pub(crate) struct Strays {
-    queues: Vec<OwnedFd>,
-    to: UdpSocket,
-    key: StrayKey,
+    tap: Tap,
     guest: MacAddr,
+    standby: SocketAddr,
+    key: StrayKey,
     used: AtomicBool,
 }
 
 impl Strays {
-    /// Of a card whose tap has these queues. `to` leads to the standby, which has named the key.
-    pub(crate) fn new(queues: Vec<OwnedFd>, to: UdpSocket, key: StrayKey, guest: MacAddr) -> Arc<Self> {
-        Arc::new(Self { queues, to, key, guest, used: AtomicBool::new(false) })
+    /// Of the guest with this tap, which is open once more for this, to the standby at this address, where the link leads,
+    /// too. The standby has named the key.
+    pub(crate) fn new(tap: Tap, guest: MacAddr, standby: SocketAddr, key: StrayKey) -> Arc<Self> {
+        Arc::new(Self { tap, guest, standby, key, used: AtomicBool::new(false) })
     }
 
-    /// What somebody needs who forwards when this process is gone: the socket first, then the queues.
-    pub(crate) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        [self.to.as_fd()].into_iter().chain(self.queues.iter().map(AsFd::as_fd))
+    /// The tap's queues.
+    pub(crate) fn queues(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.tap.queues()
     }
 
     /// The key, and who the guest is.
     pub(crate) fn secret(&self) -> (&StrayKey, MacAddr) {
         (&self.key, self.guest)
+    }
+
+    /// A socket that leads to the standby. For a thread that may make connections.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn socket(&self) -> io::Result<UdpSocket> {
+        let any = match self.standby {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+        socket.connect(self.standby)?;
+        Ok(socket)
     }
 
     /// Forwards on a thread of its own, until the guest is heard from elsewhere, or the answer is told to stop. The guest
@@ -76,13 +90,13 @@ impl Strays {
         if self.used.swap(true, Ordering::AcqRel) {
             return Ok(None);
         }
-        let (strays, stopped) = (self.clone(), Arc::new(AtomicBool::new(false)));
+        let (to, strays, stopped) = (self.socket()?, self.clone(), Arc::new(AtomicBool::new(false)));
         let following = Following(stopped.clone());
         outlive_machine::spawn("strays", move || {
-            let queues: Vec<_> = strays.queues.iter().map(AsFd::as_fd).collect();
-            let mut way = Way::new(&queues, strays.to.as_fd(), &strays.key, Sender::Process, strays.guest);
-            let sent = way.forward(|| !stopped.load(Ordering::Acquire));
-            tracing::debug!(sent, "frames that came too late for this host have followed the guest");
+            let Self { key, guest, .. } = &*strays;
+            let mut forwarder = Forwarder::new(strays.queues(), to.as_fd(), key, By::Process, *guest);
+            let sent = forwarder.forward(|| !stopped.load(Ordering::Acquire));
+            tracing::debug!(sent, "strays have followed the guest");
         })?;
         Ok(Some(following))
     }
@@ -97,18 +111,4 @@ impl Following {
     pub(crate) fn stop(&self) {
         self.0.store(true, Ordering::Release);
     }
-}
-
-/// A socket that leads to the standby at this address, where the link leads, too.
-///
-/// # Errors
-/// The operating system's.
-pub(crate) fn towards(standby: SocketAddr) -> io::Result<UdpSocket> {
-    let any: SocketAddr = match standby {
-        SocketAddr::V4(_) => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    let socket = UdpSocket::bind(any)?;
-    socket.connect(standby)?;
-    Ok(socket)
 }

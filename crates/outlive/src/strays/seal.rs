@@ -1,6 +1,6 @@
 //! How a stray goes over a network: sealed with the key of its link.
 //!
-//! A datagram is who sends it and its number, 4 and 8 bytes, little endian; then, sealed, the queue pair in 2 bytes and
+//! A datagram is who has sealed it and its number, 4 and 8 bytes, little endian; then, sealed, the queue pair in 2 bytes and
 //! the frame with its header of virtio-net; then a tag of 16 bytes. The first 12 bytes are the nonce, so no two datagrams
 //! of a key may have the same: a process and its sentinel count apart, and each forwards once.
 
@@ -13,7 +13,7 @@ const PAIR: usize = 2;
 
 /// Who seals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sender {
+pub(crate) enum By {
     /// The process that had the VM.
     Process = 0,
     /// Its sentinel.
@@ -25,22 +25,22 @@ fn key(key: &StrayKey) -> LessSafeKey {
     LessSafeKey::new(key.unwrap_or_else(|_| unreachable!("the key has the length of the algorithm's")))
 }
 
-/// Seals frames. There is one for each key and sender.
+/// Seals frames. There is one for each key and whoever seals.
 pub(super) struct Sealer {
     key: LessSafeKey,
-    sender: Sender,
+    by: By,
     next: u64,
 }
 
 impl Sealer {
-    pub(super) fn new(of: &StrayKey, sender: Sender) -> Self {
-        Self { key: key(of), sender, next: 0 }
+    pub(super) fn new(of: &StrayKey, by: By) -> Self {
+        Self { key: key(of), by, next: 0 }
     }
 
     /// Puts a datagram for this frame into `out`. False if nothing can be sealed any more.
     pub(super) fn seal(&mut self, pair: u16, packet: &[u8], out: &mut Vec<u8>) -> bool {
         let mut nonce = [0; NONCE_LEN];
-        nonce[..4].copy_from_slice(&(self.sender as u32).to_le_bytes());
+        nonce[..4].copy_from_slice(&(self.by as u32).to_le_bytes());
         nonce[4..].copy_from_slice(&self.next.to_le_bytes());
         self.next += 1;
         out.clear();
@@ -58,7 +58,7 @@ impl Sealer {
 /// Opens what was sealed with a key.
 pub(super) struct Opener {
     key: LessSafeKey,
-    /// The number that comes next at least, for each sender.
+    /// The number that comes next at least, of each who seals.
     next: [u64; 2],
 }
 
@@ -68,12 +68,12 @@ impl Opener {
     }
 
     /// Queue pair and frame of a datagram. `None` if it was not sealed with this key, was changed, or is not newer than
-    /// all of its sender before: order is worth less than that nothing is given twice.
+    /// all before it: order is worth less than that nothing is given twice.
     pub(super) fn open<'a>(&mut self, datagram: &'a mut [u8]) -> Option<(u16, &'a [u8])> {
         let (nonce, sealed) = datagram.split_first_chunk_mut::<NONCE_LEN>()?;
-        let (sender, number) = nonce.split_first_chunk::<4>()?;
+        let (by, number) = nonce.split_first_chunk::<4>()?;
         let number = u64::from_le_bytes(number.try_into().ok()?);
-        let next = self.next.get_mut(usize::try_from(u32::from_le_bytes(*sender)).ok()?)?;
+        let next = self.next.get_mut(usize::try_from(u32::from_le_bytes(*by)).ok()?)?;
         if number < *next {
             return None;
         }

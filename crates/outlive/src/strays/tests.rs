@@ -1,6 +1,6 @@
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Mutex, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::*;
 
@@ -39,7 +39,7 @@ fn of_client(text: &[u8]) -> Vec<u8> {
 
 /// A standby that takes strays, and the way to it from a tap with two queues, of which the network has the other ends.
 struct Rig {
-    door: Door,
+    intake: Intake,
     got: Arc<Got>,
     key: StrayKey,
     to: SocketAddr,
@@ -49,20 +49,21 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
-        let socket = claim("127.0.0.1:0".parse().unwrap()).unwrap();
-        let (to, door, got) = (socket.local_addr().unwrap(), Door::default(), Arc::new(Got::default()));
-        door.open(socket).unwrap();
-        let weak: Weak<Got> = Arc::downgrade(&got);
-        let key = door.expect(weak).unwrap();
+        let intake = Intake::claim("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (to, got, key) =
+            (intake.socket().local_addr().unwrap(), Arc::new(Got::default()), draw_key().unwrap());
+        intake.open().unwrap();
+        let sink: Weak<Got> = Arc::downgrade(&got);
+        intake.expect(&key, sink);
         let (network, queues): (Vec<_>, Vec<UnixDatagram>) =
             (0..2).map(|_| UnixDatagram::pair().unwrap()).unzip();
         queues.iter().for_each(|queue| queue.set_nonblocking(true).unwrap());
-        Self { door, got, key, to, network, queues }
+        Self { intake, got, key, to, network, queues }
     }
 
     fn strays(&self) -> Arc<Strays> {
         let queues = self.queues.iter().map(|queue| queue.try_clone().unwrap().into()).collect();
-        Strays::new(queues, towards(self.to).unwrap(), self.key.clone(), GUEST)
+        Strays::new(Tap::of_queues("tap", queues), GUEST, self.to, self.key.clone())
     }
 }
 
@@ -105,8 +106,8 @@ fn a_guest_that_runs_here_again_keeps_its_frames() {
 #[test]
 fn only_what_the_old_host_has_sealed_is_given_and_only_once() {
     let rig = Rig::new();
-    let sealed = |key: &StrayKey, sender, count: u8| {
-        let mut sealer = seal::Sealer::new(key, sender);
+    let sealed = |key: &StrayKey, by, count: u8| {
+        let mut sealer = seal::Sealer::new(key, by);
         (0..count)
             .map(|number| {
                 let mut out = Vec::new();
@@ -115,13 +116,13 @@ fn only_what_the_old_host_has_sealed_is_given_and_only_once() {
             })
             .collect::<Vec<_>>()
     };
-    let (process, sentinel) = (sealed(&rig.key, Sender::Process, 2), sealed(&rig.key, Sender::Sentinel, 1));
+    let (process, sentinel) = (sealed(&rig.key, By::Process, 2), sealed(&rig.key, By::Sentinel, 1));
     let take = |datagram: &[u8]| {
         let before = rig.got.0.lock().unwrap().len();
-        rig.door.take(&mut datagram.to_vec());
+        rig.intake.take(&mut datagram.to_vec());
         rig.got.0.lock().unwrap().len() - before
     };
-    assert_eq!(take(&sealed(&StrayKey([7; 32]), Sender::Process, 1)[0]), 0, "sealed with another key");
+    assert_eq!(take(&sealed(&StrayKey([7; 32]), By::Process, 1)[0]), 0, "sealed with another key");
     for changed in 0..process[0].len() {
         let mut datagram = process[0].clone();
         datagram[changed] ^= 1;
@@ -132,15 +133,15 @@ fn only_what_the_old_host_has_sealed_is_given_and_only_once() {
     assert_eq!(take(&process[0]), 0, "an older one");
     assert_eq!(take(&sentinel[0]), 1, "whose numbers are its own");
     let nobody: Weak<Got> = Weak::new();
-    rig.door.expect(nobody).unwrap();
-    assert_eq!(take(&sealed(&rig.key, Sender::Process, 9)[8]), 0, "the link is another one now");
+    rig.intake.expect(&draw_key().unwrap(), nobody);
+    assert_eq!(take(&sealed(&rig.key, By::Process, 9)[8]), 0, "the link is another one now");
 }
 
 #[test]
 fn a_host_that_has_taken_over_still_takes_them_although_the_session_is_over() {
     let rig = Rig::new();
     let got = rig.got.clone();
-    rig.door.runs_here(got.clone());
+    rig.intake.runs_here(got.clone());
     drop(got);
     let strays = rig.strays();
     rig.network[0].send(&of_client(b"late")).unwrap();
@@ -151,11 +152,37 @@ fn a_host_that_has_taken_over_still_takes_them_although_the_session_is_over() {
 #[test]
 fn whoever_floods_the_port_gets_nothing() {
     let rig = Rig::new();
-    let stranger = towards(rig.to).unwrap();
+    let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
+    stranger.connect(rig.to).unwrap();
     for length in 0..2000 {
         stranger.send(&vec![length as u8; length % 1400]).ok();
     }
     rig.network[0].send(&of_client(b"late")).unwrap();
     rig.strays().follow().unwrap();
     assert_eq!(rig.got.wait_for(1), [(0, of_client(b"late"))]);
+}
+
+/// As if its interface was deleted, or had less of them in use.
+#[test]
+fn a_queue_that_is_broken_keeps_no_other_from_being_read() {
+    let mut rig = Rig::new();
+    let (broken, writing) = nix::unistd::pipe().unwrap();
+    drop(writing);
+    rig.queues.insert(0, UnixDatagram::from(broken));
+    rig.strays().follow().unwrap();
+    // The queues were looked at before.
+    std::thread::sleep(Duration::from_millis(50));
+    rig.network[1].send(&of_client(b"late")).unwrap();
+    assert_eq!(rig.got.wait_for(1), [(2, of_client(b"late"))]);
+}
+
+/// Each thread of the process has it, also one that a guest may have got hold of.
+#[test]
+fn nothing_can_be_sent_from_the_intake() {
+    let (intake, other) =
+        (Intake::claim("127.0.0.1:0".parse().unwrap()).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+    let (socket, to) = (intake.socket(), other.local_addr().unwrap());
+    assert_eq!(socket.send_to(b"out", to).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    socket.connect(to).unwrap();
+    assert_eq!(socket.send(b"out").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
 }

@@ -34,6 +34,7 @@ struct Kept {
 /// What is kept of a VM.
 pub(crate) struct KeptVm {
     pub(crate) ram: Arc<Ram>,
+    /// The tap of its card.
     pub(crate) tap: Option<Tap>,
 }
 

@@ -29,8 +29,8 @@ use crate::sandbox::{self, StewardError};
 
 /// The MTU of Ethernet.
 const USUAL_MTU: u32 = 1500;
-/// A process that has just ended may have a sentinel that still sends late frames after the guest
-/// ([`strays`](crate::strays)).
+/// A process that has just ended may have a sentinel that still sends [strays](crate::strays) after
+/// the guest.
 const FOLLOWING: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// The first byte of a tap's address: the highest that is locally administered and not multicast.

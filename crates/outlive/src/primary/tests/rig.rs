@@ -138,7 +138,6 @@ pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
         heartbeat: timing.heartbeat(),
         totals: totals.clone(),
         inbox: queue.clone(),
-        card: None,
     };
     links::start(errands, &driver, plan).unwrap();
     driver.handle(PrimaryEvent::Tick);
@@ -150,7 +149,7 @@ impl Rig {
     /// The standby accepts.
     pub(super) fn accepted(self) -> Self {
         let agreed = Agreed { version: ProtocolVersion::CURRENT, holds: false, strays: None };
-        self.driver.agreed(LINK, &agreed, None);
+        self.driver.agreed(LINK, agreed);
         self.driver.handle(PrimaryEvent::Accepted { link: LINK, dead_after: DEAD_AFTER });
         self
     }

@@ -1,7 +1,7 @@
 //! The network card: what a driver reads and sets, and what the port and the network are told.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -38,7 +38,7 @@ pub const MAX_PAIRS: u16 = 8;
 const _: () = assert!(2 * (MAX_PAIRS as usize) < MAX_QUEUES);
 
 /// Most frames that wait for the guest beside those of the port.
-const MAX_LATE: usize = 1024;
+const MAX_STRAYS: usize = 1024;
 /// Most stale frames thrown away when the device goes live: more than a tap queues by default (1000).
 const MAX_STALE: u64 = 10_000;
 /// The transmit queues of all pairs.
@@ -200,10 +200,10 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         true
     }
 
-    /// Has the running guest given a packet that reached another host after the guest had gone from there. It comes
-    /// before those that wait in the port, and may be lost as they may. Returns whether it was taken; only so many
+    /// Has the running guest given a stray: a packet that reached another host when the guest was gone from there. It
+    /// comes before those that wait in the port, and may be lost as they may. Returns whether it was taken; only so many
     /// wait at the same time.
-    pub fn give_late(&self, pair: u16, packet: &[u8]) -> bool {
+    pub fn give_stray(&self, pair: u16, packet: &[u8]) -> bool {
         let mut core = self.shared().core();
         let Core { queues, model: card, .. } = &mut *core;
         let used = usize::from(card.settings.pairs).min(card.pairs.len());
@@ -212,7 +212,7 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
             return false;
         };
         let given = &mut card.pairs[index].given;
-        if given.len() >= MAX_LATE {
+        if given.len() >= MAX_STRAYS {
             return false;
         }
         given.push_back(packet.into());
@@ -222,18 +222,12 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         true
     }
 
-    /// The queues of the tap, for somebody who reads them when the guest does not run here any more.
+    /// The tap, open once more, for somebody who has it when the guest does not run here any more.
     ///
     /// # Errors
     /// The operating system's, when there are no descriptors left.
-    pub fn tap_queues(&self) -> io::Result<Vec<OwnedFd>> {
-        let port = &self.model().port;
-        (0..port.pairs()).map(|pair| port.duplicate(pair)).collect()
-    }
-
-    /// The tap, for the card that has it when this one is gone. `None` if it must be opened anew.
-    pub fn keep_tap(&self) -> Option<Tap> {
-        self.model().port.keep()
+    pub fn tap_again(&self) -> io::Result<Tap> {
+        self.model().port.again()
     }
 
     /// Sends a packet again that the guest has sent in a committed epoch, on another host, and that may not have

@@ -38,18 +38,13 @@ pub trait FramePort: FrameSink {
     /// when all queues are in use.
     fn fd(&self, pair: usize) -> RawFd;
 
-    /// Another descriptor of a queue. A port need not have any.
+    /// The tap, open once more: the same queues, so whoever reads there takes frames away from here. A port need not be a
+    /// tap.
     ///
     /// # Errors
     /// The operating system's.
-    fn duplicate(&self, _pair: usize) -> io::Result<OwnedFd> {
+    fn again(&self) -> io::Result<Tap> {
         Err(io::ErrorKind::Unsupported.into())
-    }
-
-    /// The tap itself, open once more, for the card that has it next. `None` if there is none, or if it has several queues,
-    /// of which another card would not know which are in use.
-    fn keep(&self) -> Option<Tap> {
-        None
     }
 
     /// Takes the next frame of a queue; [`io::ErrorKind::WouldBlock`] if there is none. A frame longer than
@@ -200,14 +195,10 @@ impl FramePort for Tap {
         self.files[pair].as_raw_fd()
     }
 
-    fn duplicate(&self, pair: usize) -> io::Result<OwnedFd> {
-        self.files[pair].as_fd().try_clone_to_owned()
-    }
-
-    fn keep(&self) -> Option<Tap> {
-        let [file] = &self.files[..] else { return None };
-        let files = vec![file.try_clone().ok()?];
-        Some(Tap { files, attached: AtomicUsize::new(1), name: self.name.clone() })
+    fn again(&self) -> io::Result<Tap> {
+        let files = self.files.iter().map(File::try_clone).collect::<io::Result<_>>()?;
+        let attached = AtomicUsize::new(self.attached.load(Ordering::Acquire));
+        Ok(Tap { files, attached, name: self.name.clone() })
     }
 
     fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize> {

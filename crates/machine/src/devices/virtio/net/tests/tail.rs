@@ -134,23 +134,23 @@ fn given_frames_come_first_once_and_in_their_order() {
 }
 
 #[test]
-fn a_late_frame_reaches_a_running_guest_and_only_so_many_wait() {
+fn a_stray_reaches_a_running_guest_and_only_so_many_wait() {
     let memory = memory();
     let rig = Rig::usual(&memory);
-    let late = |number| rig.device.give_late(0, &[&[0; HEADER][..], &frame(number, 60)].concat());
-    assert!(!late(0), "there is no driver");
+    let stray = |number| rig.device.give_stray(0, &[&[0; HEADER][..], &frame(number, 60)].concat());
+    assert!(!stray(0), "there is no driver");
     let driver = rig.boot(FEATURES);
     rig.device.go_live(true);
     driver.give_buffer(0, 1526);
     settle();
-    assert!(late(1));
-    wait_for("a late frame, although nothing comes from the tap", || driver.rx_used() == 1);
-    let taken = (0..3000).take_while(|_| late(2)).count();
+    assert!(stray(1));
+    wait_for("a stray, although nothing comes from the tap", || driver.rx_used() == 1);
+    let taken = (0..3000).take_while(|_| stray(2)).count();
     assert_eq!(taken, 1024, "without buffers of the driver they wait");
     driver.give_buffer(1, 1526);
     wait_for("one that has waited", || driver.rx_used() == 2);
     assert_eq!((driver.received(0), driver.received(1)), (frame(1, 60), frame(2, 60)));
-    assert!(!rig.device.give_late(0, &vec![0; MAX_PACKET + 1]));
+    assert!(!rig.device.give_stray(0, &vec![0; MAX_PACKET + 1]));
 }
 
 #[test]
