@@ -22,6 +22,8 @@ pub(crate) enum Bug {
     BaseAfterCommit,
     ClaimAfterLeave,
     DiffersAndClaims,
+    ClaimsWhatIsGivenUp,
+    GivenUpBeforePromise,
     ClaimNeverRepeated,
     AckUntried,
     BeatsWithoutProgress,

@@ -9,7 +9,7 @@ mod types;
 
 use std::time::Duration;
 
-use outlive_epoch::{EndReason, LeaveReason, RefuseCode};
+use outlive_epoch::{EndReason, RefuseCode};
 
 use crate::claim::{Claim, Step};
 use crate::planted::{Planted, planted};
@@ -307,7 +307,7 @@ impl Primary {
             Event::Ack { link, generation, checkpoint, stamp } => {
                 self.ack(link, generation, checkpoint, stamp, out)
             }
-            Event::Leave { link, reason: LeaveReason::Released } => self.released(link, out),
+            Event::Leave { link, reason } if reason.hands_over() => self.released(link, reason, out),
             Event::Leave { link, reason } => self.left(link, reason, out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
             Event::Broken { what, again } => self.broken(what, again),

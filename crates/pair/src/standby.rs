@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod age;
+mod giving_up;
 mod loss;
 mod types;
 mod unwelcome;
@@ -10,6 +11,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, VmId};
+
+use self::giving_up::GivenUp;
 
 use crate::claim::{Claim, Step};
 use crate::planted::{Planted, planted};
@@ -88,6 +91,8 @@ enum State {
         /// time to say that it was given up. Should the primary die meanwhile, this side still takes over.
         releasing: Option<Duration>,
     },
+    /// See [`giving_up`].
+    GivingUp(GivenUp),
     /// The link is gone. Nothing is claimed before this side could run the VM: a failure after a generation
     /// is won leaves a VM that runs nowhere, perhaps although the other side is in perfect health.
     Settling {
@@ -144,7 +149,7 @@ impl Standby {
     pub fn status(&self) -> StandbyStatus {
         match &self.state {
             State::Listening => StandbyStatus::Listening,
-            State::Discarding { .. } => StandbyStatus::Discarding,
+            State::Discarding { .. } | State::GivingUp(_) => StandbyStatus::Discarding,
             State::Base(_) => StandbyStatus::BaseSync,
             State::Committed { .. } => StandbyStatus::Protected,
             State::Settling { .. } => StandbyStatus::Settling,
@@ -182,7 +187,7 @@ impl Standby {
         match &self.state {
             State::Listening if self.gets_on(now, self.config.timing.dead_after * 2) => {}
             State::Listening => return Err(Unwelcome::StandsStill),
-            State::Discarding { .. } => return Err(Unwelcome::Discarding),
+            State::Discarding { .. } | State::GivingUp(_) => return Err(Unwelcome::Discarding),
             State::Base(_) | State::Committed { .. } => return Err(Unwelcome::Attached),
             State::Settling { .. } | State::Claiming { .. } => return Err(Unwelcome::TakingOver),
             State::TakenOver => return Err(Unwelcome::TakenOver),
@@ -205,6 +210,7 @@ impl Standby {
                 Some(attached.deadline().min(*until))
             }
             State::Base(attached) | State::Committed { attached, .. } => Some(attached.deadline()),
+            State::GivingUp(given) => Some(given.until),
             State::Claiming { claim, .. } => claim.deadline(),
             _ => None,
         }
@@ -278,6 +284,7 @@ impl Standby {
         {
             self.leave(LeaveReason::Stopped, StandbyExit::Stopped, out);
         }
+        self.look_at_what_is_given_up(out);
     }
 
     /// Does what is due in the state that was reached.
@@ -351,6 +358,7 @@ impl Standby {
             State::Committed { .. } if planted!(self.bug, BaseAfterCommit) => {
                 out.push(Action::ApplyBase { link })
             }
+            State::GivingUp(_) => {}
             _ => self.bad_stream(link, "base pages after the base was complete".into(), out),
         }
     }
@@ -391,7 +399,7 @@ impl Standby {
         let patience = self.attached().map_or(Duration::ZERO, |attached| attached.timing.dead_after);
         match result {
             // The answer says "protected", which is true only where somebody would take over.
-            Ok(()) if !self.gets_on(self.now, patience) => self.give_up(link, out),
+            Ok(()) if !self.gets_on(self.now, patience) => self.hangs(link, out),
             Ok(()) => self.commit(out),
             Err(why) => self.bad_stream(link, why, out),
         }
@@ -436,6 +444,7 @@ impl Standby {
                 }
                 self.commit(out);
             }
+            State::GivingUp(given) if given.attached.link == from => given.applied(checkpoint, out),
             State::Settling { link, committed, .. }
                 if *link == from && committed.checkpoint == checkpoint && committed.applying =>
             {

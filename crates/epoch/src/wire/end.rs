@@ -6,6 +6,7 @@ use super::encoder::Encoder;
 use super::error::WireError;
 use super::fields::Fields;
 use super::kind::SectionKind;
+use super::version::ProtocolVersion;
 
 /// How a VM ends in order. The standby follows it and does not take over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,13 +60,44 @@ pub enum LeaveReason {
     /// The standby's copy is not the VM: a page differs. It has thrown the copy away and waits for a new base. Only
     /// where the stream has audits, from version 7 on.
     Differs = 6,
+    /// [`BadStream`](Self::BadStream), and the right is handed over as with [`Released`](Self::Released). This and the
+    /// next two come from version 8 on.
+    BadStreamReleased = 7,
+    /// [`Failed`](Self::Failed), and the right is handed over.
+    FailedReleased = 8,
+    /// [`Differs`](Self::Differs), and the right is handed over.
+    DiffersReleased = 9,
 }
 
 impl LeaveReason {
     pub(super) fn from_wire(number: u8) -> Option<Self> {
-        [Self::Stopped, Self::BadStream, Self::Failed, Self::Followed, Self::Released, Self::Differs]
-            .into_iter()
-            .find(|reason| *reason as u8 == number)
+        [
+            Self::Stopped,
+            Self::BadStream,
+            Self::Failed,
+            Self::Followed,
+            Self::Released,
+            Self::Differs,
+            Self::BadStreamReleased,
+            Self::FailedReleased,
+            Self::DiffersReleased,
+        ]
+        .into_iter()
+        .find(|reason| *reason as u8 == number)
+    }
+
+    /// Whether the standby hands its right to the VM over: it never asks for the generation after this one, and what is
+    /// left of its copy says so durably.
+    pub fn hands_over(self) -> bool {
+        matches!(
+            self,
+            Self::Released | Self::BadStreamReleased | Self::FailedReleased | Self::DiffersReleased
+        )
+    }
+
+    /// The same in a stream that is older than the reasons for which a right is handed over: only that it is.
+    fn in_stream(self, stream: ProtocolVersion) -> Self {
+        if self.hands_over() && stream < ProtocolVersion::V8 { Self::Released } else { self }
     }
 }
 
@@ -78,6 +110,13 @@ impl fmt::Display for LeaveReason {
             Self::Followed => "the standby followed the end of the VM",
             Self::Released => "the standby was stopped, and has handed its right to the VM over",
             Self::Differs => "the standby's copy differs from the VM, and was thrown away",
+            Self::BadStreamReleased => {
+                "the standby refused what came over the link, and has handed its right to the VM over"
+            }
+            Self::FailedReleased => "the standby failed, and has handed its right to the VM over",
+            Self::DiffersReleased => {
+                "the standby's copy differs from the VM, and was thrown away with its right to the VM"
+            }
         })
     }
 }
@@ -108,6 +147,7 @@ impl Encoder {
 
     /// Appends the standby's orderly leave.
     pub fn leave(&mut self, out: &mut Vec<u8>, reason: LeaveReason) {
+        let reason = reason.in_stream(self.stream());
         self.reason(out, SectionKind::Leave, reason as u8);
     }
 

@@ -258,6 +258,12 @@ impl Replica {
         self.queue.push(self.queue.lock(), Job::Release);
     }
 
+    /// The primary may have heard that the copy was given up: what [`release`](Self::release) has written stays. Without
+    /// this word it is taken back when the copy goes.
+    pub(crate) fn promise(&self) {
+        self.queue.promise();
+    }
+
     /// Ends the standby in order: brings its images to the last commit, durably, and removes the journal. After
     /// [`release`](Self::release) the sidecars say what `end` says: `Released` only if the primary may have heard.
     /// Waits as long as that takes, unless a disk finishes nothing at all.

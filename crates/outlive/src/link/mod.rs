@@ -53,6 +53,14 @@ pub(crate) trait Transport: Send + Sync {
     /// The operating system's; `WouldBlock` or `TimedOut` after the timeout.
     fn read(&self, to: &mut [u8]) -> io::Result<usize>;
 
+    /// Reads what comes as it is, also where it is damaged and can no longer be deciphered. Only for bytes that are dropped.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    fn read_raw(&self, to: &mut [u8]) -> io::Result<usize> {
+        self.read(to)
+    }
+
     /// Like [`Write::write_vectored`]: waits for room.
     ///
     /// # Errors
@@ -131,7 +139,7 @@ impl Reader {
     pub(crate) fn drop_the_rest(&mut self) {
         let mut dropped = [0; 16 << 10];
         loop {
-            match self.read(&mut dropped) {
+            match self.0.read_raw(&mut dropped) {
                 Ok(0) => return,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

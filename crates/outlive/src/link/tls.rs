@@ -224,6 +224,10 @@ impl Transport for Tls {
         }
     }
 
+    fn read_raw(&self, to: &mut [u8]) -> io::Result<usize> {
+        self.tcp.read(to)
+    }
+
     fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut out = locked(&self.outgoing);
         // As in `write_now`: what it has encrypted and could not send is the beginning of `from`.

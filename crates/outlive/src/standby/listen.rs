@@ -239,8 +239,9 @@ fn serve(
             events.emit(Event::PrimaryAttached { addr: from.to_string() });
             let reader = SessionReader::new(decisions.clone(), number, stream, reader, admitted);
             let mut rest = reader.run();
-            // What is left is of no use, but where this standby leaves, its last words must arrive.
-            if outbox.leaves() {
+            // What is left is of no use, but where this standby leaves, its last words must arrive. They may come later:
+            // a copy that is given up says so durably first.
+            if outbox.may_leave() {
                 rest.drop_the_rest();
             }
         }

@@ -115,9 +115,9 @@ impl Outbox {
         }
     }
 
-    /// Whether the last word is a leave.
-    pub(super) fn leaves(&self) -> bool {
-        self.queue().end == Some(End::Leave)
+    /// Whether there may be a last word, or it is a leave.
+    pub(super) fn may_leave(&self) -> bool {
+        matches!(self.queue().end, None | Some(End::Leave))
     }
 
     /// Writes as much of the queue as fits, and ends the connection if that is due. Waits for nothing but

@@ -158,7 +158,7 @@ pub(super) struct Ports {
     /// The connection whose last word is a leave, before it is ended and until its thread has ended.
     left: Option<Link>,
     leaving: Option<Link>,
-    /// Whether the primary may have heard that it has no rival any more.
+    /// Whether the last primary may have heard that it has no rival any more.
     handed_over: bool,
 }
 
@@ -219,6 +219,7 @@ impl Ports {
     /// Sets the copy for the primary whose introduction comes next.
     pub(super) fn admit(&mut self, session: Session) {
         self.session = Some(session);
+        self.handed_over = false;
     }
 
     /// Takes the session away from the decisions.
@@ -393,7 +394,10 @@ impl StandbyPorts for Ports {
             Ok(())
         });
         self.left = put.ok().map(|()| link);
-        self.handed_over |= self.left.is_some() && reason == LeaveReason::Released;
+        if self.left.is_some() && reason.hands_over() {
+            self.handed_over = true;
+            self.disks(link).iter().for_each(|disks| disks.promise());
+        }
     }
 
     fn hang_up(&mut self, link: Link) {

@@ -3,7 +3,6 @@
 use crate::planted::Bug;
 use crate::{Link, LossReason, PrimaryEvent, StandbyAction as Action, StandbyEvent as Event, StandbyExit};
 
-use outlive_epoch::LeaveReason;
 
 use super::world::{Copy, Image, Msg, NOW, Work, World};
 
@@ -80,7 +79,7 @@ impl World {
             }
             Action::SendHeartbeat { link, stamp } => self.send_as_standby(link, Msg::Beat(stamp)),
             Action::SendLeave { link, reason } => {
-                if reason == LeaveReason::Released
+                if reason.hands_over()
                     && self.standby(host)?.copy.as_ref().is_some_and(|copy| copy.acked.is_some())
                     && self.hosts[host].image.as_ref().is_some_and(|image| !image.released)
                 {
@@ -88,7 +87,7 @@ impl World {
                 }
                 self.send_as_standby(link, Msg::Leave(reason));
                 if let Some(image) = &mut self.hosts[host].image {
-                    image.released &= reason == LeaveReason::Released;
+                    image.released &= reason.hands_over();
                 }
             }
             Action::Hangup { link } => {

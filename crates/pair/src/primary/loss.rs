@@ -68,8 +68,8 @@ impl Primary {
     /// The standby has left and handed its right over: nobody else can run the VM. What it said last may be
     /// heard after its link was declared lost: the thread that writes met the end of the connection first, or
     /// this process stood still for a while.
-    pub(super) fn released(&mut self, link: Link, out: &mut Vec<Action>) {
-        let why = LossReason::Left(LeaveReason::Released);
+    pub(super) fn released(&mut self, link: Link, reason: LeaveReason, out: &mut Vec<Action>) {
+        let why = LossReason::Left(reason);
         match &self.state {
             State::Guarding(attached, guard) if attached.link == link => {
                 let handing = guard.handing.is_some();

@@ -15,6 +15,19 @@ const SECONDS: u64 = 10;
 /// Seeds between two looks at the clock.
 const CHUNK: u64 = 2_000;
 
+/// Every kind of schedule.
+const ALL: [Faults; 9] = [
+    Faults::None,
+    Faults::One,
+    Faults::Many,
+    Faults::Wedge,
+    Faults::Stop,
+    Faults::Worthless,
+    Faults::Storage,
+    Faults::Power,
+    Faults::Copies,
+];
+
 /// A schedule that fails, with as few faults as possible.
 struct Shrunk {
     strikes: Strikes,
@@ -86,11 +99,26 @@ fn tell(seeds: Range<u64>, stats: &Stats, took: Duration) {
     kinds.iter().for_each(|(kind, count)| println!("{count:>12} x {kind}"));
 }
 
+/// What no schedule can see by itself.
+fn what_must_hold(faults: Faults, stats: &Stats) {
+    if !matches!(faults, Faults::Many | Faults::Copies) {
+        assert_eq!(stats.vm_lost, 0, "one fault cost the VM: {faults:?}, {stats:?}");
+    }
+    match faults {
+        Faults::None => {
+            let asked = (stats.links_lost, stats.unreachable, stats.takeovers);
+            assert_eq!(asked, (0, 0, 0), "without a fault: {stats:?}");
+        }
+        Faults::Stop | Faults::Worthless => assert_eq!(stats.takeovers, 0, "{faults:?}: {stats:?}"),
+        _ => {}
+    }
+}
+
 /// One seed with its trace, or new ones for some time or up to some number.
 #[test]
 fn new_seeds_hold_the_invariants_too() {
     if let Some(seed) = from_environment("OUTLIVE_SIM_ONE") {
-        for faults in [Faults::Many, Faults::One, Faults::Power, Faults::Copies] {
+        for faults in ALL {
             if let Err(what) = run::schedule(seed, faults, None) {
                 panic!("{}", describe(seed, faults, None, &what));
             }
@@ -108,19 +136,17 @@ fn new_seeds_hold_the_invariants_too() {
     while wanted.map_or(began.elapsed() < time, |wanted| next - first < wanted) {
         let left = wanted.map_or(CHUNK, |wanted| (first + wanted - next).min(CHUNK));
         let seeds = next..next + left;
-        let fewer = seeds.start..seeds.start + left / 4;
-        for (faults, seeds) in [
-            (Faults::Many, seeds),
-            (Faults::One, fewer.clone()),
-            (Faults::Power, fewer.clone()),
-            (Faults::Copies, fewer),
-        ] {
-            let (some, found) = search(seeds, faults, None);
+        for faults in ALL {
+            let fewer = match faults {
+                Faults::Many => left,
+                Faults::One | Faults::Power | Faults::Copies => left / 4,
+                _ => left / 16,
+            };
+            let (some, found) = search(seeds.start..seeds.start + fewer, faults, None);
             if let Some((seed, what)) = found {
                 panic!("{}", describe(seed, faults, None, &what));
             }
-            let several = matches!(faults, Faults::Many | Faults::Copies);
-            assert!(several || some.vm_lost == 0, "one fault cost the VM: {some:?}");
+            what_must_hold(faults, &some);
             stats.add(&some);
         }
         next += left;

@@ -156,6 +156,15 @@ fn an_orderly_stop_of_the_standby_asks_no_arbiter() {
     assert_eq!(stats.takeovers, 0, "{stats:?}");
 }
 
+/// So does one whose copy is found to be worthless, if it can write that down before the primary hangs up.
+#[test]
+fn a_worthless_copy_asks_no_arbiter() {
+    let (stats, found) = search(0..2_000, Faults::Worthless, None);
+    assert_eq!(found, None);
+    assert!(stats.alone > 1_500 && stats.handed_over > 1_000, "{stats:?}");
+    assert_eq!(stats.takeovers, 0, "{stats:?}");
+}
+
 /// Both hosts write to the same storage, and somebody resets the connection at the standby's end only, while
 /// acknowledgements are on their way: nothing is written by the old side after the new one has won.
 #[test]
@@ -215,6 +224,8 @@ fn every_planted_mistake_is_found() {
         Bug::BaseAfterCommit,
         Bug::ClaimAfterLeave,
         Bug::DiffersAndClaims,
+        Bug::ClaimsWhatIsGivenUp,
+        Bug::GivenUpBeforePromise,
         Bug::ClaimNeverRepeated,
         Bug::AckUntried,
         Bug::LeaveBeforePromise,

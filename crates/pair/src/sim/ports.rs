@@ -346,6 +346,8 @@ pub(super) struct Copy {
     pub(super) spoiled: bool,
     /// Whether the rest of the copy says that it was given up.
     pub(super) released: bool,
+    /// A part of it has failed, so that nothing more comes of what is being applied.
+    pub(super) failed: bool,
     /// Copies of input and of output, with their epochs.
     pub(super) input: Vec<(u64, Node)>,
     pub(super) output: Vec<(u64, Node)>,
@@ -405,6 +407,7 @@ impl StandbySide {
                 settled: false,
                 spoiled: false,
                 released: false,
+                failed: false,
                 input: Vec::new(),
                 output: Vec::new(),
                 left: 0,
@@ -519,7 +522,7 @@ impl StandbyPorts for StandbySide {
     }
 
     fn release(&mut self, link: Link) -> Result<(), PortFailure> {
-        let applying = self.copy.as_ref().is_some_and(|copy| copy.applying.is_some());
+        let applying = self.copy.as_ref().is_some_and(|copy| copy.applying.is_some() && !copy.failed);
         if applying {
             self.broken("gives a copy up in the middle of a commit".into());
         }
@@ -533,7 +536,7 @@ impl StandbyPorts for StandbySide {
 
     fn send_leave(&mut self, link: Link, reason: LeaveReason) {
         let promised = self.copy.as_ref().is_none_or(|copy| copy.acked.is_none() || copy.released);
-        if reason == LeaveReason::Released && !promised {
+        if reason.hands_over() && !promised {
             self.broken("hands its right over before it has written that down".into());
         }
         // Never fails here: a lost leave is a lost link.

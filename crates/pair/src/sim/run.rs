@@ -29,6 +29,8 @@ pub(super) enum Faults {
     Wedge,
     /// The arbiter is out of reach for good, and a standby is stopped in order.
     Stop,
+    /// The arbiter is out of reach for long, and the copies of all standbys are found to be worthless.
+    Worthless,
     /// Both hosts write to the same storage, and a connection is reset at the standby's end.
     Storage,
     /// The hosts lose each other, and all of them lose power while the arbiter, which is slow, has their claims.
@@ -113,17 +115,25 @@ pub(super) fn schedule_of(
     world.company = matches!(faults, Faults::Many | Faults::Power | Faults::Copies);
     world.disturbed = !matches!(faults, Faults::None | Faults::One | Faults::Many);
     let count = match faults {
-        Faults::None | Faults::Wedge | Faults::Stop | Faults::Storage | Faults::Power => 0,
+        Faults::None | Faults::Wedge | Faults::Stop | Faults::Worthless | Faults::Storage | Faults::Power => 0,
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
         Faults::Copies => world.rng.range(0, 4),
     };
     let from = if faults == Faults::One { ONE_FAULT_FROM } else { FAULTS_FROM };
-    if faults == Faults::Stop {
+    if matches!(faults, Faults::Stop | Faults::Worthless) {
         world.hosts.iter_mut().for_each(|host| host.arbiter_cut_until = u64::MAX);
         let time = world.rng.range(FAULTS_FROM, FAULTS_UNTIL);
-        (1..3).for_each(|host| world.at(time, Happening::Stop { host }));
-        world.stands_still_at_leave = world.rng.one_in(2);
+        for host in 1..3 {
+            let happens =
+                if faults == Faults::Stop { Happening::Stop { host } } else { Happening::Worthless { host } };
+            world.at(time, happens);
+        }
+        world.stands_still_at_leave = faults == Faults::Stop && world.rng.one_in(2);
+        if faults == Faults::Worthless {
+            // For those whose disks were too slow for the primary's patience.
+            world.at(OPERATOR_FROM, Happening::ArbiterIsBack);
+        }
     }
     if faults == Faults::Wedge {
         let (time, host) = (world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL), world.rng.range(0, 3) as usize);
@@ -262,6 +272,8 @@ impl World {
                     self.standby(self.life(host), StandbyEvent::Stop);
                 }
             }
+            Happening::Worthless { host } => self.copy_is_worthless(self.life(host)),
+            Happening::ArbiterIsBack => self.hosts.iter_mut().for_each(|host| host.arbiter_cut_until = 0),
             Happening::CrashIfProtected => {
                 let (_, owner) = self.truth.newest();
                 if let Process::Primary(p) = &self.hosts[owner.0].process

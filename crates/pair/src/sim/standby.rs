@@ -1,6 +1,6 @@
 //! The standby in the simulation: reader, applier and main thread around the production driver.
 
-use outlive_epoch::{LeaveReason, Moment, RefuseCode};
+use outlive_epoch::{Moment, RefuseCode};
 
 use super::hosts::Process;
 use super::images::Image;
@@ -194,10 +194,11 @@ impl World {
             match out {
                 Out::Send(link, msg) => {
                     if let (Msg::Leave(reason), Some(image)) = (&msg, &mut self.hosts[life.0].image) {
-                        image.released &= *reason == LeaveReason::Released;
+                        image.released &= reason.hands_over();
                     }
                     self.stats.left += u64::from(matches!(msg, Msg::Leave(_)));
-                    self.stats.handed_over += u64::from(matches!(msg, Msg::Leave(LeaveReason::Released)));
+                    self.stats.handed_over +=
+                        u64::from(matches!(&msg, Msg::Leave(reason) if reason.hands_over()));
                     if matches!(msg, Msg::Leave(_)) && self.rng.one_in(8) {
                         // The peer's thread that writes meets the end of the connection before its thread that
                         // reads has got to the leave.
@@ -307,6 +308,7 @@ impl World {
         }
         let Some(s) = self.standby_of(life) else { return };
         if s.bad_disk && self.rng.one_in(4) {
+            self.mark_failed(life);
             let why = "no space left on device".into();
             return self.standby(life, StandbyEvent::Failed { link, why });
         }
@@ -321,6 +323,13 @@ impl World {
             return self.standby(life, StandbyEvent::Differs { link, why });
         }
         self.standby(life, StandbyEvent::Applied { link, checkpoint: number });
+    }
+
+    fn mark_failed(&mut self, life: Life) {
+        let copy = self.standby_of(life).and_then(|s| s.driver.ports_mut().copy.as_mut());
+        if let Some(copy) = copy {
+            copy.failed = true;
+        }
     }
 
     pub(super) fn settled(&mut self, life: Life, link: Link, number: u64) {
@@ -348,11 +357,12 @@ impl World {
         }
         let Some(s) = self.standby_of(life) else { return };
         let result = if fails { Err("no room".to_owned()) } else { Ok(()) };
+        // Where the copy is gone it is too late: nothing was promised, and what the image says is taken back.
         if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link) {
             copy.released = result.is_ok();
-        }
-        if let Some(image) = &mut self.hosts[life.0].image {
-            image.released = result.is_ok();
+            if let Some(image) = &mut self.hosts[life.0].image {
+                image.released = result.is_ok();
+            }
         }
         self.standby(life, StandbyEvent::Released { link, result });
     }
@@ -366,13 +376,34 @@ impl World {
             return;
         }
         let ports = s.driver.ports_mut();
-        match &ports.copy {
+        match &mut ports.copy {
             Some(copy) if !ports.claimed => {
                 let link = copy.link;
+                copy.failed = true;
                 self.standby(life, StandbyEvent::Failed { link, why: "input/output error".into() });
             }
             _ => ports.faults.next = Some(PortFault::Apply),
         }
+    }
+
+    /// The stream is damaged, a part of the copy fails, or it turns out not to be the VM.
+    pub(super) fn copy_is_worthless(&mut self, life: Life) {
+        let kind = self.rng.range(0, 3);
+        let Some(s) = self.standby_of(life) else { return };
+        let Some(copy) = &mut s.driver.ports_mut().copy else { return };
+        let (link, why) = (copy.link, String::from("of no use"));
+        let event = match kind {
+            0 => StandbyEvent::BadStream { link, why },
+            1 => {
+                copy.failed = true;
+                StandbyEvent::Failed { link, why }
+            }
+            _ => {
+                (copy.failed, copy.spoiled) = (true, true);
+                StandbyEvent::Differs { link, why }
+            }
+        };
+        self.standby(life, event);
     }
 
     /// A message has arrived at the standby. The reader takes every message, whatever the applier does.

@@ -2,7 +2,8 @@
 
 use outlive_epoch::{EndReason, LeaveReason};
 
-use super::{Action, Attached, Committed, Note, RELEASE, Standby, StandbyExit, State};
+use super::giving_up::Worthless;
+use super::{Action, Attached, Committed, GivenUp, Note, RELEASE, Standby, StandbyExit, State};
 use crate::claim::{Claim, Step, Verdict};
 use crate::planted::planted;
 use crate::{ClaimResult, Link, LossReason, TailUse};
@@ -18,6 +19,9 @@ impl Standby {
 
     pub(super) fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
         let (now, bug) = (self.now, self.bug);
+        if self.lost_while_given_up(link, &why, out) {
+            return;
+        }
         let Some(attached) = self.attached_mut(link) else { return };
         let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
         let released = attached.released;
@@ -83,21 +87,17 @@ impl Standby {
     /// harm the VM. So this side gives up its claim and starts again, and tells the primary, which does the
     /// same.
     pub(super) fn bad_stream(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
-        if self.attached_mut(link).is_none() {
-            out.push(Action::Hangup { link });
-            return;
+        match &self.state {
+            State::GivingUp(given) if given.attached.link == link => {}
+            State::Base(attached) | State::Committed { attached, .. } if attached.link == link => {
+                self.give_up(Worthless::BadStream(why), out);
+            }
+            _ => out.push(Action::Hangup { link }),
         }
-        out.push(Action::SendLeave { link, reason: LeaveReason::BadStream });
-        if planted!(self.bug, ClaimAfterLeave) {
-            return self.link_lost(link, LossReason::Closed, out);
-        }
-        out.push(Action::Hangup { link });
-        out.push(Action::Note(Note::StreamRefused { why }));
-        self.discard(link, out);
     }
 
     /// The thread that would run the VM hangs: this side protects nobody, and says so before it is relied on.
-    pub(super) fn give_up(&mut self, link: Link, out: &mut Vec<Action>) {
+    pub(super) fn hangs(&mut self, link: Link, out: &mut Vec<Action>) {
         let why = LossReason::Local("the thread of this standby that takes over hangs".into());
         let silent = self.attached().map_or(self.now, |attached| self.now - attached.heard);
         out.push(Action::SendLeave { link, reason: LeaveReason::Failed });
@@ -107,7 +107,7 @@ impl Standby {
     }
 
     /// Nothing of this VM is kept. The next one must wait until its memory is free.
-    fn discard(&mut self, link: Link, out: &mut Vec<Action>) {
+    pub(super) fn discard(&mut self, link: Link, out: &mut Vec<Action>) {
         out.push(Action::Discard { link });
         self.state = State::Discarding { link };
     }
@@ -137,6 +137,8 @@ impl Standby {
                     out.push(Action::Release { link: attached.link });
                 }
             }
+            State::GivingUp(given) if !given.stop => given.stop = true,
+            State::GivingUp(_) => self.given_up(false, out),
             // Nobody could start from anything here, and this side could not ask for anything.
             State::Base(_) => self.leave(LeaveReason::Released, StandbyExit::Stopped, out),
             // The second stop waits for nothing.
@@ -150,6 +152,13 @@ impl Standby {
     pub(super) fn released(&mut self, link: Link, result: Result<(), String>, out: &mut Vec<Action>) {
         match &self.state {
             State::Committed { attached, releasing: Some(_), .. } if attached.link == link => {}
+            State::GivingUp(given) if given.attached.link == link => {
+                let durable = result.is_ok();
+                if let Err(why) = result {
+                    out.push(Action::Note(Note::NotReleased { why }));
+                }
+                return self.given_up(durable, out);
+            }
             _ => return,
         }
         let reason = match result {
@@ -166,6 +175,7 @@ impl Standby {
     pub(super) fn failed(&mut self, from: Link, why: String, out: &mut Vec<Action>) {
         let (State::Base(Attached { link, .. })
         | State::Committed { attached: Attached { link, .. }, .. }
+        | State::GivingUp(GivenUp { attached: Attached { link, .. }, .. })
         | State::Settling { link, .. }
         | State::Claiming { link, .. }
         | State::Leaving { link, .. }) = &self.state
@@ -180,6 +190,8 @@ impl Standby {
             State::Claiming { claim, failed, .. } if claim.is_open() => {
                 failed.get_or_insert(why);
             }
+            State::GivingUp(_) => {}
+            State::Committed { .. } => self.give_up(Worthless::Failed(why), out),
             _ => self.leave(LeaveReason::Failed, StandbyExit::Failed(why), out),
         }
     }
@@ -191,16 +203,8 @@ impl Standby {
     /// and nobody sees it.
     pub(super) fn differs(&mut self, from: Link, why: String, out: &mut Vec<Action>) {
         match &self.state {
-            State::Base(attached) | State::Committed { attached, releasing: None, .. }
-                if attached.link == from =>
-            {
-                out.push(Action::SendLeave { link: from, reason: LeaveReason::Differs });
-                if planted!(self.bug, DiffersAndClaims) {
-                    return self.link_lost(from, LossReason::Closed, out);
-                }
-                out.push(Action::Hangup { link: from });
-                out.push(Action::Note(Note::Differs { why }));
-                self.discard(from, out);
+            State::Base(attached) | State::Committed { attached, .. } if attached.link == from => {
+                self.give_up(Worthless::Differs(why), out);
             }
             _ => self.failed(from, why, out),
         }
@@ -269,9 +273,12 @@ impl Standby {
 
     /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may die after
     /// that acknowledgement, and the copy here would be older than what this side answered for.
-    fn exit(&mut self, exit: StandbyExit, out: &mut Vec<Action>) {
+    pub(super) fn exit(&mut self, exit: StandbyExit, out: &mut Vec<Action>) {
         let applying = match &self.state {
-            State::Committed { attached, committed, .. } if committed.applying => {
+            State::Committed { attached, committed, .. }
+            | State::GivingUp(GivenUp { attached, committed: Some(committed), .. })
+                if committed.applying =>
+            {
                 Some((attached.link, committed.checkpoint))
             }
             _ => None,

@@ -1,7 +1,7 @@
 //! The queue of the disks' thread.
 
 use std::collections::VecDeque;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -99,6 +99,8 @@ pub(super) struct Queue {
     pub(super) room: Condvar,
     /// Bytes of chunks that were asked for and have not arrived.
     pub(super) wanted: AtomicU64,
+    /// Whether the primary may have heard that the copy was given up.
+    promised: AtomicBool,
 }
 
 impl Queue {
@@ -121,6 +123,14 @@ impl Queue {
             )
         };
         waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(|(_, job)| ends(job))
+    }
+
+    pub(super) fn promise(&self) {
+        self.promised.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_promised(&self) -> bool {
+        self.promised.load(Ordering::Acquire)
     }
 
     /// For how long the thread has worked on a job that must not take long, or has not come for one.

@@ -102,18 +102,27 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 continue;
             };
             let failed = self.queue.lock().failed.clone();
-            if let Some(why) = failed {
-                if refuse(job, why) {
-                    return;
-                }
-                continue;
-            }
             let last = matches!(job, Job::Close);
-            let result = self.carry_out(job);
-            self.note(result);
-            if last {
-                return self.claimed.take().map_or((), ClaimedJournal::give_up);
+            match failed {
+                Some(_) if matches!(job, Job::Release) => self.release_what_failed(),
+                Some(why) => refuse(job, why),
+                None => {
+                    let result = self.carry_out(job);
+                    self.note(result);
+                }
             }
+            if last {
+                return self.close();
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        if !self.queue.is_promised() && self.take_back(None) {
+            self.sidecars.written_within(RELEASE_PATIENCE).ok();
+        }
+        if self.queue.lock().failed.is_none() {
+            self.claimed.take().into_iter().for_each(ClaimedJournal::give_up);
         }
     }
 
@@ -456,6 +465,18 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         Ok(())
     }
 
+    /// The same for a copy that has failed. Its images are no checkpoint of any moment, and their journal stays: whoever
+    /// finds them is told that the VM went on without them.
+    fn release_what_failed(&mut self) {
+        if let Some(applier) = &self.applier {
+            (self.released, self.left_at) = (true, applier.applied());
+            let journal = self.journal.clone();
+            let end = Some(CopyEnd::Released);
+            self.sidecars.say(Saying { end, ..self.replica(true, self.left_at, journal) });
+        }
+        (self.tell)(DiskEvent::Released(self.sidecars.written_within(RELEASE_PATIENCE)));
+    }
+
     /// The process ends. The copy stays given up only if the primary may have heard so.
     fn leave_for_good(&mut self, end: Option<CopyEnd>) -> Result<(), ReplicaError> {
         self.leave(end)?;
@@ -470,7 +491,8 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     fn take_back(&mut self, end: Option<CopyEnd>) -> bool {
         let released = std::mem::take(&mut self.released);
         if released {
-            self.sidecars.say(Saying { end, ..self.replica(true, self.left_at, None) });
+            let journal = self.journal.clone();
+            self.sidecars.say(Saying { end, ..self.replica(true, self.left_at, journal) });
         }
         released
     }
@@ -489,12 +511,11 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 }
 
-/// A job that comes after a failure. Returns whether it was the last.
-fn refuse(job: Job, why: Arc<ReplicaError>) -> bool {
+/// A job that comes after a failure.
+fn refuse(job: Job, why: Arc<ReplicaError>) {
     if let Job::Leave { done, .. } | Job::BecomePrimary { done, .. } = &job {
         done.send(Err(why)).ok();
     }
-    matches!(job, Job::Close)
 }
 
 fn unread(image: &Path) -> impl FnOnce(io::Error) -> ReplicaError + '_ {

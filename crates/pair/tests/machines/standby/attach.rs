@@ -43,6 +43,7 @@ fn the_next_primary_waits_until_the_last_copy_is_gone() {
     host.acts(BadStream { link: LINK, why: "checksum".into() });
     assert_eq!(host.machine.status(), StandbyStatus::Discarding);
     assert_eq!(host.refusal(Link(2), VM, 4), RefuseCode::Busy);
+    host.acts(Released { link: LINK, result: Ok(()) });
     assert_eq!(host.acts(Discarded { link: Link(7) }), []);
     assert_eq!(host.refusal(Link(3), VM, 4), RefuseCode::Busy);
     host.acts(Discarded { link: LINK });

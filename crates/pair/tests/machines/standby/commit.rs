@@ -22,8 +22,9 @@ fn what_waits_is_bounded() {
     for number in [12, 13, 14] {
         host.acts(staged(number, PLAIN));
     }
-    let actions = host.acts(staged(15, PLAIN));
-    assert!(matches!(actions[0], SendLeave { reason: LeaveReason::BadStream, .. }), "{actions:?}");
+    // The oldest is being applied; the copy is given up after it.
+    assert_eq!(host.acts(staged(15, PLAIN)), []);
+    assert_eq!(host.acts(applied(12)), [Release { link: LINK }]);
 }
 
 /// A failure of this host is found while the primary lives, and heartbeats continue meanwhile.
@@ -73,15 +74,16 @@ fn the_newest_stamp_goes_back() {
 #[test]
 fn a_bad_stream_makes_the_standby_leave_not_take_over() {
     let bad = || BadStream { link: LINK, why: "checksum".into() };
-    for mut host in [Host::attached(), Host::protected()] {
-        assert_eq!(
-            host.acts(bad()),
-            [
-                SendLeave { link: LINK, reason: LeaveReason::BadStream },
-                Hangup { link: LINK },
-                Discard { link: LINK }
-            ]
-        );
+    let leaves = |reason| [SendLeave { link: LINK, reason }, Hangup { link: LINK }, Discard { link: LINK }];
+    let mut base = Host::attached();
+    assert_eq!(base.acts(bad()), leaves(LeaveReason::BadStream), "there is no right to hand over");
+    let mut copy = Host::protected();
+    assert_eq!(copy.acts(bad()), [Release { link: LINK }]);
+    assert_eq!(
+        copy.acts(Released { link: LINK, result: Ok(()) }),
+        leaves(LeaveReason::BadStreamReleased)
+    );
+    for mut host in [base, copy] {
         assert_eq!(host.machine.status(), StandbyStatus::Discarding);
         assert_eq!(host.acts(lost()), []);
         host.now += 10_000;
@@ -96,7 +98,7 @@ fn a_bad_stream_makes_the_standby_leave_not_take_over() {
 fn what_is_not_due_is_a_bad_stream() {
     for event in [staged(11, PLAIN), staged(13, PLAIN), staged(12, BASE), BasePages { link: LINK }] {
         let actions = Host::protected().acts(event.clone());
-        assert!(matches!(actions[0], SendLeave { reason: LeaveReason::BadStream, .. }), "{event:?}");
+        assert_eq!(actions, [Release { link: LINK }], "{event:?}");
     }
     let actions = Host::attached().acts(staged(12, PLAIN));
     assert!(matches!(actions[0], SendLeave { reason: LeaveReason::BadStream, .. }), "no base yet");

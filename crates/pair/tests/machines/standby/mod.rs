@@ -2,6 +2,7 @@
 
 mod attach;
 mod commit;
+mod giving_up;
 mod succession;
 mod told;
 

@@ -139,8 +139,6 @@ fn a_stop_leaves_in_order() {
     let released = Released { link: LINK, result: Ok(()) };
     assert_eq!(host.acts(released), [leave(), Hangup { link: LINK }, exit()]);
     assert_eq!(host.acts(lost()), []);
-    let failed = Host::protected().acts(Failed { link: LINK, why: "memory".into() });
-    assert!(matches!(failed[..], [SendLeave { .. }, Hangup { .. }, Exit { .. }]));
 }
 
 /// The other side may be in perfect health. A VM that is claimed and cannot be run runs nowhere.

@@ -5,14 +5,20 @@ use super::*;
 #[test]
 fn a_copy_that_differs_is_given_up_and_its_primary_is_told() {
     let why = || "page 7 differs".to_owned();
-    for host in [Host::attached, Host::protected] {
-        let told = [
-            SendLeave { link: LINK, reason: LeaveReason::Differs },
+    let told = |reason| {
+        [
+            SendLeave { link: LINK, reason },
             Hangup { link: LINK },
             Note(StandbyNote::Differs { why: why() }),
             Discard { link: LINK },
-        ];
-        assert_eq!(host().on(Differs { link: LINK, why: why() }), told);
+        ]
+    };
+    assert_eq!(Host::attached().on(Differs { link: LINK, why: why() }), told(LeaveReason::Differs));
+    let mut copy = Host::protected();
+    assert_eq!(copy.on(Differs { link: LINK, why: why() }), [Release { link: LINK }]);
+    let released = Released { link: LINK, result: Ok(()) };
+    assert_eq!(copy.on(released), told(LeaveReason::DiffersReleased));
+    for host in [Host::attached, Host::protected] {
         let mut other = host();
         let before = other.machine.status();
         assert_eq!(other.on(Differs { link: Link(99), why: why() }), [], "of an earlier link");

@@ -1,0 +1,148 @@
+//! A copy that is worthless while its primary lives: its right is handed over, and it never runs.
+
+use super::*;
+
+type Trouble = fn() -> StandbyEvent;
+
+/// Each kind, with how the standby leaves without its right and with it, and what it does then.
+fn kinds() -> [(Trouble, LeaveReason, LeaveReason, StandbyAction); 3] {
+    let discard = || Discard { link: LINK };
+    [
+        (
+            || BadStream { link: LINK, why: "checksum".into() },
+            LeaveReason::BadStream,
+            LeaveReason::BadStreamReleased,
+            discard(),
+        ),
+        (
+            || Differs { link: LINK, why: "page 7 differs".into() },
+            LeaveReason::Differs,
+            LeaveReason::DiffersReleased,
+            discard(),
+        ),
+        (
+            || Failed { link: LINK, why: "input/output error".into() },
+            LeaveReason::Failed,
+            LeaveReason::FailedReleased,
+            Exit { reason: StandbyExit::Failed("input/output error".into()) },
+        ),
+    ]
+}
+
+fn released(result: Result<(), String>) -> StandbyEvent {
+    Released { link: LINK, result }
+}
+
+fn leaves(reason: LeaveReason, then: StandbyAction) -> [StandbyAction; 3] {
+    [SendLeave { link: LINK, reason }, Hangup { link: LINK }, then]
+}
+
+#[test]
+fn the_right_goes_with_the_leave_once_it_is_written_down() {
+    for (trouble, without, with, then) in kinds() {
+        let mut host = Host::protected();
+        assert_eq!(host.acts(trouble()), [Release { link: LINK }]);
+        assert_eq!(host.acts(released(Ok(()))), leaves(with, then.clone()));
+
+        let mut no_room = Host::protected();
+        no_room.acts(trouble());
+        let why = "no room".to_owned();
+        let told = no_room.on(released(Err(why.clone())));
+        assert!(told.contains(&Note(StandbyNote::NotReleased { why })), "{told:?}");
+        let [leave, hangup, then] = leaves(without, then);
+        for action in [leave, hangup, then] {
+            assert!(told.contains(&action), "{told:?} lacks {action:?}");
+        }
+    }
+}
+
+/// The guest's output is held all the while, so a disk that does not answer is not waited for.
+#[test]
+fn what_cannot_be_written_down_in_time_is_left_to_the_arbiter() {
+    for (trouble, without, _, then) in kinds() {
+        let mut host = Host::protected();
+        host.acts(trouble());
+        let until = host.machine.next_deadline().expect("a deadline");
+        assert_eq!(until, ms(host.now + 1000), "the silence that counts as death");
+        host.now = until.as_millis() as u64 - 1;
+        assert_eq!(host.acts(Tick), []);
+        host.now += 1;
+        assert_eq!(host.acts(Tick), leaves(without, then));
+        assert_eq!(host.acts(released(Ok(()))), [], "too late");
+    }
+}
+
+#[test]
+fn nothing_that_comes_counts_any_more() {
+    for (trouble, ..) in kinds() {
+        let mut host = Host::protected();
+        host.acts(trouble());
+        for event in [
+            staged(12, PLAIN),
+            BasePages { link: LINK },
+            Heartbeat { link: LINK, stamp: ms(90) },
+            BadStream { link: LINK, why: "more of it".into() },
+            Failed { link: LINK, why: "more of it".into() },
+            Differs { link: LINK, why: "more of it".into() },
+        ] {
+            assert_eq!(host.acts(event.clone()), [], "{event:?}");
+        }
+        assert_eq!(host.machine.committed(), None);
+        assert_eq!(host.machine.status(), StandbyStatus::Discarding);
+    }
+}
+
+/// It was worthless before, so it does not become the VM because the primary dies.
+#[test]
+fn a_copy_that_is_given_up_is_not_taken_over() {
+    for (trouble, without, _, then) in kinds() {
+        let mut host = Host::protected();
+        host.acts(trouble());
+        assert_eq!(host.acts(lost()), leaves(without, then));
+        host.now += 10_000;
+        assert_eq!(host.acts(Tick), []);
+    }
+}
+
+/// Its writes are still on their way to the disks.
+#[test]
+fn a_checkpoint_that_is_being_applied_comes_first() {
+    let mut host = Host::protected();
+    host.acts(staged(12, PLAIN));
+    assert_eq!(host.acts(BadStream { link: LINK, why: "checksum".into() }), []);
+    assert_eq!(host.acts(applied(11)), [], "of an earlier one");
+    assert_eq!(host.acts(applied(12)), [Release { link: LINK }]);
+    assert_eq!(host.acts(applied(12)), []);
+    // What failed or differs while it was applied is not reported as applied.
+    for (trouble, ..) in kinds().into_iter().skip(1) {
+        let mut host = Host::protected();
+        host.acts(staged(12, PLAIN));
+        assert_eq!(host.acts(trouble()), [Release { link: LINK }]);
+    }
+}
+
+#[test]
+fn a_stop_ends_the_process_afterwards_and_a_second_one_at_once() {
+    let stopped = || Exit { reason: StandbyExit::Stopped };
+    let bad = || BadStream { link: LINK, why: "checksum".into() };
+    let mut host = Host::protected();
+    host.acts(bad());
+    assert_eq!(host.acts(Stop), []);
+    assert_eq!(host.acts(released(Ok(()))), leaves(LeaveReason::BadStreamReleased, stopped()));
+    let mut hurry = Host::protected();
+    hurry.acts(bad());
+    hurry.acts(Stop);
+    assert_eq!(hurry.acts(Stop), leaves(LeaveReason::BadStream, stopped()));
+}
+
+/// The primary waits for nobody: the VM has ended with what was acknowledged.
+#[test]
+fn a_vm_that_has_ended_leaves_no_right() {
+    let last = CheckpointFlags { base_final: false, end: Some(EndReason::PowerOff), hand_over: false };
+    for (trouble, without, _, then) in kinds() {
+        let mut host = Host::protected();
+        host.acts(staged(12, last));
+        host.acts(applied(12));
+        assert_eq!(host.acts(trouble()), leaves(without, then));
+    }
+}
