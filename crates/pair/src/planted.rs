@@ -24,6 +24,7 @@ pub(crate) enum Bug {
     DiffersAndClaims,
     ClaimsWhatIsGivenUp,
     GivenUpBeforePromise,
+    GoesOnUnanswered,
     ClaimNeverRepeated,
     AckUntried,
     BeatsWithoutProgress,

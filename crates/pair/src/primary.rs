@@ -50,6 +50,9 @@ struct Guard {
     last: bool,
     /// How far the VM is on its way to the standby, if its operator wants it there.
     handing: Option<Handing>,
+    /// Why the VM goes on without this standby, which was told so. It has this side's lease as the time to answer that
+    /// it hands its right over; nothing is captured meanwhile.
+    dismissed: Option<String>,
 }
 
 /// How far a hand-over is.
@@ -157,6 +160,7 @@ impl Primary {
             State::BaseSync(_) => PrimaryStatus::BaseSync,
             State::Guarding(_, guard) if guard.last => PrimaryStatus::Ending,
             State::Guarding(_, guard) if guard.acked < guard.base => PrimaryStatus::BaseCommit,
+            State::Guarding(_, guard) if guard.dismissed.is_some() => PrimaryStatus::Arbitrating,
             State::Guarding(..) => PrimaryStatus::Protected,
             State::Arbitrating { .. } => PrimaryStatus::Arbitrating,
             State::Over { .. } => PrimaryStatus::Over,
@@ -206,7 +210,11 @@ impl Primary {
     pub fn wanted_capture(&self) -> Wanted {
         match &self.state {
             State::BaseSync(attached) => Wanted::Base { link: attached.link },
-            State::Guarding(_, guard) if guard.last || guard.shipped - guard.acked >= self.config.slots => {
+            State::Guarding(_, guard)
+                if guard.last
+                    || guard.dismissed.is_some()
+                    || guard.shipped - guard.acked >= self.config.slots =>
+            {
                 Wanted::Nothing
             }
             // While the guest stands still nothing else must be on its way.

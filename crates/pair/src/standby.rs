@@ -239,6 +239,7 @@ impl Standby {
             Event::Discarded { link } => self.discarded(link),
             Event::Released { link, result } => self.released(link, result, out),
             Event::End { link, reason } => self.end(link, reason, out),
+            Event::Dismissed { link } => self.dismissed(link, out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
             Event::BadStream { link, why } => self.bad_stream(link, why, out),
             Event::Claimed { generation, result } => self.claimed(generation, result, out),

@@ -61,12 +61,14 @@ pub enum LeaveReason {
     /// where the stream has audits, from version 7 on.
     Differs = 6,
     /// [`BadStream`](Self::BadStream), and the right is handed over as with [`Released`](Self::Released). This and the
-    /// next two come from version 8 on.
+    /// next ones come from version 8 on.
     BadStreamReleased = 7,
     /// [`Failed`](Self::Failed), and the right is handed over.
     FailedReleased = 8,
     /// [`Differs`](Self::Differs), and the right is handed over.
     DiffersReleased = 9,
+    /// The primary has dismissed this standby, which has handed its right over.
+    Dismissed = 10,
 }
 
 impl LeaveReason {
@@ -81,6 +83,7 @@ impl LeaveReason {
             Self::BadStreamReleased,
             Self::FailedReleased,
             Self::DiffersReleased,
+            Self::Dismissed,
         ]
         .into_iter()
         .find(|reason| *reason as u8 == number)
@@ -91,7 +94,11 @@ impl LeaveReason {
     pub fn hands_over(self) -> bool {
         matches!(
             self,
-            Self::Released | Self::BadStreamReleased | Self::FailedReleased | Self::DiffersReleased
+            Self::Released
+                | Self::BadStreamReleased
+                | Self::FailedReleased
+                | Self::DiffersReleased
+                | Self::Dismissed
         )
     }
 
@@ -117,6 +124,7 @@ impl fmt::Display for LeaveReason {
             Self::DiffersReleased => {
                 "the standby's copy differs from the VM, and was thrown away with its right to the VM"
             }
+            Self::Dismissed => "the standby was told that the VM goes on without it",
         })
     }
 }
@@ -149,6 +157,11 @@ impl Encoder {
     pub fn leave(&mut self, out: &mut Vec<u8>, reason: LeaveReason) {
         let reason = reason.in_stream(self.stream());
         self.reason(out, SectionKind::Leave, reason as u8);
+    }
+
+    /// Appends that the primary goes on without this standby. Only in a stream of version 8 or later.
+    pub fn dismiss(&mut self, out: &mut Vec<u8>) {
+        self.section(out, SectionKind::Dismiss, &[], |_| ());
     }
 
     fn reason(&mut self, out: &mut Vec<u8>, kind: SectionKind, number: u8) {

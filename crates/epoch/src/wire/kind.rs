@@ -80,11 +80,13 @@ pub enum SectionKind {
     DiskAudit = 25,
     /// What the standby has compared of its disks so far, and whether it differs; from version 7 of the stream on.
     DiskAudited = 26,
+    /// The primary goes on without this standby, which is to hand its right over; from version 8 of the stream on.
+    Dismiss = 27,
 }
 
 impl SectionKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -111,6 +113,7 @@ impl SectionKind {
         Self::ArbiterSight,
         Self::DiskAudit,
         Self::DiskAudited,
+        Self::Dismiss,
     ];
 
     /// The kind with this number.
@@ -159,6 +162,7 @@ impl SectionKind {
             Self::Audit | Self::Audited | Self::ArbiterSight | Self::DiskAudit | Self::DiskAudited => {
                 u16::from(stream >= ProtocolVersion::V7)
             }
+            Self::Dismiss => u16::from(stream >= ProtocolVersion::V8),
             // Version 2 added the totals of disk writes. (In a stream of version 4 the beginning's number of
             // pages is a limit.)
             Self::CheckpointEnd => 2,
@@ -196,7 +200,8 @@ impl SectionKind {
             | Self::Released
             | Self::Audit
             | Self::DiskAudit
-            | Self::End => peer == Peer::Primary,
+            | Self::End
+            | Self::Dismiss => peer == Peer::Primary,
         }
     }
 }

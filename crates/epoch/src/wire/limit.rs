@@ -33,6 +33,7 @@ impl SectionKind {
             Self::DiskAudit => disk_audit::HEAD_LEN + MAX_AUDIT_RANGES * disk_audit::RANGE_LEN,
             Self::DiskAudited => disk_audit::REPORT_LEN,
             Self::End | Self::Leave => end::LEN,
+            Self::Dismiss => 0,
             Self::DiskSums => disk_sums::HEAD_LEN + MAX_SUMS * DISK_SUM_LEN,
             Self::DiskWant => disk_want::HEAD_LEN + MAX_SUMS * 2,
         };

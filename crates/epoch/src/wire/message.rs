@@ -9,6 +9,7 @@ use super::disk_sums::DiskSums;
 use super::disk_want::DiskWant;
 use super::end::{EndReason, LeaveReason};
 use super::error::WireError;
+use super::fields::Fields;
 use super::frames::TailFrames;
 use super::hello::Hello;
 use super::kind::SectionKind;
@@ -98,6 +99,8 @@ pub enum Message<'a> {
     End(EndReason),
     /// The standby leaves and will not take over.
     Leave(LeaveReason),
+    /// The primary goes on without this standby.
+    Dismiss,
 }
 
 impl<'a> Message<'a> {
@@ -151,6 +154,10 @@ impl<'a> Message<'a> {
             SectionKind::DiskAudited => Self::DiskAudited(DiskAudited::parse(payload)?),
             SectionKind::End => Self::End(end::parse(kind, payload, EndReason::from_wire)?),
             SectionKind::Leave => Self::Leave(end::parse(kind, payload, LeaveReason::from_wire)?),
+            SectionKind::Dismiss => {
+                Fields::new(kind, payload).end()?;
+                Self::Dismiss
+            }
         })
     }
 
@@ -183,6 +190,7 @@ impl<'a> Message<'a> {
             Self::DiskAudited(_) => SectionKind::DiskAudited,
             Self::End(_) => SectionKind::End,
             Self::Leave(_) => SectionKind::Leave,
+            Self::Dismiss => SectionKind::Dismiss,
         }
     }
 }

@@ -158,6 +158,8 @@ pub enum Event {
         /// Why, for a person.
         why: String,
     },
+    /// The primary goes on without this standby, which can no longer take over.
+    Dismissed,
     /// How far the base checkpoint is.
     BaseProgress {
         /// Pre-copy round, from 1.

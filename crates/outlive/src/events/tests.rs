@@ -20,6 +20,7 @@ fn every_event() -> Vec<Event> {
         Event::PrimaryAttached { addr: "10.0.0.1:555".into() },
         Event::Ready { generation: 1, checkpoint: 3 },
         Event::StreamRefused { why: "damage".into() },
+        Event::Dismissed,
         Event::StillUnprotected { why: "no standby".into(), for_s: 60 },
         Event::RunsTwice {
             vm: "demo".into(),

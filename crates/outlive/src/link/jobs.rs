@@ -52,6 +52,8 @@ pub(crate) enum Job {
     Heartbeat,
     /// The orderly end of the VM.
     End(EndReason),
+    /// The VM goes on without this standby. From version 8 of the stream on.
+    Dismiss,
     /// Close the link after everything before this.
     Close,
 }

@@ -254,6 +254,10 @@ impl<R: Fn(SenderReport)> Work<R> {
                 self.encoder.end(&mut self.heads, reason);
                 self.flush(&[])
             }
+            Job::Dismiss => {
+                self.encoder.dismiss(&mut self.heads);
+                self.flush(&[])
+            }
             Job::Close => Ok(()),
         }
     }

@@ -121,6 +121,11 @@ impl Notes {
                 self.events.emit(Event::LinkLost { reason: why.clone() });
                 self.events.emit(Event::Unprotected { why });
             }
+            Note::Dismissing { why } => {
+                let now = "the standby is told that the VM goes on here without it";
+                self.standing.asking(now);
+                tracing::warn!("{now}; output is held until it answers: {why}");
+            }
             Note::Arbitrating { generation } => {
                 self.standing.asking("asking the arbiter who goes on");
                 tracing::info!(generation, "asking the arbiter; output is held until it answers");

@@ -62,6 +62,9 @@ pub(crate) enum PortError {
     /// The standby has not accepted yet.
     #[error("no version of the stream was agreed on")]
     NoVersion,
+    /// An older standby.
+    #[error("the standby's release cannot be told that the VM goes on without it")]
+    TooOld,
     /// The coordinator has ended.
     #[error("the coordinator is gone")]
     NoCoordinator,
@@ -260,6 +263,14 @@ impl PrimaryPorts for Ports {
     fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), PortError> {
         self.ending = true;
         self.send(link, || Job::End(reason))
+    }
+
+    fn dismiss(&mut self, link: Link) -> Result<(), PortError> {
+        let agreed = self.connection.as_ref().and_then(|connection| connection.agreed.as_ref());
+        match agreed {
+            Some(agreed) if agreed.version >= ProtocolVersion::V8 => self.send(link, || Job::Dismiss),
+            _ => Err(PortError::TooOld),
+        }
     }
 
     fn hang_up(&mut self, link: Link) {

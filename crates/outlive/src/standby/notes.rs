@@ -63,7 +63,7 @@ impl Notes {
             Note::Attached { .. } => self.attached = true,
             // What is due then says more than who is refused meanwhile.
             Note::LinkLost { committed, .. } => self.attached = committed,
-            Note::StreamRefused { .. } | Note::Differs { .. } => self.attached = false,
+            Note::StreamRefused { .. } | Note::Differs { .. } | Note::Dismissed => self.attached = false,
             _ => {}
         }
         match note {
@@ -130,6 +130,12 @@ impl Notes {
                 tracing::error!(
                     "AUDIT: {why}; the copy is thrown away, and the primary is asked for a new one"
                 );
+            }
+            Note::Dismissed => {
+                let why = "the primary goes on without this standby, and will send a new base";
+                self.standing.no_copy(why);
+                self.events.emit(Event::Dismissed);
+                tracing::warn!("{why}");
             }
             Note::StreamRefused { why } => {
                 self.standing.no_copy(&format!("what the primary sent was refused: {why}"));

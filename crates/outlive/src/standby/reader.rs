@@ -148,6 +148,10 @@ impl SessionReader {
                 self.decisions.handle(Event::OutputReleased { link, through });
                 Ok(())
             }
+            Message::Dismiss => {
+                self.decisions.handle(Event::Dismissed { link });
+                Ok(())
+            }
             Message::End(reason) => {
                 self.decisions.handle(Event::End { link, reason: *reason });
                 Err(End::Known)

@@ -59,6 +59,12 @@ pub trait PrimaryPorts {
     /// The link no longer accepts anything.
     fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), Self::Failure>;
 
+    /// Queue that the VM goes on without this standby.
+    ///
+    /// # Errors
+    /// The link no longer accepts anything, or its stream does not have that message.
+    fn dismiss(&mut self, link: Link) -> Result<(), Self::Failure>;
+
     /// Have the link closed (after everything queued for it, if an orderly end is queued), and have the
     /// protection that used it ended. Later reports about it are not given, or are ignored. The link may be
     /// one that is still being dialled.
@@ -282,6 +288,7 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
             }
             Action::SendHeartbeat { link } => ports.send_heartbeat(link).map_err(|why| lost(link, why)),
             Action::SendEnd { link, reason } => ports.send_end(link, reason).map_err(|why| lost(link, why)),
+            Action::Dismiss { link } => ports.dismiss(link).map_err(|why| lost(link, why)),
             Action::Hangup { link } => {
                 // A ticket that nobody has received yet is for a link that is gone.
                 self.captured.take_if(|ticket| ticket.link == link);

@@ -70,6 +70,7 @@ impl World {
             }
             Action::SendHeartbeat { link } => self.send_as_primary(host, link, Msg::Beat(NOW)),
             Action::SendEnd { link, reason } => self.send_as_primary(host, link, Msg::End(reason)),
+            Action::Dismiss { link } => self.send_as_primary(host, link, Msg::Dismiss),
             Action::Hangup { link } => {
                 self.primary(host)?.base_ready = None;
                 let conn = self.conn_of(life, link);

@@ -171,6 +171,7 @@ impl World {
             }
             Msg::Beat(stamp) => Event::Heartbeat { link, stamp },
             Msg::End(reason) => Event::End { link, reason },
+            Msg::Dismiss => Event::Dismissed { link },
             Msg::Closed => Event::LinkLost { link, why: LossReason::Closed },
             other => Event::BadStream { link, why: format!("{other:?}") },
         };

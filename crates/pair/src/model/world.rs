@@ -215,6 +215,7 @@ pub(super) enum Msg {
     Refuse,
     Ack { generation: u64, checkpoint: u64, stamp: Duration },
     Leave(LeaveReason),
+    Dismiss,
     Closed,
 }
 

@@ -161,8 +161,8 @@ impl Primary {
             _ if planted!(self.bug, GivenToNobody) => {}
             // Whether a standby has the base, or who wins, is known soon.
             State::Arbitrating { .. } => return Verdict::Later,
-            State::Guarding(_, Guard { acked, base, last, handing, .. })
-                if acked < base || *last || handing.is_some() =>
+            State::Guarding(_, Guard { acked, base, last, handing, dismissed, .. })
+                if acked < base || *last || handing.is_some() || dismissed.is_some() =>
             {
                 return Verdict::Later;
             }
@@ -248,7 +248,9 @@ impl Primary {
             _ if planted!(self.bug, GivenToNobody) => {}
             State::Arbitrating { .. } => return Err(Kept::Undecided),
             State::Guarding(_, Guard { acked, base, .. }) if acked < base => return Err(Kept::Undecided),
-            State::Guarding(_, Guard { handing: Some(_), .. }) => return Err(Kept::Undecided),
+            State::Guarding(_, Guard { handing: Some(_), .. } | Guard { dismissed: Some(_), .. }) => {
+                return Err(Kept::Undecided);
+            }
             State::Guarding(..) => {}
             _ => return Err(Kept::Unprotected),
         }

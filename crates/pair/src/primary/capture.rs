@@ -24,6 +24,7 @@ impl Primary {
                     contact: self.now,
                     last: end.is_some(),
                     handing: None,
+                    dismissed: None,
                 };
                 let attached =
                     Attached { link: attached.link, beat_at: attached.beat_at, heard: attached.heard };
@@ -33,6 +34,10 @@ impl Primary {
                     out.push(Action::HoldOutput { link, epoch: number + 1 });
                 }
                 (link, CheckpointFlags { base_final: true, end, hand_over: false })
+            }
+            State::Guarding(_, guard) if guard.dismissed.is_some() => {
+                out.push(Action::DropCapture);
+                return;
             }
             State::Guarding(attached, guard)
                 if guard.shipped - guard.acked >= self.config.slots

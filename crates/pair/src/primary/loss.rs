@@ -29,6 +29,18 @@ impl Primary {
             }
             State::Guarding(attached, guard) if attached.link == link => {
                 let committed = guard.acked >= guard.base;
+                if let LossReason::Local(why) = &why
+                    && guard.dismissed.is_none()
+                    && guard.handing.is_none()
+                {
+                    return self.dismiss(link, why.clone(), out);
+                }
+                let why = match (&guard.dismissed, why) {
+                    (Some(first), LossReason::Silent(_) | LossReason::Local(_)) => {
+                        LossReason::Local(first.clone())
+                    }
+                    (_, why) => why,
+                };
                 out.push(Action::Hangup { link });
                 out.push(Action::Note(Note::LinkLost { why, held: true }));
                 if planted!(self.bug, SkipArbitration)
@@ -41,6 +53,19 @@ impl Primary {
                 self.state = State::Arbitrating { link, claim };
             }
             _ => {}
+        }
+    }
+
+    /// Something of this side's own has failed, and nothing is wrong with the standby: it would ask the arbiter as soon as
+    /// the link closes, and half of the time win a VM that runs well here. So it is told that the VM goes on without it,
+    /// and the link closes when it has handed its right over. If it does not, both sides ask.
+    fn dismiss(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
+        let State::Guarding(_, guard) = &mut self.state else { return };
+        out.push(Action::Note(Note::Dismissing { why: why.clone() }));
+        guard.dismissed = Some(why);
+        out.push(Action::Dismiss { link });
+        if planted!(self.bug, GoesOnUnanswered) {
+            self.go_on_alone(self.generation, out);
         }
     }
 
@@ -73,6 +98,7 @@ impl Primary {
         match &self.state {
             State::Guarding(attached, guard) if attached.link == link => {
                 let handing = guard.handing.is_some();
+                let why = guard.dismissed.clone().map_or(why, LossReason::Local);
                 out.push(Action::Hangup { link });
                 out.push(Action::Note(Note::LinkLost { why, held: false }));
                 if handing {

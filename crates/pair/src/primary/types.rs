@@ -257,6 +257,12 @@ pub enum PrimaryAction {
         /// Why.
         reason: EndReason,
     },
+    /// Tell the standby that the VM goes on without it, for a trouble of this side's own. If that is impossible, or the
+    /// stream is older than version 8, report [`PrimaryEvent::LinkLost`].
+    Dismiss {
+        /// On which connection.
+        link: Link,
+    },
     /// Close a connection (bytes queued for it may still go out) and end the protection that used it. Held
     /// output stays held.
     Hangup {
@@ -352,6 +358,11 @@ pub enum PrimaryNote {
         why: LossReason,
         /// Whether output is held until the arbiter has answered.
         held: bool,
+    },
+    /// The VM goes on without this standby, which is told so. Output is held until it has answered.
+    Dismissing {
+        /// What has failed here.
+        why: String,
     },
     /// The arbiter is asked.
     Arbitrating {

@@ -226,6 +226,7 @@ fn every_planted_mistake_is_found() {
         Bug::DiffersAndClaims,
         Bug::ClaimsWhatIsGivenUp,
         Bug::GivenUpBeforePromise,
+        Bug::GoesOnUnanswered,
         Bug::ClaimNeverRepeated,
         Bug::AckUntried,
         Bug::LeaveBeforePromise,

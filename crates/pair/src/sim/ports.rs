@@ -79,6 +79,7 @@ pub(super) enum PrimaryEffect {
     Ship { conn: usize, ticket: Ticket, part: SimPart },
     Beat { conn: usize },
     End { conn: usize, reason: EndReason },
+    Dismiss { conn: usize },
     HangUp { conn: Option<usize> },
     Claim { generation: u64 },
     Open { generation: u64 },
@@ -205,6 +206,12 @@ impl PrimaryPorts for PrimarySide {
     fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), PortFailure> {
         let conn = self.send(link, "the end")?;
         self.effects.push(PrimaryEffect::End { conn, reason });
+        Ok(())
+    }
+
+    fn dismiss(&mut self, link: Link) -> Result<(), PortFailure> {
+        let conn = self.send(link, "a dismissal")?;
+        self.effects.push(PrimaryEffect::Dismiss { conn });
         Ok(())
     }
 

@@ -216,6 +216,7 @@ impl World {
                 self.send(conn, 0, Msg::Beat { stamp: clock });
             }
             Effect::End { conn, reason } => self.send(conn, 0, Msg::VmEnd(reason)),
+            Effect::Dismiss { conn } => self.send(conn, 0, Msg::Dismiss),
             Effect::HangUp { conn } => {
                 let broken = conn.is_some_and(|conn| self.conns[conn].broken);
                 if let Some(p) = self.primary_of(life) {

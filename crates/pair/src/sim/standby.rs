@@ -479,6 +479,7 @@ impl World {
                 return;
             }
             Msg::VmEnd(reason) => StandbyEvent::End { link, reason },
+            Msg::Dismiss => StandbyEvent::Dismissed { link },
             Msg::Closed => StandbyEvent::LinkLost { link, why: LossReason::Closed },
             other => StandbyEvent::BadStream { link, why: format!("{other:?}") },
         };

@@ -68,6 +68,7 @@ pub(super) enum Msg {
         through: u64,
     },
     VmEnd(EndReason),
+    Dismiss,
     /// Damage on the way, or a primary with an error.
     Bad,
     Accept {

@@ -1,5 +1,5 @@
-//! A copy that is worthless while its primary lives: the stream is damaged, something failed here, or the copy is not
-//! the VM.
+//! A copy that is worthless while its primary lives: the stream is damaged, something failed here, the copy is not the
+//! VM, or the primary goes on without it.
 //!
 //! Such a copy never runs, whatever becomes of the link. The primary could go on at once, but it must not have to ask
 //! the arbiter first: that may be out of reach, and the VM would stand still for a trouble of its standby. So what this
@@ -27,6 +27,8 @@ pub(super) enum Worthless {
     Failed(String),
     /// It is not the VM.
     Differs(String),
+    /// The primary goes on without it.
+    Dismissed,
 }
 
 impl Worthless {
@@ -38,6 +40,9 @@ impl Worthless {
             (Self::Failed(_), true) => LeaveReason::FailedReleased,
             (Self::Differs(_), false) => LeaveReason::Differs,
             (Self::Differs(_), true) => LeaveReason::DiffersReleased,
+            // Without its right it has failed at what it was told.
+            (Self::Dismissed, false) => LeaveReason::Failed,
+            (Self::Dismissed, true) => LeaveReason::Dismissed,
         }
     }
 }
@@ -69,9 +74,11 @@ impl GivenUp {
 impl Standby {
     /// This copy is worthless, and its primary may be in good health.
     pub(super) fn give_up(&mut self, why: Worthless, out: &mut Vec<Action>) {
-        let (attached, mut committed) = match std::mem::replace(&mut self.state, State::Over) {
-            State::Base(attached) => (attached, None),
-            State::Committed { attached, committed, .. } => (attached, Some(committed)),
+        let (attached, mut committed, stop) = match std::mem::replace(&mut self.state, State::Over) {
+            State::Base(attached) => (attached, None, false),
+            State::Committed { attached, committed, releasing } => {
+                (attached, Some(committed), releasing.is_some())
+            }
             other => return self.state = other,
         };
         let link = attached.link;
@@ -79,17 +86,25 @@ impl Standby {
         // The primary of a VM that has ended waits for nobody's right.
         let has_right = committed.is_some_and(|it| it.end.is_none());
         // Nothing more comes of a checkpoint that failed, or was found to differ, while it was applied.
-        let waits = matches!(why, Worthless::BadStream(_)) && committed.is_some_and(|it| it.applying);
+        let goes_on = matches!(why, Worthless::BadStream(_) | Worthless::Dismissed);
+        let waits = goes_on && committed.is_some_and(|it| it.applying);
         if let Some(committed) = committed.as_mut().filter(|_| !waits) {
             committed.applying = false;
         }
-        self.state = State::GivingUp(GivenUp { attached, committed, until, stop: false, why });
+        self.state = State::GivingUp(GivenUp { attached, committed, until, stop, why });
         if !has_right {
             self.given_up(false, out);
         } else if planted!(self.bug, GivenUpBeforePromise) {
             self.given_up(true, out);
         } else if !waits {
             out.push(Action::Release { link });
+        }
+    }
+
+    /// The primary goes on without this side.
+    pub(super) fn dismissed(&mut self, link: Link, out: &mut Vec<Action>) {
+        if self.attached_mut(link).is_some() {
+            self.give_up(Worthless::Dismissed, out);
         }
     }
 
@@ -108,6 +123,7 @@ impl Standby {
             Worthless::Failed(why) => return self.exit(StandbyExit::Failed(why), out),
             Worthless::BadStream(why) => Note::StreamRefused { why },
             Worthless::Differs(why) => Note::Differs { why },
+            Worthless::Dismissed => Note::Dismissed,
         };
         out.push(Action::Note(note));
         if stop {

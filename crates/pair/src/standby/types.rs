@@ -130,6 +130,11 @@ pub enum StandbyEvent {
         /// Why.
         reason: EndReason,
     },
+    /// The primary goes on without this standby.
+    Dismissed {
+        /// On which connection.
+        link: Link,
+    },
     /// A connection ended, perhaps in the middle of a section: that is how a primary dies.
     LinkLost {
         /// Which.
@@ -353,6 +358,8 @@ pub enum StandbyNote {
         /// What was wrong.
         why: String,
     },
+    /// The primary goes on without this standby, which left and listens again.
+    Dismissed,
     /// The copy was found not to be the VM, and is thrown away; this side left and listens again.
     Differs {
         /// What differs.

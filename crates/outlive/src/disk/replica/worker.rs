@@ -459,7 +459,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
 
     /// Ends the copy as one that the VM goes on without, and says whether whoever finds it will know that.
     fn release(&mut self) -> Result<(), ReplicaError> {
-        self.released = self.applier.is_some();
+        self.released |= self.applier.is_some();
         self.leave(Some(CopyEnd::Released))?;
         (self.tell)(DiskEvent::Released(self.sidecars.written_within(RELEASE_PATIENCE)));
         Ok(())

@@ -16,11 +16,7 @@ fn a_standby_lost_before_the_base_is_captured_costs_nothing() {
 
 #[test]
 fn a_standby_lost_after_it_must_be_won_against() {
-    for event in [
-        lost(),
-        Leave { link: LINK, reason: LeaveReason::BadStream },
-        LinkLost { link: LINK, why: LossReason::Local("ring full".into()) },
-    ] {
+    for event in [lost(), Leave { link: LINK, reason: LeaveReason::BadStream }] {
         let mut host = Host::protected();
         assert_eq!(host.acts(event), [Hangup { link: LINK }, Claim { generation: 5 }]);
         assert_eq!(host.machine.output(), OutputMode::Hold);

@@ -1,6 +1,7 @@
 //! The primary: its rig, and its tests by what they are about.
 
 mod choice;
+mod dismissal;
 mod ends;
 mod loss;
 mod output;

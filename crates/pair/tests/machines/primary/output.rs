@@ -36,7 +36,7 @@ fn captures_stop_when_all_slots_are_taken() {
     assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
     host.acts(EPOCH);
     // A driver that does not ask loses its protection, and nothing worse.
-    assert_eq!(host.acts(EPOCH), [Hangup { link: LINK }, DropCapture, Claim { generation: 5 }]);
+    assert_eq!(host.acts(EPOCH), [Dismiss { link: LINK }, DropCapture]);
 }
 
 /// SIGSTOP, takeover, SIGCONT: the first thing this process sees is an Ack that waited in its socket.
@@ -181,5 +181,5 @@ fn what_was_captured_for_one_standby_is_no_base_for_another() {
     let base = host.acts(Captured { link: next, base: true, stays: false });
     assert_eq!(base, [HoldOutput { link: next, epoch: 13 }, Ship(ticket)]);
     // Pages that were harvested for another link are lost to this one.
-    assert_eq!(host.acts(EPOCH)[..2], [Hangup { link: next }, DropCapture]);
+    assert_eq!(host.acts(EPOCH), [Dismiss { link: next }, DropCapture]);
 }

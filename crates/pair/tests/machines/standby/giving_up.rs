@@ -146,3 +146,24 @@ fn a_vm_that_has_ended_leaves_no_right() {
         assert_eq!(host.acts(trouble()), leaves(without, then));
     }
 }
+
+#[test]
+fn a_standby_that_is_dismissed_hands_its_right_over_and_listens_again() {
+    let dismissed = || Dismissed { link: LINK };
+    let discard = || Discard { link: LINK };
+    let mut host = Host::protected();
+    assert_eq!(host.acts(Dismissed { link: Link(9) }), [], "of an earlier link");
+    assert_eq!(host.acts(dismissed()), [Release { link: LINK }]);
+    assert_eq!(host.acts(released(Ok(()))), leaves(LeaveReason::Dismissed, discard()));
+    assert_eq!(Host::attached().acts(dismissed()), leaves(LeaveReason::Failed, discard()), "it has no right");
+    let mut busy = Host::protected();
+    busy.acts(staged(12, PLAIN));
+    assert_eq!(busy.acts(dismissed()), []);
+    assert_eq!(busy.acts(applied(12)), [Release { link: LINK }]);
+    // A stop that is under way is not forgotten.
+    let mut stopping = Host::protected();
+    stopping.acts(Stop);
+    stopping.acts(dismissed());
+    let stopped = Exit { reason: StandbyExit::Stopped };
+    assert_eq!(stopping.acts(released(Ok(()))), leaves(LeaveReason::Dismissed, stopped));
+}
