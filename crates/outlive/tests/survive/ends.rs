@@ -3,7 +3,9 @@
 use nix::sys::signal::Signal;
 use outlive::events::Event;
 
-use crate::support::{Client, Process, Side, Value, Witnesses, World};
+use crate::support::{
+    Client, Dice, MEMORY, Process, Proxy, Side, Value, Way, Witnesses, World, flip_program_bit,
+};
 
 /// Both processes have ended in order, for this reason, and the standby has not run the VM.
 fn assert_followed(mut primary: Process, mut standby: Process, why: &str) {
@@ -123,6 +125,43 @@ fn an_orderly_stop_of_the_standby_needs_no_arbiter() {
     let mut standby = world.standby(Side::B);
     let again = active.wait_for("protected", |e| matches!(e, Event::Protected { .. }));
     assert!(matches!(again, Event::Protected { generation: 1, .. }), "{again:?}");
+    active.kill();
+    assert_eq!(standby.wait_takeover(), 2);
+    witnesses.finish(&world);
+}
+
+/// Trouble of the standby's own is none of the VM's either: the stream comes damaged, or the copy is not the VM. The VM
+/// continues at once in its generation, and the copy is made anew, without the arbiter.
+#[test]
+fn a_worthless_copy_needs_no_arbiter() {
+    let Some(world) = World::new() else { return };
+    let proxy = Proxy::start(&world, Side::A);
+    let audited = ["--audit", "100", "--dead-after", "2s"];
+    let mut standby = world.standby_with(Side::B, &audited);
+    let mut active = world.run_with(Side::A, &[&["--standby", &*proxy.addr()], &audited[..]].concat());
+    active.wait_protected();
+    let witnesses = Witnesses::start(&world, 2);
+    let (arbiter, away) = (world.arbiter(), world.dir().join("away"));
+    std::fs::rename(&arbiter, &away).unwrap();
+    let left = |words: &'static str| {
+        move |e: &Event| matches!(e, Event::Unprotected { why } if why.contains(words))
+    };
+    proxy.flip(Way::ToStandby, Dice::new().below(1 << 40));
+    active.wait_for("without its standby", left("refused what came over the link, and has handed its right"));
+    witnesses.hear_all();
+    std::fs::rename(&away, &arbiter).unwrap();
+    active.wait_protected();
+
+    std::fs::rename(&arbiter, &away).unwrap();
+    flip_program_bit(&standby, MEMORY);
+    active.wait_for("told of the difference", left("thrown away with its right"));
+    witnesses.hear_all();
+    std::fs::rename(&away, &arbiter).unwrap();
+    let again = active.wait_for("protected", |e| matches!(e, Event::Protected { .. }));
+    assert!(matches!(again, Event::Protected { generation: 1, .. }), "{again:?}");
+    for host in [&mut active, &mut standby] {
+        assert!(!host.has(|e| matches!(e, Event::Arbitrating { .. })), "{}", host.log());
+    }
     active.kill();
     assert_eq!(standby.wait_takeover(), 2);
     witnesses.finish(&world);

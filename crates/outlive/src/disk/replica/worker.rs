@@ -480,7 +480,9 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     /// The process ends. The copy stays given up only if the primary may have heard so.
     fn leave_for_good(&mut self, end: Option<CopyEnd>) -> Result<(), ReplicaError> {
         self.leave(end)?;
-        if end != Some(CopyEnd::Released) && self.take_back(end) {
+        if end == Some(CopyEnd::Released) {
+            self.queue.promise();
+        } else if self.take_back(end) {
             self.sidecars.written_within(RELEASE_PATIENCE).ok();
         }
         Ok(())

@@ -52,8 +52,11 @@ impl Standby {
     }
 
     fn start(&self) -> Result<(Replica, Receiver<DiskEvent>), ReplicaStartError> {
+        self.start_on(OpenOptions::new().read(true).write(true).open(self.image()).unwrap())
+    }
+
+    fn start_on(&self, file: File) -> Result<(Replica, Receiver<DiskEvent>), ReplicaStartError> {
         let path = self.image();
-        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let (tell, told) = channel();
         let disks = vec![Some(ReplicaDisk {
             path,
@@ -229,5 +232,50 @@ fn a_copy_stays_given_up_only_if_the_primary_may_have_heard() {
         });
         drop(replica);
         assert_eq!(standby.sidecar().end, end);
+    }
+}
+
+/// Its images are between two checkpoints then, and the journal stays for whoever has nothing better.
+#[test]
+fn a_copy_whose_disk_has_failed_is_given_up_too_and_taken_back_if_nobody_heard() {
+    for heard in [false, true] {
+        let standby = Standby::new();
+        // Nothing can be written to it.
+        let (replica, told) = standby.start_on(File::open(standby.image()).unwrap()).unwrap();
+        commit(&replica, 1, true, b"base");
+        let failed = told.recv_timeout(SOON).unwrap();
+        assert!(matches!(failed, DiskEvent::Failed(_)), "{failed:?}");
+        replica.release();
+        let released = told.recv_timeout(SOON).unwrap();
+        assert!(matches!(released, DiskEvent::Released(Ok(()))), "{released:?}");
+        let sidecar = standby.sidecar();
+        assert_eq!(sidecar.end, Some(CopyEnd::Released));
+        assert_eq!(sidecar.journal, Some(standby.journal()));
+        if heard {
+            replica.promise();
+        }
+        drop(replica);
+        assert_eq!(standby.sidecar().end, heard.then_some(CopyEnd::Released));
+        assert!(standby.journal().exists());
+    }
+}
+
+/// The link was lost before the leave went out: the copy may be the newest one.
+#[test]
+fn a_copy_that_is_thrown_away_unheard_is_not_given_up() {
+    for heard in [false, true] {
+        let standby = Standby::new();
+        let (replica, told) = standby.start().unwrap();
+        commit(&replica, 1, true, b"base");
+        commit(&replica, 2, false, b"last");
+        replica.release();
+        assert!(told.iter().any(|event| matches!(event, DiskEvent::Released(Ok(())))));
+        if heard {
+            replica.promise();
+        }
+        drop(replica);
+        let sidecar = standby.sidecar();
+        assert_eq!(sidecar.end, heard.then_some(CopyEnd::Released));
+        assert_eq!((sidecar.checkpoint, sidecar.whole), (2, true));
     }
 }
