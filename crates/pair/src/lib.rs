@@ -63,7 +63,7 @@
 //!         BaseSync --> Alone: link lost (nobody else can run the VM)
 //!         BaseSync --> Guarding: base-final captured, output held
 //!         Guarding --> Arbitrating: link lost, standby left, handed over (the last checkpoint is committed and its output has left)
-//!         Guarding --> Alone: standby left and has handed its right over
+//!         Guarding --> Alone: standby left and has handed its right over (also when it was dismissed)
 //!         Arbitrating --> Alone: won g+1, output released
 //!         Arbitrating --> Alone: standby has handed its right over before the arbiter was asked
 //!         Arbitrating --> Unrivalled: standby has handed its right over, output released
@@ -76,7 +76,9 @@
 //!         Listening --> Base: Hello accepted
 //!         Base --> Discarding: link lost (nothing committed), bad stream, trial failed
 //!         Base --> Committed: base-final staged, tried, acknowledged
-//!         Committed --> Discarding: bad stream
+//!         Committed --> GivingUp: bad stream, failed, differs from the VM, dismissed
+//!         GivingUp --> Discarding: what is left of the copy says so, or cannot; leave
+//!         GivingUp --> Ended: the same after a failure
 //!         Discarding --> Listening: the copy's memory is free
 //!         Committed --> Settling: link lost
 //!         Settling --> Claiming: memory and disks are at the committed checkpoint
@@ -104,8 +106,8 @@
 //! # Time
 //!
 //! No clock decides *who* runs the VM; the arbiter does. Clocks decide only *when to ask*, and two rules
-//! about time silence even a process that was stopped and continued (SIGSTOP, a live migration of its own
-//! host):
+//! about time silence even a process that was stopped and continued, if its clock has gone on (SIGSTOP; a host
+//! that is a VM itself may be stopped *with* its clock, and then only fencing helps):
 //!
 //! * **The clock comes before the event.** `handle` first looks at the deadlines with the new `now` and only
 //!   then at the event. An old Ack that waited in the socket while the process was stopped meets a link that

@@ -37,21 +37,29 @@ Examples:
 What nobody noticed is listed at the end, apart from what docs/mutants.md says why.";
 
 /// The files with the decisions. What is in `age.rs` is the model's, and in no program.
-const FILES: [&str; 16] = [
+const FILES: [&str; 24] = [
+    "lib.rs",
     "claim.rs",
+    "image.rs",
     "primary.rs",
     "primary/broken.rs",
+    "primary/capture.rs",
     "primary/loss.rs",
     "redial.rs",
+    "since.rs",
     "standby.rs",
+    "standby/giving_up.rs",
     "standby/loss.rs",
+    "standby/unwelcome.rs",
     "tail.rs",
     "driver/core.rs",
     "driver/primary.rs",
     "driver/standby.rs",
+    "policy/full.rs",
     "policy/interval.rs",
     "policy/latency.rs",
     "policy/longest.rs",
+    "policy/mod.rs",
     "policy/output.rs",
     "policy/trigger.rs",
 ];

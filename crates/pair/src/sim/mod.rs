@@ -7,7 +7,7 @@
 //! The simulator runs the production drivers with their state machines and the production policy. The
 //! [`ports`] belong to the simulator: they queue effects, fail at times, and check what is asked of them. The
 //! VM is a counter of steps whose outputs are the names of its states (see [`truth`]); the clocks of the
-//! hosts differ in offset and by up to 4 % in rate.
+//! hosts differ in offset and by up to 4 % in rate, in every sixth schedule by up to 40 %: as far as the lease allows.
 
 mod broken;
 mod checks;
