@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use outlive_epoch::{
     Accept, Ack, ArbiterSight, Audited, ChunkRange, DiskAudited, DiskWant, Encoder, LeaveReason, Message,
-    Peer, Preface, ProtocolVersion, RefuseCode, SectionKind, SectionReader,
+    Peer, Preface, ProtocolVersion, RefuseCode, SectionKind, SectionReader, StrayKey,
 };
 
 /// What to do when a test of this file fails.
@@ -124,6 +124,14 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     disk_audits.iter().flatten().for_each(|audited| encoder.disk_audited(&mut out, audited).unwrap());
     encoder.leave(&mut out, LeaveReason::Stopped);
     encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
+    // A standby that takes strays, and does not have the memory of the moment.
+    let key = StrayKey(std::array::from_fn(|at| 0xa0 ^ at as u8));
+    let takes_strays = (version >= ProtocolVersion::V8).then(|| Accept {
+        holds: false,
+        strays: Some(key),
+        ..accept.clone()
+    });
+    takes_strays.iter().for_each(|accept| encoder.accept(&mut out, accept).unwrap());
     check(name, &out);
 
     let (mut source, mut reader) = (&out[..], SectionReader::up_to(Peer::Standby, version));
@@ -147,4 +155,10 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     }
     assert_eq!(next(), "Leave(Stopped)");
     assert_eq!(next(), r#"Refuse(Refuse { code: Ok(Busy), text: "another primary is attached" })"#);
+    if let Some(accept) = takes_strays {
+        // What is printed of a key says nothing.
+        let section = reader.read_section(&mut source).unwrap();
+        assert!(matches!(Message::parse(&section), Ok(Message::Accept(read)) if read == accept));
+    }
+    assert!(source.is_empty());
 }
