@@ -43,6 +43,7 @@
 //!         S->>P: Audited {pages compared, what differs}, DiskAudited {chunks compared, what differs}
 //!         S->>P: ArbiterSight {whether it sees the arbiter}
 //!         P->>S: ArbiterSight {the same}
+//!         P->>S: Dismiss: the VM goes on without this standby, which is to leave with its right
 //!     end
 //!     opt orderly end
 //!         P->>S: End {reason}

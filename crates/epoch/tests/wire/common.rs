@@ -281,6 +281,7 @@ pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
                 | Message::Input(_)
                 | Message::Output(_)
                 | Message::Released { .. }
+                | Message::Dismiss
                 | Message::End(_)
         ) {
             continue;
@@ -347,6 +348,9 @@ pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
     out.extend_from_slice(block.records().bytes());
     encoder.base_pages_head(&mut out, 1, [PageEntry::zero(0), PageEntry::zero(2)].into_iter(), &[]).unwrap();
     contents[0].encode(&mut encoder, &mut out, 2);
+    if version >= ProtocolVersion::V8 {
+        encoder.dismiss(&mut out);
+    }
     contents[1].encode_after(Some(&contents[0]), &mut encoder, &mut out, 2);
     encoder.end(&mut out, outlive_epoch::EndReason::PowerOff);
     (out, contents)

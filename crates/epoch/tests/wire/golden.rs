@@ -89,6 +89,14 @@ fn the_standbys_stream_is_the_committed_one() {
     standbys_stream("standby-v8.bin", ProtocolVersion::V8);
 }
 
+/// From version 8 on.
+const WITH_ITS_RIGHT: [LeaveReason; 4] = [
+    LeaveReason::BadStreamReleased,
+    LeaveReason::FailedReleased,
+    LeaveReason::DiffersReleased,
+    LeaveReason::Dismissed,
+];
+
 fn standbys_stream(name: &str, version: ProtocolVersion) {
     let introduction = version.introduction();
     let mut out = Preface { version: introduction }.encode().to_vec();
@@ -132,6 +140,8 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
         ..accept.clone()
     });
     takes_strays.iter().for_each(|accept| encoder.accept(&mut out, accept).unwrap());
+    let with_its_right: &[LeaveReason] = if version >= ProtocolVersion::V8 { &WITH_ITS_RIGHT } else { &[] };
+    with_its_right.iter().for_each(|reason| encoder.leave(&mut out, *reason));
     check(name, &out);
 
     let (mut source, mut reader) = (&out[..], SectionReader::up_to(Peer::Standby, version));
@@ -160,5 +170,21 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
         let section = reader.read_section(&mut source).unwrap();
         assert!(matches!(Message::parse(&section), Ok(Message::Accept(read)) if read == accept));
     }
+    for reason in with_its_right {
+        let section = reader.read_section(&mut source).unwrap();
+        assert_eq!(Message::parse(&section), Ok(Message::Leave(*reason)));
+    }
     assert!(source.is_empty());
+}
+
+/// An older primary must know that the right is handed over; why is in the standby's log.
+#[test]
+fn an_older_stream_says_that_a_right_is_handed_over_without_the_reason() {
+    for reason in WITH_ITS_RIGHT {
+        let mut out = Vec::new();
+        Encoder::speaking(ProtocolVersion::V7).leave(&mut out, reason);
+        let mut released = Vec::new();
+        Encoder::speaking(ProtocolVersion::V7).leave(&mut released, LeaveReason::Released);
+        assert_eq!(out, released);
+    }
 }

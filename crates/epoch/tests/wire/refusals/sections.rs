@@ -89,5 +89,5 @@ fn a_time_out_loses_no_byte() {
             Err(error) => assert!(error.is_retry(), "{error}"),
         }
     }
-    assert_eq!((sections, reader.bytes_received()), (31, stream.len() as u64));
+    assert_eq!((sections, reader.bytes_received()), (32, stream.len() as u64));
 }
