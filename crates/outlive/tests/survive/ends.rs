@@ -134,7 +134,8 @@ fn an_orderly_stop_of_the_standby_needs_no_arbiter() {
 /// continues at once in its generation, and the copy is made anew, without the arbiter.
 #[test]
 fn a_worthless_copy_needs_no_arbiter() {
-    let Some(world) = World::new() else { return };
+    // Over TLS a record that was changed ends both directions, so that the last word is not heard.
+    let Some(world) = World::plain() else { return };
     let proxy = Proxy::start(&world, Side::A);
     let audited = ["--audit", "100", "--dead-after", "2s"];
     let mut standby = world.standby_with(Side::B, &audited);
