@@ -228,6 +228,11 @@ impl Decisions {
         });
     }
 
+    /// Bytes of memory of the VM that has a copy here, if one has.
+    pub(super) fn memory_promised(&self) -> Option<u64> {
+        self.with(|driver, _| (driver.ports_mut().memory_promised(), NOTHING))
+    }
+
     /// Takes the copy out once no decision needs it.
     pub(super) fn take_session(&self) -> Option<Session> {
         self.with(|driver, _| (driver.ports_mut().take_session(), NOTHING))
