@@ -278,6 +278,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             checkpoint,
             journal,
             obsolete: None,
+            over: false,
         }
     }
 
