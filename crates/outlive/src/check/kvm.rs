@@ -125,9 +125,13 @@ mod tests {
 
     #[test]
     fn errors_are_split_into_finding_and_remedy() {
-        let finding = cannot_open(&HostError::Permission(None));
+        let finding = cannot_open(&HostError::Permission(Some("virt".into())));
         assert_eq!(finding.found, "no permission to open /dev/kvm");
-        assert!(finding.remedy.starts_with("run as root or join its group"), "{}", finding.remedy);
+        let remedy = "run as root or join its group (usermod -aG virt ";
+        assert!(finding.remedy.starts_with(remedy), "{}", finding.remedy);
+        // A group that may not use the device helps nobody.
+        let finding = cannot_open(&HostError::Permission(None));
+        assert!(finding.remedy.starts_with("run as root or let a group in"), "{}", finding.remedy);
         let finding = cannot_open(&HostError::Missing);
         assert_eq!(finding.found, "/dev/kvm does not exist");
         assert!(!finding.remedy.is_empty());
