@@ -4,6 +4,7 @@
 use std::io::{self, Read};
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -110,10 +111,30 @@ pub(crate) fn host_name() -> String {
     if name.is_empty() { "unknown".into() } else { name }
 }
 
+/// What tells this host from others, over its restarts: of its name and its machine id. It is read once, so ask before a
+/// sandbox hides them.
+pub(crate) fn machine() -> &'static str {
+    static MACHINE: OnceLock<String> = OnceLock::new();
+    MACHINE.get_or_init(|| {
+        let id = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+        let hash = blake3::hash(format!("outlive machine\n{}\n{}", host_name(), id.trim()).as_bytes());
+        hash.to_hex()[..32].to_owned()
+    })
+}
+
 /// Revision of the microcode of this host's first processor; 0 if the kernel does not say it.
 pub(crate) fn microcode() -> u64 {
     let digits = |text: String| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
     of_processor("microcode").and_then(digits).unwrap_or(0)
+}
+
+/// Whether this host is a virtual machine itself, as its processor says.
+pub(crate) fn is_virtual() -> bool {
+    of_processor("flags").is_some_and(|flags| has_flag(&flags, "hypervisor"))
+}
+
+fn has_flag(flags: &str, wanted: &str) -> bool {
+    flags.split_whitespace().any(|flag| flag == wanted)
 }
 
 /// A line about the first processor in /proc/cpuinfo.

@@ -138,16 +138,28 @@ pub enum Danger {
         /// How many are given.
         given: usize,
     },
+    /// The disk is shared, and the VM may run on it at another host.
+    Elsewhere {
+        /// The newest generation of the VM.
+        generation: u64,
+        /// Who won it, for people, if that is not the host that is written down.
+        owner: Option<String>,
+    },
 }
 
 impl Danger {
     /// Whether accepting it ends the VM and begins another one. A standby's copy continues its VM's line, like a
     /// takeover. So does an image that was moved, and disks in another order: an operator says that they are the VM's
-    /// newest state. Everything else gives up a part of the line, or nobody can say whether it does.
+    /// newest state. A shared disk has no older state. Everything else gives up a part of the line, or nobody can say
+    /// whether it does.
     pub fn forks(&self) -> bool {
         !matches!(
             self,
-            Self::Replica { .. } | Self::Moved(_) | Self::OtherPlace { .. } | Self::Missing { .. }
+            Self::Replica { .. }
+                | Self::Moved(_)
+                | Self::OtherPlace { .. }
+                | Self::Missing { .. }
+                | Self::Elsewhere { .. }
         )
     }
 }
@@ -260,6 +272,54 @@ impl<P: PartialEq> ImageFacts<'_, P> {
     }
 }
 
+/// What is written down of a disk that both hosts write to, and what is seen of it. There is one storage, so it is never
+/// out of date: the question is whether the VM runs on it now, at another host.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedFacts<'a, P> {
+    /// The generation in which the VM ran on it last; 0 if none was ever won.
+    pub generation: u64,
+    /// The VM's arbiter.
+    pub arbiter: ImageArbiter<'a>,
+    /// The processes of one host that had it last: what they have won is that host's.
+    pub processes: &'a [P],
+    /// Whether the VM has ended in order since.
+    pub over: bool,
+    /// Whether that host is this one, so that nobody has the VM unless the arbiter knows of him: on this host, none of
+    /// those processes lives.
+    pub here: bool,
+    /// The arbiter that is given is a person: a process that asks remembers nothing.
+    pub by_hand: bool,
+}
+
+impl<P: PartialEq> SharedFacts<'_, P> {
+    /// Judges the disk, as [`ImageFacts::judge`] does an image. The generation of the standing is the newest one.
+    ///
+    /// # Errors
+    /// Those of `history`.
+    pub fn judge<E>(
+        &self,
+        given: Option<&str>,
+        history: impl FnOnce() -> Result<Vec<Won<P>>, E>,
+    ) -> Result<ImageStanding, E> {
+        let Self { generation, arbiter, processes, by_hand, .. } = *self;
+        let (role, end, differs) = (ImageRole::Primary, None, None);
+        let facts = ImageFacts { generation, role, end, arbiter, processes, differs, by_hand };
+        let mut standing = facts.judge(given, history)?;
+        for danger in &mut standing.dangers {
+            if let Danger::Stale { newest, owner, .. } = danger {
+                standing.generation = *newest;
+                *danger = Danger::Elsewhere { generation: *newest, owner: owner.take() };
+            }
+        }
+        // Whoever wins the next generation keeps every other host from it, but not from the writes that one makes until it
+        // hears of that.
+        if standing.dangers.is_empty() && !self.here && !self.over {
+            standing.dangers.push(Danger::Elsewhere { generation: standing.generation, owner: None });
+        }
+        Ok(standing)
+    }
+}
+
 /// The newest generation and who won it, if that is another process than `own`: whoever runs the VM asks now and then.
 pub fn rival<P: PartialEq>(history: &[Won<P>], own: &P) -> Option<(u64, String)> {
     let Won { generation, winner } = history.last()?;
@@ -308,6 +368,53 @@ mod tests {
         let differs = Differs::Shorter { was: 2, is: 1 };
         let standing = judge(ImageFacts { differs: Some(&differs), ..FACTS }, &history);
         assert_eq!((standing.generation, standing.dangers), (5, vec![Danger::Moved(differs)]));
+    }
+
+    const SHARED: SharedFacts<'static, u32> = SharedFacts {
+        generation: 4,
+        arbiter: ImageArbiter::Id("a"),
+        processes: &[1, 2],
+        over: false,
+        here: false,
+        by_hand: false,
+    };
+
+    fn judge_shared(facts: SharedFacts<'_, u32>, history: &[Won<u32>]) -> ImageStanding {
+        facts.judge(Some("a"), || Ok::<_, ()>(history.to_vec())).unwrap()
+    }
+
+    #[test]
+    fn a_shared_disk_is_started_from_where_nobody_else_can_have_its_vm() {
+        let own = [won(4, 1), won(5, 2)];
+        let (here, over) = (SharedFacts { here: true, ..SHARED }, SharedFacts { over: true, ..SHARED });
+        for facts in [here, over] {
+            let standing = judge_shared(facts, &own);
+            assert!(standing.dangers.is_empty(), "{standing:?}");
+            assert_eq!((standing.next(), standing.ending()), (6, Some(6)));
+        }
+        let elsewhere = |generation, owner: Option<&str>| {
+            vec![Danger::Elsewhere { generation, owner: owner.map(str::to_owned) }]
+        };
+        // Another host had it, and may have it still.
+        assert_eq!(judge_shared(SHARED, &own).dangers, elsewhere(5, None));
+        // It was taken over since, also from a host on which it had ended in order before.
+        for facts in [SHARED, here, over] {
+            let standing = judge_shared(facts, &[won(4, 1), won(5, 7)]);
+            assert_eq!(standing.dangers, elsewhere(5, Some("process 7")));
+            assert_eq!(standing.next(), 6, "the storage is one");
+            assert!(!standing.dangers.iter().any(Danger::forks));
+        }
+        // Without an arbiter nobody takes over, but another host may run it.
+        let alone = SharedFacts { arbiter: ImageArbiter::None, generation: 0, ..SHARED };
+        let judge = |facts: SharedFacts<'_, u32>| facts.judge(None, || Err(())).unwrap().dangers;
+        assert_eq!(judge(alone), elsewhere(0, None));
+        assert!(judge(SharedFacts { here: true, ..alone }).is_empty());
+        // What nobody can say is as dangerous as for an image.
+        assert!(matches!(
+            here.judge::<()>(Some("b"), || Err(())).unwrap().dangers[..],
+            [Danger::OtherArbiter { .. }]
+        ));
+        assert!(matches!(judge_shared(here, &[]).dangers[..], [Danger::LostClaims { .. }]));
     }
 
     #[test]

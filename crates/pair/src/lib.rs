@@ -106,8 +106,10 @@
 //! # Time
 //!
 //! No clock decides *who* runs the VM; the arbiter does. Clocks decide only *when to ask*, and two rules
-//! about time silence even a process that was stopped and continued, if its clock has gone on (SIGSTOP; a host
-//! that is a VM itself may be stopped *with* its clock, and then only fencing helps):
+//! about time silence even a process that was stopped and continued (SIGSTOP, a host whose clock went on). A
+//! host whose hypervisor stops it and continues it with a clock that stood still, as some do in a live
+//! migration, does not notice that: for some milliseconds it still lets committed output out. Storage that
+//! both hosts write to needs a fence command against it.
 //!
 //! * **The clock comes before the event.** `handle` first looks at the deadlines with the new `now` and only
 //!   then at the event. An old Ack that waited in the socket while the process was stopped meets a link that
@@ -151,7 +153,9 @@ use std::time::Duration;
 use outlive_epoch::LeaveReason;
 
 pub use driver::{After, PrimaryDriver, PrimaryPorts, StandbyDriver, StandbyPorts, TakeOver};
-pub use image::{Danger, Differs, ImageArbiter, ImageEnd, ImageFacts, ImageRole, ImageStanding, Won, rival};
+pub use image::{
+    Danger, Differs, ImageArbiter, ImageEnd, ImageFacts, ImageRole, ImageStanding, SharedFacts, Won, rival,
+};
 pub use primary::{
     Broken, ExitReason, Kept, OutputMode, Primary, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote,
     PrimaryStatus, Ticket, Wanted,

@@ -4,7 +4,9 @@ mod cpuid;
 pub(crate) mod features;
 pub(crate) mod msrs;
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES,
@@ -27,11 +29,9 @@ pub enum HostError {
         "/dev/kvm does not exist: load the module (modprobe kvm_intel or kvm_amd) or enable virtualisation in the firmware"
     )]
     Missing,
-    /// The user may not use it.
-    #[error(
-        "no permission to open /dev/kvm: run as root or join its group (usermod -aG kvm $USER, then log in again)"
-    )]
-    Permission,
+    /// The user may not use it; its group may, if it has one that does.
+    #[error("no permission to open /dev/kvm: run as root or {}", join(.0.as_deref()))]
+    Permission(Option<String>),
     /// Any other error on opening.
     #[error("cannot open /dev/kvm: {0}")]
     Open(io::Error),
@@ -55,6 +55,29 @@ pub enum HostError {
         /// KVM's error.
         source: kvm_ioctls::Error,
     },
+}
+
+/// The group that may use a device, if that is not root's.
+fn group_of(device: &str) -> Option<String> {
+    let about = fs::metadata(device).ok()?;
+    let id = Some(about.gid()).filter(|id| *id != 0 && about.mode() & 0o060 == 0o060)?;
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    let named = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(id)).then(|| name.to_owned())
+    });
+    Some(named.unwrap_or_else(|| id.to_string()))
+}
+
+fn join(group: Option<&str>) -> String {
+    match group {
+        Some(group) => format!("join its group (usermod -aG {group} $USER, then log in again)"),
+        None => {
+            "let a group in (chgrp kvm /dev/kvm && chmod 660 /dev/kvm), and join that (usermod -aG kvm $USER)"
+                .into()
+        }
+    }
 }
 
 fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> HostError {
@@ -96,7 +119,7 @@ impl Host {
     pub fn open() -> Result<Self, HostError> {
         let kvm = Kvm::new().map_err(|e| match e.errno() {
             libc::ENOENT | libc::ENXIO | libc::ENODEV => HostError::Missing,
-            libc::EACCES | libc::EPERM => HostError::Permission,
+            libc::EACCES | libc::EPERM => HostError::Permission(group_of("/dev/kvm")),
             errno => HostError::Open(io::Error::from_raw_os_error(errno)),
         })?;
         match kvm.get_api_version() {

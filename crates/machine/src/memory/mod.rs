@@ -43,7 +43,9 @@ pub type GuestMemory = GuestMemoryMmap<RegionLog>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is not one that a guest can have.
-    #[error("guest memory cannot have {}: it must be a multiple of 1 MiB, from 32 MiB to 64 TiB", amount(*.0))]
+    #[error(
+        "guest memory cannot have {}: it must be a multiple of 1 MiB, from 32 MiB to 64 TiB{}", amount(*.0), meant(*.0)
+    )]
     Size(u64),
     /// More than any kernel and initrd need.
     #[error("a boot image of {0} bytes is too large: the limit is 4 GiB")]
@@ -69,6 +71,11 @@ fn amount(bytes: u64) -> String {
         Some((shift, unit)) => format!("{} {unit}", bytes >> shift),
         None => format!("{bytes} bytes"),
     }
+}
+
+/// A number that was probably one of MiB.
+fn meant(bytes: u64) -> String {
+    if (32..1 << 20).contains(&bytes) { format!("; did you mean {bytes}M?") } else { String::new() }
 }
 
 /// The ranges of a guest with `bytes` of memory, whole pages each.

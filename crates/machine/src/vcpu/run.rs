@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use kvm_bindings::kvm_mp_state;
+use kvm_bindings::{KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, kvm_mp_state};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use outlive_dirty::{HarvestError, RingExit};
 
@@ -248,7 +248,7 @@ impl Vcpu {
             Ok(VcpuExit::InternalError) => {
                 // SAFETY: the exit says which member of the union KVM has filled.
                 let suberror = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;
-                End::Host(format!("KVM cannot go on (KVM_EXIT_INTERNAL_ERROR, suberror {suberror})"))
+                End::Host(internal_error(suberror))
             }
             Ok(other) => End::Host(format!("KVM came back with {other:?}")),
             Err(error) => match error.errno() {
@@ -404,4 +404,19 @@ enum Entered {
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// KVM does not go on with the guest, for a reason that it numbers (`KVM_INTERNAL_ERROR_...` in linux/kvm.h).
+fn internal_error(suberror: u32) -> String {
+    let remedy = match suberror {
+        KVM_INTERNAL_ERROR_EMULATION => {
+            "it cannot emulate an instruction of the guest: use a newer host kernel, or a processor with EPT or nested \
+             paging, where hardly anything is emulated; the host's kernel log may name the instruction"
+        }
+        KVM_INTERNAL_ERROR_DELIVERY_EV => {
+            "an interrupt met a fault that it cannot handle: use a newer host kernel, and look into the host's kernel log"
+        }
+        _ => "look into the host's kernel log, and use a newer host kernel",
+    };
+    format!("KVM cannot go on (KVM_EXIT_INTERNAL_ERROR, suberror {suberror}): {remedy}")
 }

@@ -75,7 +75,8 @@ fn module() -> Finding {
         // No defect of the machine: this is the best that it can do without hardware support.
         return Finding::ok(
             NAME,
-            "kvm_pvm: no hardware virtualisation; user-mode guest code runs natively, guest kernels are slow",
+            "kvm_pvm: no hardware virtualisation; the built-in guest runs, stock Linux kernels may not: KVM emulates what a \
+             kernel does, slowly and not all of it",
         );
     }
     for (module, paging, what) in [
@@ -124,9 +125,13 @@ mod tests {
 
     #[test]
     fn errors_are_split_into_finding_and_remedy() {
-        let finding = cannot_open(&HostError::Permission);
+        let finding = cannot_open(&HostError::Permission(Some("virt".into())));
         assert_eq!(finding.found, "no permission to open /dev/kvm");
-        assert!(finding.remedy.starts_with("run as root or join its group"), "{}", finding.remedy);
+        let remedy = "run as root or join its group (usermod -aG virt ";
+        assert!(finding.remedy.starts_with(remedy), "{}", finding.remedy);
+        // A group that may not use the device helps nobody.
+        let finding = cannot_open(&HostError::Permission(None));
+        assert!(finding.remedy.starts_with("run as root or let a group in"), "{}", finding.remedy);
         let finding = cannot_open(&HostError::Missing);
         assert_eq!(finding.found, "/dev/kvm does not exist");
         assert!(!finding.remedy.is_empty());

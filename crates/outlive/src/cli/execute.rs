@@ -131,6 +131,7 @@ fn run(options: &RunOptions) -> u8 {
 /// Comes before the second thread: threads have what their parents have.
 fn confine_run(options: &RunOptions) -> Result<(), BeginError> {
     sandbox::close_inherited();
+    process::machine();
     options.make_sense()?;
     sandbox::enter(&Plan::of_run(options)?)?;
     sentinel::start();
@@ -336,6 +337,7 @@ fn standby(options: &StandbyOptions) -> u8 {
 
 fn confine_standby(options: &StandbyOptions) -> Result<(), BeginError> {
     sandbox::close_inherited();
+    process::machine();
     options.make_sense()?;
     sandbox::enter(&Plan::of_standby(options)?)?;
     sentinel::start();
@@ -346,6 +348,11 @@ fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), Beg
     logs::never_wait()?;
     hears_words(&options.active, Some(&options.arbiter))?;
     vm::lock_memory(options.active.lock_memory)?;
+    if options.active.standbys.is_empty() {
+        tracing::warn!(
+            "no --standby: once this host has taken the VM over, nobody protects it again; give the other host's address"
+        );
+    }
     check_security(&options.active, Some(&options.listen))?;
     options.active.security().may_hold(options.vm.as_deref())?;
     stand_by(options, NO_PRIMARY)

@@ -26,7 +26,7 @@ pub struct RunOptions {
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = parse_vcpus)]
     pub vcpus: u8,
 
-    /// Memory, for example 256M or 2G [default: 1G for Linux, else 256M]
+    /// Memory, for example 256M, 1.5G or 2G, from 32M to what this host has [default: 1G for Linux, else 256M]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
 
@@ -51,12 +51,13 @@ pub struct RunOptions {
     pub append: Option<String>,
 
     /// Disk of the guest: a raw image or a block device (repeat for more: vda, vdb ...); the built-in guest
-    /// leaves its disks alone. With thin, a standby may have less room than the whole image takes
+    /// leaves its disks alone. With thin, a standby may have less room than the whole image takes; queues=1 to 16
     #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,thin][,serial=TEXT][,queues=N][,sector=BYTES]", value_parser = DiskSpec::from_str)]
     pub disks: Vec<DiskSpec>,
 
     /// Network card: a tap interface that is created, and the bridge that it joins. mtu=9000 tells the guest that
-    /// its packets may be so large; vlan=10 puts the bridge's port into a VLAN. The standby's card gets the same
+    /// its packets may be so large; vlan=10 puts the bridge's port into a VLAN; queues=1 to 8. The standby's card gets
+    /// the same
     #[arg(long, value_name = "tap=NAME[,bridge=BR][,mac=MAC][,queues=N][,mtu=N][,vlan=N]", value_parser = NetSpec::from_str)]
     pub net: Option<NetSpec>,
 
@@ -82,7 +83,7 @@ pub struct RunOptions {
     /// started with the same command, at any time and in any order
     #[arg(long, requires_all = ["listen", "arbiter", "disks"], conflicts_with_all = [
         "accept_stale_image", "accept_replica", "accept_other_arbiter", "accept_lost_claims",
-        "accept_foreign_image", "accept_moved_image", "accept_other_disks",
+        "accept_foreign_image", "accept_moved_image", "accept_other_disks", "accept_shared_disk",
     ])]
     pub or_standby: bool,
 
@@ -100,8 +101,8 @@ pub struct RunOptions {
 }
 
 /// Starts that may give something up, or run a VM twice. Each is refused without its own option and is
-/// written to the log, the events and the image's sidecar. All but `--accept-replica`, `--accept-moved-image` and
-/// `--accept-other-disks` begin a new VM with the old one as ancestor.
+/// written to the log, the events and the image's sidecar. All but `--accept-replica`, `--accept-moved-image`,
+/// `--accept-other-disks` and `--accept-shared-disk` begin a new VM with the old one as ancestor.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "What may be given up (each only after `outlive image show`)")]
 pub struct AcceptOptions {
@@ -137,6 +138,10 @@ pub struct AcceptOptions {
     /// Start with the VM's disks in another order, or without some of them
     #[arg(long)]
     pub accept_other_disks: bool,
+
+    /// Start on a shared disk although another host may run a VM on it; that VM must run nowhere
+    #[arg(long)]
+    pub accept_shared_disk: bool,
 }
 
 impl AcceptOptions {
@@ -151,6 +156,7 @@ impl AcceptOptions {
             (self.accept_foreign_image, DangerKind::ForeignImage),
             (self.accept_moved_image, DangerKind::MovedImage),
             (self.accept_other_disks, DangerKind::OtherDisks),
+            (self.accept_shared_disk, DangerKind::SharedDisk),
         ];
         named.into_iter().filter(|(is, _)| *is).map(|(_, danger)| danger).collect()
     }
@@ -186,6 +192,12 @@ impl RunOptions {
     pub(crate) fn written(&self) -> Vec<(u16, &Path)> {
         let written = self.disks.iter().zip(0..).filter(|(disk, _)| !disk.readonly && !disk.shared);
         written.map(|(disk, number)| (number, disk.path.as_path())).collect()
+    }
+
+    /// The disks that both hosts write to.
+    pub(crate) fn shared(&self) -> Vec<&Path> {
+        let shared = self.disks.iter().filter(|disk| disk.shared && !disk.readonly);
+        shared.map(|disk| disk.path.as_path()).collect()
     }
 
     /// What this process would have been given as the VM's standby, if it may become one.

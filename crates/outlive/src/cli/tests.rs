@@ -17,7 +17,10 @@ fn sizes_and_times_are_read() {
     assert_eq!(parse_size("256M"), Ok(256 << 20));
     assert_eq!(parse_size("2GiB"), Ok(2 << 30));
     assert_eq!(parse_size("4096"), Ok(4096));
-    for bad in ["", "M", "-1", "1X", "99999999999T", "1.5G", "²G"] {
+    assert_eq!((parse_size("1.5G"), parse_size("0.25MiB")), (Ok(3 << 29), Ok(1 << 18)));
+    for bad in
+        ["", "M", "-1", "1X", "99999999999T", "1.5", ".5G", "1.G", "1.2345G", "1.5.5G", "+1G", "1.+5G", "²G"]
+    {
         assert!(parse_size(bad).is_err(), "{bad}");
     }
     assert_eq!(parse_time("500us"), Ok(Duration::from_micros(500)));

@@ -163,9 +163,9 @@ impl FromStr for IpSpec {
 /// # Errors
 /// One line that shows a right one.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is not a size like 256M or 2G");
+    let wrong = || format!("'{text}' is not a size like 256M, 1.5G or 2G");
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+    let shift: u32 = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "" => 0,
         "K" | "KB" | "KIB" => 10,
         "M" | "MB" | "MIB" => 20,
@@ -173,8 +173,19 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         "T" | "TB" | "TIB" => 40,
         _ => return Err(wrong()),
     };
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    number.checked_mul(1 << shift).ok_or_else(wrong)
+    // At most three decimals; a number of bytes has none.
+    let (whole, decimals) = digits.split_once('.').unwrap_or((digits, "0"));
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_number(whole) || !is_number(decimals) || decimals.len() > 3 {
+        return Err(wrong());
+    }
+    let whole: u64 = whole.parse().map_err(|_| wrong())?;
+    let thousandths: u64 = format!("{decimals:0<3}").parse().map_err(|_| wrong())?;
+    let part = (thousandths << shift) / 1000;
+    if shift == 0 && thousandths > 0 {
+        return Err(wrong());
+    }
+    whole.checked_mul(1 << shift).and_then(|bytes| bytes.checked_add(part)).ok_or_else(wrong)
 }
 
 /// A time: a number with us, ms, s, m or h.

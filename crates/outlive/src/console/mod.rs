@@ -53,6 +53,7 @@ pub(crate) enum Port {
 }
 
 /// What a person is shown instead of the ports of the built-in guest.
+const SILENT: &str = "[this host is the VM's standby: its ports are silent here until a takeover]\r\n";
 const NO_PORTS: &str = "the built-in guest prints its messages in the log of `outlive run`\r\n";
 
 impl Port {
@@ -149,6 +150,13 @@ impl Console {
     /// The host's end of a port, for a machine. Several machines may have it, one after the other.
     pub(crate) fn end(&self, port: Port) -> PortEnd {
         self.ends[port as usize].clone()
+    }
+
+    /// Tells everyone who looks that the guest does not run here yet.
+    pub(crate) fn waits(&self) {
+        for end in self.ends.iter().filter(|_| self.shown) {
+            end.sink.write(SILENT.as_bytes());
+        }
     }
 
     /// Tells everyone who looks that the guest has none of these ports: the built-in one.

@@ -8,8 +8,9 @@ use serde::Serialize;
 
 use super::prepare::{self, PrepareError};
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
+use super::shared::Note;
 use super::sidecar::{Role, Sidecar};
-use super::standing::{Told, judge};
+use super::standing::{Told, judge, judge_shared};
 use super::start::{SidecarNotWritten, cannot_write, new_vm, record};
 use crate::arbiter::{self, Arbiter, ArbiterError, ArbiterSpecError, Claim};
 use crate::cli::{ImageCommand, ImageOptions};
@@ -88,6 +89,9 @@ struct Shown {
     generation: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     arbiter: Option<String>,
+    /// Of a shared disk, the host where its VM ran last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shared_by: Option<String>,
     #[serde(skip)]
     never_had_an_arbiter: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -110,11 +114,17 @@ impl Shown {
             whole: None,
             generation: None,
             arbiter: None,
+            shared_by: None,
             never_had_an_arbiter: false,
             accepted: Vec::new(),
             in_use: prepare::is_in_use(image),
             refusals: Vec::new(),
         };
+        match Note::read(image) {
+            Ok(Some(note)) => return shown.of_note(note, arbiter),
+            Ok(None) => {}
+            Err(error) => shown.refusals.push(error.to_string()),
+        }
         let (sidecar, stamp) = match Sidecar::read_stamped(image) {
             Ok(None) => return Ok(shown),
             Ok(Some(read)) => read,
@@ -142,9 +152,33 @@ impl Shown {
         Ok(shown)
     }
 
+    fn of_note(
+        mut self,
+        note: Note,
+        arbiter: Option<&mut (dyn Arbiter + 'static)>,
+    ) -> Result<Self, CommandError> {
+        let standing = judge_shared(&note, arbiter)?;
+        let Note { provenance: Provenance { vm, name, arbiter, .. }, host, .. } = note;
+        self.vm = Some(vm.to_string());
+        self.name = Some(name);
+        self.generation = Some(standing.generation);
+        self.shared_by = Some(host);
+        self.arbiter = arbiter.id().map(str::to_owned);
+        self.never_had_an_arbiter = arbiter == KnownArbiter::None;
+        self.refusals.extend(standing.dangers.iter().map(|danger| danger.refusal(&self.image)));
+        Ok(self)
+    }
+
     fn print(&self, out: &mut impl Write) -> Result<(), CommandError> {
         let image = self.image.display();
         match (&self.vm, self.generation) {
+            (Some(vm), Some(generation)) if let Some(host) = &self.shared_by => {
+                let name = self.name.as_deref().filter(|name| !name.is_empty()).unwrap_or("(no name)");
+                let text = format!(
+                    "{image}: shared disk of VM {name} ({vm}), generation {generation}, last on host {host}"
+                );
+                print(out, &text)?;
+            }
             (Some(vm), Some(generation)) => {
                 let role = if self.role == Some(Role::Replica) { "a standby's copy" } else { "the VM's own" };
                 let name = self.name.as_deref().filter(|name| !name.is_empty()).unwrap_or("(no name)");
@@ -211,9 +245,10 @@ fn accept(
     for image in images {
         // It is locked here, so it is in no other use.
         Shown { in_use: false, ..Shown::of(image, arbiter.as_deref_mut())? }.print(out)?;
-        known.extend(Sidecar::read(image).ok().flatten());
+        known.extend(Sidecar::read(image).ok().flatten().map(|sidecar| sidecar.provenance));
+        known.extend(Note::read(image).ok().flatten().map(|note| note.provenance));
     }
-    let earlier: Vec<&Provenance> = known.iter().map(|sidecar| &sidecar.provenance).collect();
+    let earlier: Vec<&Provenance> = known.iter().collect();
     if !yes {
         return Err(CommandError::NotConfirmed);
     }
@@ -233,6 +268,7 @@ fn accept(
         let accepted = vec![record(DangerKind::Unknown, format!("accepted as it is; it was {before}"))];
         let sidecar = Sidecar { disk: disk as u16, accepted, ..Sidecar::primary(&provenance, 0, None) };
         sidecar.write(image).map_err(|e| cannot_write(image, e))?;
+        Note::remove(image).map_err(|e| cannot_write(image, e))?;
     }
     print(out, &format!("VM {}: begins with these images", provenance.vm))
 }

@@ -7,6 +7,7 @@ use outlive_epoch::{DiskOp, DiskRecord, VmId};
 
 use super::image::Store;
 use super::journal::{Identity, Journal, START};
+use super::shared::Note;
 use super::sidecar::Sidecar;
 
 /// A text beside an image. One that is read is written and read as the same again.
@@ -18,6 +19,10 @@ pub fn sidecar(data: &[u8]) {
     if let Ok((sidecar, stamp)) = Sidecar::parse(text) {
         let again = sidecar.text(stamp).expect("what was read can be written");
         assert!(Sidecar::parse(&again).is_ok(), "what was written can be read: {again}");
+    }
+    if let Ok(note) = Note::parse(text) {
+        let again = note.text().expect("what was read can be written");
+        assert_eq!(Note::parse(&again).as_ref(), Ok(&note), "what was written can be read: {again}");
     }
 }
 

@@ -5,7 +5,8 @@
 //! primary   write log of the machine ──► sender ──► link          sync.rs: what differs, found by sums, sent in the background
 //! standby   link ──► staged, acknowledged ──► replica.rs (a thread) ──► journal.rs ──► image.rs
 //! both      book.rs: what this process knows of its images' contents, so that it need not read all of them again
-//!           sidecar.rs: whose copy an image is, and whether it is whole; sidecars.rs: the thread that writes it
+//!           sidecar.rs: whose copy an image is, and whether it is whole; shared.rs: who uses a shared disk;
+//!           sidecars.rs: the thread that writes both
 //! a start   prepare.rs: brings images to their last commit; standing.rs: whether the VM may go on with them;
 //!           start.rs: as which VM, in which generation; overwrite.rs, blank.rs: what a standby may overwrite;
 //!           format.rs: images that are not raw
@@ -37,6 +38,7 @@ mod part;
 mod prepare;
 mod provenance;
 mod replica;
+mod shared;
 mod sidecar;
 mod sidecars;
 mod stamp;
@@ -53,10 +55,11 @@ pub(crate) use hash::{chunk as chunk_sum, contents as hash_contents};
 pub(crate) use image::{ChunkReader, Store, chunks, overlay};
 pub(crate) use overwrite::{OverwriteError, Target};
 pub(crate) use part::{Part, PartError};
-pub(crate) use prepare::{Held, PrepareError, for_run, for_standby, refuse_unfinished};
+pub(crate) use prepare::{Held, PrepareError, for_run, for_standby, refuse_shared_in_use, refuse_unfinished};
 pub use provenance::DangerKind;
 pub(crate) use provenance::{Accepted, Provenance};
 pub(crate) use replica::{DiskEvent, Replica, ReplicaDisk, ReplicaEndError, ReplicaStartError, STUCK};
+pub(crate) use shared::{Note, is_noted_here_only};
 pub(crate) use sidecar::{CopyEnd, STATE_DIR};
 pub(crate) use sidecars::{Image, Saying, Sidecars};
 pub(crate) use start::{Start, StartError};

@@ -13,7 +13,8 @@ use outlive_pair::Differs;
 
 use super::blank::{self, Content};
 use super::provenance::{Accepted, DangerKind, Provenance};
-use super::sidecar::{Sidecar, SidecarError};
+use super::shared::{Note, NoteError};
+use super::sidecar::{Role, Sidecar, SidecarError, beside};
 use super::standing::judge;
 use super::start::record;
 use crate::arbiter::{Arbiter, ArbiterError};
@@ -34,6 +35,16 @@ pub(crate) enum OverwriteError {
     /// The arbiter does not answer.
     #[error("the arbiter cannot say what the standby's images are: {0}")]
     Unknown(#[source] ArbiterError),
+    /// Its note cannot be read.
+    #[error(transparent)]
+    Note(#[from] NoteError),
+    /// It is no image of this host's own.
+    #[error(
+        "the disk image {} is the one on which the VM runs at the primary, so both hosts use the same storage: give it \
+         with `shared` to `outlive run`; or give this host an image of its own; if it is a copy, remove {}",
+        .0.display(), beside(.0, "outlive").display()
+    )]
+    Same(PathBuf),
     /// It may be the only copy of something.
     #[error(
         "the disk image {} holds {holds}: nothing is overwritten; give the right image, or say --disk \
@@ -65,13 +76,21 @@ impl Target<'_> {
         generation: u64,
         arbiter: &mut (dyn Arbiter + 'static),
     ) -> Result<Option<Accepted>, OverwriteError> {
+        let note = Note::read(self.path)?.map(|note| {
+            let Provenance { vm, name, .. } = note.provenance;
+            format!("a disk that VM {name} ({vm}) shares between its hosts")
+        });
         let holds = match Sidecar::read_stamped(self.path) {
+            _ if note.is_some() => note,
             Err(error) if !self.overwrite => return Err(error.into()),
             Err(error) => Some(format!("an image whose sidecar is damaged: {error}")),
             Ok(None) => self.data()?.map(|at| format!("data (at byte {at}) and is no standby's copy")),
             // Its sidecar was written for another file, and says nothing about this one.
             Ok(Some((_, Some(stamp)))) if stamp.differs(self.path) == Some(Differs::File) => {
                 self.data()?.map(|at| format!("data (at byte {at}) and is not the file of its sidecar"))
+            }
+            Ok(Some((sidecar, _))) if is_primarys(&sidecar, provenance, generation) => {
+                return Err(OverwriteError::Same(self.path.to_owned()));
             }
             Ok(Some((sidecar, _))) => stranger(&sidecar, provenance, generation, arbiter)?,
         };
@@ -99,6 +118,12 @@ impl Target<'_> {
             }
         }
     }
+}
+
+/// Whether the sidecar is the one that the primary has written for the VM as it runs now.
+fn is_primarys(sidecar: &Sidecar, provenance: &Provenance, generation: u64) -> bool {
+    let same = sidecar.provenance.vm == provenance.vm && sidecar.generation == generation;
+    same && sidecar.role == Role::Primary
 }
 
 /// What the image holds that this VM does not have.

@@ -84,6 +84,12 @@ pub(crate) enum PrepareError {
     /// Another program has the image.
     #[error("the disk image {0} is in use: stop the program that uses it")]
     InUse(PathBuf),
+    /// Another process has a shared disk.
+    #[error(
+        "the shared disk {0} is in use by another process, here or at another host: if its VM runs there, protect it with \
+         `outlive standby` here; else stop what uses the disk"
+    )]
+    SharedInUse(PathBuf),
     /// It is locked, and cannot be used nevertheless.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -131,6 +137,23 @@ pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), PrepareError> {
             Some(Sidecar { whole: true, journal: None, .. }) | None => {}
             Some(_) => return Err(PrepareError::Unfinished(path.to_path_buf())),
         }
+    }
+    Ok(())
+}
+
+/// Refuses a shared disk that another process has, where the file system has locks: on this host, and on others as far
+/// as it carries locks there. A standby has one only while it has a copy of a VM.
+///
+/// # Errors
+/// One line that names the remedy.
+pub(crate) fn refuse_shared_in_use(paths: &[&Path]) -> Result<(), PrepareError> {
+    for path in paths {
+        // The machine reports what cannot be opened. A lock of all of a file needs a file that can be written on NFS.
+        let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else { continue };
+        lock(path, || file.try_lock()).map_err(|error| match error {
+            PrepareError::InUse(path) => PrepareError::SharedInUse(path),
+            other => other,
+        })?;
     }
     Ok(())
 }

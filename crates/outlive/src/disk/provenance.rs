@@ -109,6 +109,8 @@ pub enum DangerKind {
     MovedImage,
     /// The disks are given in another order, or not all of them.
     OtherDisks,
+    /// A shared disk's VM may run at another host, or nobody has written down who uses the disk.
+    SharedDisk,
     /// The image is not whole, or its sidecar is unreadable, and the operator has restored it.
     Unknown,
     /// An image of a standby with data of its own is overwritten.
@@ -127,6 +129,7 @@ impl DangerKind {
             Self::ForeignImage => "--accept-foreign-image",
             Self::MovedImage => "--accept-moved-image",
             Self::OtherDisks => "--accept-other-disks",
+            Self::SharedDisk => "--accept-shared-disk",
             Self::Unknown | Self::Overwrite => "",
         }
     }

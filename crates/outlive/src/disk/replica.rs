@@ -26,6 +26,7 @@ use outlive_machine::DiskHash;
 use super::book::Book;
 use super::image::{Sum, chunks};
 use super::provenance::{Accepted, Provenance};
+use super::shared::Note;
 use super::sidecar::CopyEnd;
 use super::sidecars::{Image, Sidecars, SidecarsError};
 use crate::audit::Budget;
@@ -102,13 +103,25 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
+    /// The same without shared disks.
+    #[cfg(test)]
+    pub(crate) fn start(
+        disks: Vec<Option<ReplicaDisk>>,
+        provenance: Provenance,
+        generation: u64,
+        tell: impl Fn(DiskEvent) + Send + 'static,
+    ) -> Result<Self, ReplicaStartError> {
+        Self::with_shared(disks, Vec::new(), provenance, generation, tell)
+    }
+
     /// Claims what the disks will need from their file systems and starts the thread. `disks` has `None` for
-    /// a disk that both hosts share.
+    /// a disk that both hosts share, and `shared` the paths of those.
     ///
     /// # Errors
     /// See [`ReplicaStartError`].
-    pub(crate) fn start(
+    pub(crate) fn with_shared(
         disks: Vec<Option<ReplicaDisk>>,
+        shared: Vec<PathBuf>,
         provenance: Provenance,
         generation: u64,
         tell: impl Fn(DiskEvent) + Send + 'static,
@@ -118,6 +131,9 @@ impl Replica {
         for ReplicaDisk { path, accepted, .. } in disks.iter().flatten() {
             if let Some(Accepted { about, .. }) = accepted {
                 tracing::warn!(image = %path.display(), "OVERWRITTEN as asked for: {about}");
+                // It is no shared disk any more.
+                Note::remove(path)
+                    .map_err(|source| ReplicaStartError::Note { image: path.clone(), source })?;
             }
         }
         let no_thread = ReplicaStartError::NoThread;
@@ -129,7 +145,8 @@ impl Replica {
             Some(Image { disk: index as u16, path, accepted })
         });
         let vm = provenance.vm;
-        let sidecars = Arc::new(Sidecars::start(written.collect(), provenance).map_err(no_thread)?);
+        let sidecars = Sidecars::with_shared(written.collect(), shared, provenance);
+        let sidecars = Arc::new(sidecars.map_err(no_thread)?);
         let worker = Worker::new(queue.clone(), disks, (vm, generation), sidecars.clone(), claimed, tell);
         let thread = outlive_machine::spawn("disks", move || {
             worker.run();

@@ -58,7 +58,7 @@ pub(in crate::disk) use text::now;
 const ACCEPTED_KEPT: usize = 8;
 
 /// How many processes that had an image before are kept. Each asked for a generation and got no answer.
-const EARLIER_KEPT: usize = 8;
+pub(in crate::disk) const EARLIER_KEPT: usize = 8;
 
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,6 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::provenance::{Accepted, Provenance};
+use super::shared::Note;
 use super::sidecar::{CopyEnd, Role, Sidecar, beside};
 use super::stamp::Stamp;
 use crate::arbiter::process_token;
@@ -73,13 +74,15 @@ pub(crate) struct Saying {
     pub(crate) journal: Option<PathBuf>,
     /// An empty journal, to be removed once no sidecar names it.
     pub(crate) obsolete: Option<PathBuf>,
+    /// The VM has ended in order.
+    pub(crate) over: bool,
 }
 
 impl Saying {
     /// The VM runs on the images in this generation.
     pub(crate) fn primary(generation: u64) -> Self {
-        let (role, whole, end) = (Role::Primary, true, None);
-        Self { generation, role, whole, end, checkpoint: 0, journal: None, obsolete: None }
+        let (role, whole, end, over) = (Role::Primary, true, None, false);
+        Self { generation, role, whole, end, checkpoint: 0, journal: None, obsolete: None, over }
     }
 }
 
@@ -97,6 +100,8 @@ pub(crate) struct Image {
 /// The thread; see the module. Once this is dropped, no new attempt begins.
 pub(crate) struct Sidecars {
     shared: Arc<Shared>,
+    /// Whether the VM has shared disks.
+    has_notes: bool,
 }
 
 #[derive(Default)]
@@ -112,6 +117,8 @@ struct State {
     /// How many statements there were, and how many of them are written or superseded.
     said: u64,
     done: u64,
+    /// The generation in which the VM runs here, once that was said.
+    generation: Option<u64>,
     /// Why the last attempt failed, if it did.
     failed: Option<Arc<WriteError>>,
     closed: bool,
@@ -119,19 +126,30 @@ struct State {
 
 impl Sidecars {
     /// Starts the thread for these images of a VM.
+    #[cfg(test)]
+    pub(crate) fn start(images: Vec<Image>, provenance: Provenance) -> io::Result<Self> {
+        Self::with_shared(images, Vec::new(), provenance)
+    }
+
+    /// Starts the thread for these images of a VM, and for disks that both hosts write to, which only have notes.
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(images: Vec<Image>, provenance: Provenance) -> io::Result<Self> {
+    pub(crate) fn with_shared(
+        images: Vec<Image>,
+        notes: Vec<PathBuf>,
+        provenance: Provenance,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let process = process_token()?;
         // The files that this process has open, whatever comes into their places later.
         let stamps = images.iter().map(|image| Stamp::of(&image.path).ok()).collect();
-        let keeper = Keeper { shared: shared.clone(), images, stamps, provenance, process };
+        let has_notes = !notes.is_empty();
+        let keeper = Keeper { shared: shared.clone(), images, stamps, notes, provenance, process };
         outlive_machine::spawn("sidecars", move || {
             keeper.run();
         })?;
-        Ok(Self { shared })
+        Ok(Self { shared, has_notes })
     }
 
     /// Sets what the sidecars must say from now on. Returns at once.
@@ -140,10 +158,22 @@ impl Sidecars {
         // A journal that an earlier statement would have removed is still useless.
         let obsolete = state.due.take().and_then(|earlier| earlier.obsolete);
         let obsolete = obsolete.filter(|path| saying.journal.as_ref() != Some(path));
+        state.generation =
+            Some(saying.generation).filter(|_| saying.role == Role::Primary).or(state.generation);
         state.due = Some(Saying { obsolete: saying.obsolete.clone().or(obsolete), ..saying });
         state.said += 1;
         state.failed = None;
         self.shared.changed.notify_all();
+    }
+
+    /// The VM has ended in order, in this generation if none was said. Shared disks may be used by another host from now
+    /// on; other images know without a word. Waits until it is durable, but not for longer than `patience`.
+    pub(crate) fn over(&self, generation: u64, patience: Duration) {
+        if self.has_notes {
+            let generation = self.shared.lock().generation.unwrap_or(generation);
+            self.say(Saying { over: true, ..Saying::primary(generation) });
+            self.written_within(patience).ok();
+        }
     }
 
     /// Waits until the last statement is durable, but not for longer than `patience`.
@@ -187,6 +217,8 @@ struct Keeper {
     images: Vec<Image>,
     /// One for each image.
     stamps: Vec<Option<Stamp>>,
+    /// Disks that both hosts write to.
+    notes: Vec<PathBuf>,
     provenance: Provenance,
     process: &'static str,
 }
@@ -254,7 +286,7 @@ impl Keeper {
     }
 
     fn write(&self, saying: &Saying) -> Result<(), WriteError> {
-        let Saying { generation, role, whole, end, checkpoint, journal, obsolete } = saying.clone();
+        let Saying { generation, role, whole, end, checkpoint, journal, obsolete, over } = saying.clone();
         for (Image { disk, path: image, accepted }, stamp) in self.images.iter().zip(&self.stamps) {
             let sidecar = Sidecar {
                 provenance: self.provenance.clone(),
@@ -273,6 +305,12 @@ impl Keeper {
             sidecar
                 .write_for(image, stamp.clone())
                 .map_err(|source| WriteError { file: beside(image, "outlive"), source })?;
+        }
+        // The note of a shared disk is the word of the host where the VM runs.
+        for disk in self.notes.iter().filter(|_| role == Role::Primary) {
+            Note::here(&self.provenance, generation)
+                .and_then(|note| Note { over, ..note }.write(disk))
+                .map_err(|source| WriteError { file: beside(disk, "outlive-shared"), source })?;
         }
         if let Some(path) = obsolete
             && let Err(error) = fs::remove_file(&path)

@@ -3,11 +3,16 @@
 
 use std::path::Path;
 
-use outlive_pair::{Danger, Differs, ImageArbiter, ImageEnd, ImageFacts, ImageRole, ImageStanding};
+use outlive_epoch::VmId;
+use outlive_pair::{
+    Danger, Differs, ImageArbiter, ImageEnd, ImageFacts, ImageRole, ImageStanding, SharedFacts, Won,
+};
 
 use super::provenance::{DangerKind, KnownArbiter};
+use super::shared::Note;
 use super::sidecar::{CopyEnd, Role, Sidecar, beside};
 use crate::arbiter::{Arbiter, ArbiterError, Win};
+use crate::process;
 
 /// One of the images that a VM is to start from.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +73,7 @@ impl Told for Danger {
             Self::NoArbiter { .. } => DangerKind::NoArbiter,
             Self::Moved(_) => DangerKind::MovedImage,
             Self::OtherPlace { .. } | Self::Missing { .. } => DangerKind::OtherDisks,
+            Self::Elsewhere { .. } => DangerKind::SharedDisk,
         }
     }
 
@@ -146,6 +152,14 @@ impl Told for Danger {
                 "the disk image {image} belongs to a VM that writes to {had} disks, and {given} are given: give all \
                  of them; or, if the guest does without the others from now on, start with {option}"
             ),
+            Self::Elsewhere { generation, owner } => {
+                let owner = owner.as_ref().map_or_else(|| "another host".to_owned(), String::clone);
+                format!(
+                    "the disk {image} is shared, and its VM may run at another host: {owner} had it last, in generation \
+                     {generation}, and nothing says that the VM has ended there; to protect that VM, run `outlive standby` \
+                     here; if it runs nowhere, start it on that host; or here with {option}"
+                )
+            }
         }
     }
 
@@ -171,6 +185,9 @@ impl Told for Danger {
             Self::Moved(differs) => format!("VM {vm}: another file in the image's place: {differs}"),
             Self::OtherPlace { was, given } => format!("VM {vm}: disk {was} becomes disk {given}"),
             Self::Missing { had, given } => format!("VM {vm}: {given} of its {had} disks"),
+            Self::Elsewhere { generation, .. } => {
+                format!("VM {vm}: a shared disk on which another host ran it in generation {generation}")
+            }
         }
     }
 }
@@ -190,31 +207,71 @@ pub(super) fn judge(
         generation: sidecar.generation,
         role: sidecar.role.into(),
         end: sidecar.end.map(Into::into),
-        arbiter: match &sidecar.provenance.arbiter {
-            KnownArbiter::None => ImageArbiter::None,
-            KnownArbiter::Id(id) => ImageArbiter::Id(id),
-            KnownArbiter::Unsaid => ImageArbiter::Unsaid,
-        },
+        arbiter: sidecar.provenance.arbiter.known(),
         processes: &processes,
         differs,
         by_hand: arbiter.as_ref().is_some_and(|arbiter| arbiter.is_a_person()),
     };
     let given = arbiter.as_ref().map(|arbiter| arbiter.identity().to_owned());
+    facts.judge(given.as_deref(), || history(&sidecar.provenance.vm, &processes, arbiter))
+}
+
+/// Judges a shared disk by its note, and by the arbiter that was given. No process of this host has the disk.
+///
+/// # Errors
+/// The arbiter's, with the remedy.
+pub(super) fn judge_shared(
+    note: &Note,
+    arbiter: Option<&mut (dyn Arbiter + 'static)>,
+) -> Result<ImageStanding, ArbiterError> {
+    let facts = SharedFacts {
+        generation: note.generation,
+        arbiter: note.provenance.arbiter.known(),
+        processes: &note.processes,
+        over: note.over,
+        here: note.machine == process::machine(),
+        by_hand: arbiter.as_ref().is_some_and(|arbiter| arbiter.is_a_person()),
+    };
+    let given = arbiter.as_ref().map(|arbiter| arbiter.identity().to_owned());
+    let mut standing =
+        facts.judge(given.as_deref(), || history(&note.provenance.vm, &note.processes, arbiter))?;
+    for danger in &mut standing.dangers {
+        if let Danger::Elsewhere { owner, .. } = danger {
+            owner.get_or_insert_with(|| format!("host {}", note.host));
+        }
+    }
+    Ok(standing)
+}
+
+/// What the arbiter knows of a VM. It is asked only if one is given.
+fn history(
+    vm: &VmId,
+    processes: &[String],
+    arbiter: Option<&mut (dyn Arbiter + 'static)>,
+) -> Result<Vec<Won<String>>, ArbiterError> {
     // A served arbiter tells other hosts no token, but what can be compared with one.
     let by_token = |mut win: Win| {
         if let Some(winner) = &mut win.winner
-            && let Some(own) = sidecar.claimants().find(|token| winner.is(token))
+            && let Some(own) = processes.iter().find(|token| winner.is(token))
         {
-            winner.process = own.to_owned();
+            winner.process = own.clone();
         }
         win.into()
     };
-    // It is asked only if one is given.
-    let history = || match arbiter {
-        Some(arbiter) => Ok(arbiter.history(&sidecar.provenance.vm)?.into_iter().map(by_token).collect()),
+    match arbiter {
+        Some(arbiter) => Ok(arbiter.history(vm)?.into_iter().map(by_token).collect()),
         None => Ok(Vec::new()),
-    };
-    facts.judge(given.as_deref(), history)
+    }
+}
+
+impl KnownArbiter {
+    fn known(&self) -> ImageArbiter<'_> {
+        match self {
+            Self::None => ImageArbiter::None,
+            Self::Id(id) => ImageArbiter::Id(id),
+            Self::Unsaid => ImageArbiter::Unsaid,
+        }
+    }
 }
 
 impl From<Role> for ImageRole {

@@ -19,8 +19,9 @@ use outlive_epoch::{Ancestor, Lineage, VmId};
 use outlive_pair::{Danger, ImageRole, ImageStanding};
 
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
+use super::shared::{Note, NoteError, is_noted_here_only};
 use super::sidecar::{Role, Sidecar, SidecarError, beside, now};
-use super::standing::{Given, Told, judge};
+use super::standing::{Given, Told, judge, judge_shared};
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::process;
 
@@ -30,8 +31,10 @@ const UNNAMED: &str = "vm";
 /// An image with its sidecar and standing.
 struct Known {
     path: PathBuf,
+    /// Of a shared disk, what its note says.
     sidecar: Sidecar,
     standing: ImageStanding,
+    note: Option<Note>,
 }
 
 /// Why no VM starts from images.
@@ -43,6 +46,24 @@ pub(crate) enum StartError {
     /// A sidecar cannot be written.
     #[error(transparent)]
     Write(#[from] SidecarNotWritten),
+    /// The note of a shared disk cannot be read.
+    #[error(transparent)]
+    Note(#[from] NoteError),
+    /// The note of a shared disk cannot be written.
+    #[error(
+        "cannot write down that this host uses the shared disk {image}: {source}; let this user write files beside it"
+    )]
+    NoteNotWritten { image: PathBuf, source: io::Error },
+    /// Nobody has written down who uses a shared disk, and other hosts could not read it.
+    #[error(
+        "the disk {} is shared, and this host has no note of a VM that uses it, so another host may run one on it now: \
+         to protect that VM, run `outlive standby` here; if no host uses the disk, begin a new VM on it with {option}",
+        .0.display(), option = DangerKind::SharedDisk.option()
+    )]
+    Unnoted(PathBuf),
+    /// Two hosts begin at the same time.
+    #[error("another host has just begun a VM on the shared disk {}: look there (`outlive status`)", .0.display())]
+    JustBegun(PathBuf),
     /// An image has a danger that the operator has not accepted.
     #[error("{}", .danger.refusal(.image))]
     Danger { image: PathBuf, danger: Danger },
@@ -95,6 +116,8 @@ pub(crate) struct Start {
     /// The generation that it runs in; 1 without an arbiter.
     pub(crate) generation: u64,
     known: Vec<Known>,
+    /// Disks that both hosts write to.
+    shared: Vec<PathBuf>,
     /// A new VM begins with these images.
     forks: bool,
     /// Generations of VMs that end here.
@@ -104,32 +127,58 @@ pub(crate) struct Start {
 
 impl Start {
     /// Decides which VM starts from `images`: those that it writes to and does not share, with their positions among
-    /// all disks. Without a `name` it keeps the one that it has. Changes nothing.
+    /// all disks; and from `shared` disks, which no process of this host has. Without a `name` it keeps the one that it
+    /// has. Changes nothing.
     ///
     /// # Errors
     /// One line with the remedy for the first danger that is not accepted.
     pub(crate) fn plan(
         images: &[(u16, &Path)],
+        shared: &[&Path],
         mut arbiter: Option<&mut (dyn Arbiter + 'static)>,
         name: Option<&str>,
         accept: &[DangerKind],
     ) -> Result<Self, StartError> {
         let mut known = Vec::new();
         let mut accepted = Vec::new();
+        // Its note says more of a disk that was shared until now than a sidecar from before that.
+        let mut noted = Vec::new();
         for given in Given::all(images) {
             let path = given.image;
+            if let Some(note) = Note::read(path)? {
+                noted.push((path, note));
+                continue;
+            }
             let Some((sidecar, stamp)) = Sidecar::read_stamped(path)? else { continue };
             let differs = stamp.and_then(|stamp| stamp.differs(path));
             let mut standing = judge(&sidecar, differs.as_ref(), arbiter.as_deref_mut())
                 .map_err(|why| StartError::Unknown { image: path.to_path_buf(), why: why.to_string() })?;
             standing.dangers.extend(given.dangers(&sidecar));
-            for danger in &standing.dangers {
-                if !accept.contains(&danger.kind()) {
-                    return Err(StartError::Danger { image: path.to_path_buf(), danger: danger.clone() });
+            let known_image = Known { path: path.to_path_buf(), sidecar, standing, note: None };
+            accepted.extend(known_image.accepted(accept)?);
+            known.push(known_image);
+        }
+        for path in shared {
+            match Note::read(path)? {
+                Some(note) => noted.push((path, note)),
+                // Images that are the VM's newest say so of the VM, and so of all its disks.
+                None if !known.is_empty() || !is_noted_here_only(path) => {}
+                None if accept.contains(&DangerKind::SharedDisk) => {
+                    let about = format!("a new VM on the shared disk {}", path.display());
+                    accepted.push(record(DangerKind::SharedDisk, about));
                 }
-                accepted.push(record(danger.kind(), danger.about(&sidecar.provenance.vm.to_string())));
+                None => return Err(StartError::Unnoted(path.to_path_buf())),
             }
-            known.push(Known { path: path.to_path_buf(), sidecar, standing });
+        }
+        let certain = known.iter().all(|it| it.standing.dangers.is_empty());
+        let own = known.first().map(|it| it.sidecar.provenance.vm).filter(|_| certain);
+        for (path, note) in noted.into_iter().filter(|(_, note)| own != Some(note.provenance.vm)) {
+            let standing = judge_shared(&note, arbiter.as_deref_mut())
+                .map_err(|why| StartError::Unknown { image: path.to_path_buf(), why: why.to_string() })?;
+            let sidecar = Sidecar::primary(&note.provenance, note.generation, None);
+            let disk = Known { path: path.to_path_buf(), sidecar, standing, note: Some(note) };
+            accepted.extend(disk.accepted(accept)?);
+            known.push(disk);
         }
         if let Some((one, other)) = strangers(&known) {
             if !accept.contains(&DangerKind::ForeignImage) {
@@ -141,11 +190,13 @@ impl Start {
             let (one, other) = (&one.sidecar.provenance.vm, &other.sidecar.provenance.vm);
             accepted.push(record(DangerKind::ForeignImage, format!("VMs {one} and {other}")));
         }
-        Self::of(known, arbiter.map(|arbiter| arbiter.identity().to_owned()), name, accepted)
+        let shared = shared.iter().map(|path| path.to_path_buf()).collect();
+        Self::of(known, shared, arbiter.map(|arbiter| arbiter.identity().to_owned()), name, accepted)
     }
 
     fn of(
         known: Vec<Known>,
+        shared: Vec<PathBuf>,
         arbiter: Option<String>,
         name: Option<&str>,
         mut accepted: Vec<Accepted>,
@@ -166,15 +217,16 @@ impl Start {
         let old_name = known.first().map(|first| first.sidecar.provenance.name.as_str());
         let name = name.or_else(|| old_name.filter(|name| !name.is_empty())).unwrap_or(UNNAMED).to_owned();
         let provenance = Provenance { vm, name, arbiter, lineage };
-        Ok(Self { provenance, generation, known, forks, ends, accepted })
+        Ok(Self { provenance, generation, known, shared, forks, ends, accepted })
     }
 
     /// The newest generation, if a takeover by an earlier process of this host won it and did not come to its end:
     /// then nobody knows whether the lost primary was fenced off. A sidecar says that its image is the VM's own
-    /// only after that. Ask before [`Start::carry_out`], which says so.
+    /// only after that. The same if another host had a shared disk last. Ask before [`Start::carry_out`], which says so.
     pub(crate) fn unfenced(&self) -> Option<u64> {
-        let won = |it: &&Known| it.sidecar.role == Role::Replica && it.standing.role == ImageRole::Primary;
-        self.known.iter().find(won).map(|it| it.standing.generation)
+        let won = |it: &Known| it.sidecar.role == Role::Replica && it.standing.role == ImageRole::Primary;
+        let elsewhere = |it: &Known| it.standing.dangers.iter().any(|it| it.kind() == DangerKind::SharedDisk);
+        self.known.iter().find(|it| won(it) || elsewhere(it)).map(|it| it.standing.generation)
     }
 
     /// Whether no image says that the VM has run before.
@@ -217,13 +269,24 @@ impl Start {
         } else {
             // What this process is about to win belongs to these images, whatever happens between the win and
             // the next sidecar.
-            for Known { path, sidecar, standing } in &self.known {
+            for Known { path, sidecar, standing, note } in &self.known {
+                if let Some(note) = note {
+                    // What other hosts have won is not this one's.
+                    if note.machine == process::machine() {
+                        let note = Note { generation: standing.generation, ..note.handed_to(process) };
+                        note.write(path).map_err(|e| note_not_written(path, e))?;
+                    }
+                    continue;
+                }
                 let (generation, role) = (standing.generation, standing.role.into());
                 let mut intent = Sidecar { generation, role, ..sidecar.handed_to(process) };
                 if !standing.had_by_processes {
                     intent.earlier.clear();
                 }
                 intent.write(path).map_err(|e| cannot_write(path, e))?;
+            }
+            if self.known.is_empty() {
+                self.begin_notes()?;
             }
         }
         match arbiter {
@@ -234,7 +297,28 @@ impl Start {
             }
             // A VM without an arbiter writes no sidecar beside images that had none.
             None if !self.known.is_empty() => self.write(disks, &self.provenance, 0, process)?,
-            None => {}
+            None => self.write_notes(&self.provenance, 0)?,
+        }
+        Ok(())
+    }
+
+    /// Of two hosts that begin a VM on the same shared disk at the same time, one is refused.
+    fn begin_notes(&self) -> Result<(), StartError> {
+        for path in &self.shared {
+            let provenance = Provenance { arbiter: KnownArbiter::None, ..self.provenance.clone() };
+            let begun = Note::here(&provenance, 0).and_then(|note| note.begin(path));
+            begun.map_err(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => StartError::JustBegun(path.clone()),
+                _ => note_not_written(path, error),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn write_notes(&self, provenance: &Provenance, generation: u64) -> Result<(), StartError> {
+        for path in &self.shared {
+            let written = Note::here(provenance, generation).and_then(|note| note.write(path));
+            written.map_err(|e| note_not_written(path, e))?;
         }
         Ok(())
     }
@@ -281,13 +365,30 @@ impl Start {
         generation: u64,
         process: &str,
     ) -> Result<(), StartError> {
+        // The release before knows no shared disks, and must read what stays.
+        let known = |it: &&Accepted| it.danger != DangerKind::SharedDisk;
         for (disk, path) in disks {
-            let accepted = self.accepted.clone();
+            let accepted = self.accepted.iter().filter(known).cloned().collect();
             let fresh = Sidecar::primary(provenance, generation, Some(process));
             let sidecar = Sidecar { disk: *disk, disks: u16::try_from(disks.len()).ok(), accepted, ..fresh };
             sidecar.write(path).map_err(|e| cannot_write(path, e))?;
+            // It is no shared disk any more.
+            Note::remove(path).map_err(|e| note_not_written(path, e))?;
         }
-        Ok(())
+        self.write_notes(provenance, generation)
+    }
+}
+
+impl Known {
+    /// The record of the dangers that are accepted.
+    fn accepted(&self, accept: &[DangerKind]) -> Result<Vec<Accepted>, StartError> {
+        let of = |danger: &Danger| {
+            if !accept.contains(&danger.kind()) {
+                return Err(StartError::Danger { image: self.path.clone(), danger: danger.clone() });
+            }
+            Ok(record(danger.kind(), danger.about(&self.sidecar.provenance.vm.to_string())))
+        };
+        self.standing.dangers.iter().map(of).collect()
     }
 }
 
@@ -319,6 +420,10 @@ pub(super) fn record(danger: DangerKind, about: String) -> Accepted {
 
 pub(super) fn cannot_write(image: &Path, source: io::Error) -> SidecarNotWritten {
     SidecarNotWritten { image: image.to_path_buf(), source }
+}
+
+fn note_not_written(image: &Path, source: io::Error) -> StartError {
+    StartError::NoteNotWritten { image: image.to_path_buf(), source }
 }
 
 pub(super) fn new_vm() -> io::Result<VmId> {

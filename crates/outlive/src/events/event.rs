@@ -291,6 +291,15 @@ pub enum Event {
         /// For how long it was lost, in milliseconds.
         lost_ms: u64,
     },
+    /// This standby's host has less memory left than the VM may come to need here.
+    StandbyMemoryShort {
+        /// Bytes that the VM may still need here.
+        missing: u64,
+        /// Bytes that this host has left.
+        available: u64,
+    },
+    /// It has enough again, or protects no VM any more.
+    StandbyMemoryEnough,
     /// The standby says that it cannot write to the arbiter: it could not take the VM over now. The primary tells it.
     StandbyArbiterLost {
         /// For how long, in seconds.

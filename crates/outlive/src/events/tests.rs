@@ -70,6 +70,8 @@ fn every_event() -> Vec<Event> {
         Event::ArbiterUnreachable { why: "no such directory".into() },
         Event::ArbiterLost { why: "read-only file system".into() },
         Event::ArbiterBack { lost_ms: 60_000 },
+        Event::StandbyMemoryShort { missing: 2 << 30, available: 1 << 30 },
+        Event::StandbyMemoryEnough,
         Event::StandbyArbiterLost { for_s: 12 },
         Event::StandbyArbiterBack { lost_ms: 60_000 },
         Event::Won { generation: 2 },

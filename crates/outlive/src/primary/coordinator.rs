@@ -73,6 +73,8 @@ pub(super) struct Setup {
     pub(super) rivals: Option<Rivals>,
     /// When the VM was taken over, if it did not start here.
     pub(super) took_over: Option<Instant>,
+    /// It was taken over from a process that ended, perhaps because its host could not run the guest.
+    pub(super) last_host_ended: bool,
     /// Whether it has a standby, or had one: it is not meant to be unprotected.
     pub(super) wants_protection: bool,
     /// How long a stop of the machine may take while a standby waits.
@@ -339,9 +341,11 @@ impl Coordinator {
 
     /// This host can no longer run a vCPU. As far as is known the guest did nothing wrong, so its standby
     /// takes over. A guest that makes every host fail does so again soon after the takeover, from the same
-    /// checkpoint. Then it counts as crashed; otherwise two hosts would hand it to each other forever.
+    /// checkpoint. Then it counts as crashed; otherwise two hosts would hand it to each other forever. Such a host ends
+    /// its process: one that has lost its power, or has handed the VM over, had no such fault.
     pub(super) fn host_fault(&mut self, vcpu: u8, why: &str) {
-        let soon = self.with.took_over.is_some_and(|at| at.elapsed() < SAME_FAULT);
+        let soon =
+            self.with.last_host_ended && self.with.took_over.is_some_and(|at| at.elapsed() < SAME_FAULT);
         if soon && !std::mem::replace(&mut self.blamed, true) {
             tracing::error!(
                 vcpu,

@@ -128,6 +128,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         uplink,
         books,
         since,
+        last_host_ended,
         shelf,
         ..
     } = launch;
@@ -234,11 +235,12 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     let replicated = vm::replicated(&machine);
     let start_sidecars = || {
         let image = |(disk, path): &(u16, PathBuf)| Image { disk: *disk, path: path.clone(), accepted: None };
-        Sidecars::start(replicated.iter().map(image).collect(), identity.provenance.clone()).map(Arc::new)
+        let images = replicated.iter().map(image).collect();
+        Sidecars::with_shared(images, vm::shared(&machine), identity.provenance.clone()).map(Arc::new)
     };
-    let sidecars = sidecars.map_or_else(start_sidecars, Ok);
+    let sidecars = sidecars.map_or_else(start_sidecars, Ok).map_err(CoordinateError::NoThread)?;
     let setup = Setup {
-        sidecars: sidecars.map_err(CoordinateError::NoThread)?,
+        sidecars: sidecars.clone(),
         replicates_disks: !replicated.is_empty(),
         books,
         known: since.map(|_| Known::begin(machine.ram().pages())),
@@ -252,6 +254,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         arbiter_watch,
         wants_protection: !options.standbys.is_empty() || identity.checkpoint > 0,
         took_over: (identity.checkpoint > 0).then(Instant::now),
+        last_host_ended,
         // A host that gives no sign of life for this long counts as dead.
         stop_budget: options.dead_after,
         stop_within: options.stop_within,
@@ -274,8 +277,11 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     }
     // The machine is gone.
     shelf.prove();
-    if let (End::Primary(ExitReason::Ended(why)), Some(notes)) = (&end, end_notes) {
-        notes.note(&why.to_string(), NOTE_PATIENCE);
+    if let End::Primary(ExitReason::Ended(why)) = &end {
+        sidecars.over(identity.generation, NOTE_PATIENCE);
+        if let Some(notes) = end_notes {
+            notes.note(&why.to_string(), NOTE_PATIENCE);
+        }
     }
     Ok(end)
 }

@@ -140,9 +140,14 @@ pub(crate) fn start(
     let others: Vec<&Path> =
         options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
     disk::refuse_unfinished(&others)?;
+    let shared = options.shared();
+    disk::refuse_shared_in_use(&shared)?;
+    // Without an arbiter no other host takes it over.
+    vm::warn_unfenced(!shared.is_empty() && options.arbiter.is_some(), active);
     let mut arbiter = options.arbiter.as_deref().map(arbiter::parse).transpose()?;
     let plan = |arbiter: &mut Option<Box<dyn Arbiter>>| {
-        Start::plan(&written, arbiter.as_deref_mut(), options.name.as_deref(), &options.accept.dangers())
+        let (name, accept) = (options.name.as_deref(), options.accept.dangers());
+        Start::plan(&written, &shared, arbiter.as_deref_mut(), name, &accept)
     };
     let mut start = plan(&mut arbiter)?;
     elsewhere::look(&start, &active.standbys, &active.security())?;
@@ -255,6 +260,7 @@ pub(crate) fn start(
         standing,
         books: Books::default(),
         since: None,
+        last_host_ended: false,
         shelf: vm::Shelf::default(),
     })
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{ArbiterSight, LeaveReason};
+use outlive_epoch::{ArbiterSight, LeaveReason, RefuseCode};
 use outlive_pair::{LossReason, PrimaryNote as Note};
 
 use super::reminder::Reminder;
@@ -72,14 +72,18 @@ impl Notes {
     pub(super) fn say(&mut self, note: Note, standby: Option<String>) {
         match note {
             Note::DialFailed { why } => self.unreachable(&why),
-            Note::Refused { text, .. } => {
+            Note::Refused { code, text } => {
                 if let Some(there) = Runs::parse(&text)
                     && self.runs_twice(there)
                 {
                     return;
                 }
                 self.standing.now(&format!("the standby refuses: {text}"));
-                tracing::warn!("standby refused: {text}");
+                match code {
+                    // That it leaves was said already, or it has just come.
+                    Ok(RefuseCode::Leaving) => tracing::info!("standby refused: {text}"),
+                    _ => tracing::warn!("standby refused: {text}"),
+                }
             }
             Note::Attached { .. } => {
                 (self.unreachable_since, self.standby_without_arbiter) = (None, None);

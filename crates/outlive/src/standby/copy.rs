@@ -1,6 +1,7 @@
 //! The standby's copy of the VM: a machine that has never run, memory as of the last committed checkpoint,
 //! and that checkpoint's state.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use outlive_epoch::{Checkpoint, Hello, RefuseCode, Wiring};
@@ -10,13 +11,13 @@ use outlive_machine::{
 };
 
 use super::decisions::Equipment;
-use super::devices::{self, Card, DisksError, PlanError};
+use super::devices::{self, Card, DisksError, Images, PlanError};
 use super::fence::About;
 use super::sinks::{CommitSink, DiskSink, MemorySink, StateSink};
 use crate::arbiter::Arbiter;
 use crate::cli::NetSpec;
 use crate::console::Port;
-use crate::disk::{DiskEvent, Provenance, Replica, ReplicaStartError};
+use crate::disk::{DiskEvent, Note, Provenance, Replica, ReplicaStartError, is_noted_here_only};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
 use crate::vm::{self, CardError, Identity, KeptVm, Relay, VmMemoryError};
@@ -92,6 +93,7 @@ impl CopyError {
     pub(super) fn code(&self) -> RefuseCode {
         match self {
             Self::Disks(DisksError::Overwrite(_)) => RefuseCode::Overwrite,
+            Self::Disks(DisksError::Held(_)) => RefuseCode::Resources,
             Self::Plan(_) | Self::Disks(_) => RefuseCode::Devices,
             _ => RefuseCode::Resources,
         }
@@ -118,6 +120,8 @@ impl VmCopy {
         let Equipment { host, options, console, books, .. } = equipment;
         check(hello)?;
         let plan = devices::plan(hello, options)?;
+        let provenance = Provenance::introduced(hello, arbiter.identity());
+        let images = Images::check(hello, options, &provenance, arbiter.as_mut())?;
         let machine_events = Relay::new();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has seen this number of queues.
@@ -139,7 +143,7 @@ impl VmCopy {
             firmware_bytes: hello.firmware_bytes,
             output: OutputMode::Discard,
             net: card,
-            disks: devices::disk_options(hello, options),
+            disks: images.options(hello, options),
             rng: plan.rng,
             console: plan.console.then(|| console.end(Port::Hvc0)),
             serial: plan.serial.then(|| console.end(Port::Serial)),
@@ -155,9 +159,11 @@ impl VmCopy {
         if let Some(vcpu) = &hello.vcpu {
             machine.try_constant(vcpu.clone()).map_err(CannotResume)?;
         }
-        let provenance = Provenance::introduced(hello, arbiter.identity());
-        let disks = devices::replica_disks(&machine, hello, options, &provenance, books, arbiter.as_mut())?;
-        let disks = Replica::start(disks, provenance, hello.generation, tell)?;
+        let disks = images.replicas(&machine, hello, options, books)?;
+        let shared = vm::shared(&machine);
+        note_shared(&shared, hello, &provenance);
+        vm::warn_unfenced(!shared.is_empty(), &options.active);
+        let disks = Replica::with_shared(disks, shared, provenance, hello.generation, tell)?;
         let ram = machine.ram().clone();
         let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello
             .layout
@@ -240,6 +246,17 @@ impl VmCopy {
         };
         let Self { machine, machine_events, arbiter, .. } = self;
         CopyParts { machine, machine_events, identity, arbiter }
+    }
+}
+
+/// Writes down which host has the VM of shared disks whose notes that host does not write for this one. What cannot be
+/// written only makes a start of a second VM here less likely to be refused.
+fn note_shared(disks: &[PathBuf], hello: &Hello, provenance: &Provenance) {
+    let note = Note::at(&hello.host, provenance, hello.generation);
+    for disk in disks.iter().filter(|disk| is_noted_here_only(disk)) {
+        if let Err(error) = note.write(disk) {
+            tracing::warn!(disk = %disk.display(), %error, "cannot write down that another host uses this shared disk");
+        }
     }
 }
 

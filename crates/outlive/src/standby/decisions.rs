@@ -129,7 +129,12 @@ impl Decisions {
 
     /// Takes a primary's introduction, with the copy that was made for its VM. If the decision has changed
     /// since [`would_accept`](Self::would_accept), the copy is returned and the refusal is on its way.
-    pub(super) fn hello(&self, link: Link, hello: Introduction, session: Session) -> Result<(), Session> {
+    pub(super) fn hello(
+        &self,
+        link: Link,
+        hello: Introduction,
+        session: Session,
+    ) -> Result<(), Box<Session>> {
         self.with(|driver, now| {
             let mut session = Some(session);
             if driver.would_accept(now, &hello).is_ok()
@@ -138,7 +143,7 @@ impl Decisions {
                 driver.ports_mut().admit(session);
             }
             let after = driver.handle(now, Event::Hello { link, hello });
-            (session.map_or(Ok(()), Err), after)
+            (session.map_or(Ok(()), |session| Err(Box::new(session))), after)
         })
     }
 
@@ -226,6 +231,11 @@ impl Decisions {
                 None => ((), after),
             }
         });
+    }
+
+    /// Bytes of memory of the VM that has a copy here, if one has.
+    pub(super) fn memory_promised(&self) -> Option<u64> {
+        self.with(|driver, _| (driver.ports_mut().memory_promised(), NOTHING))
     }
 
     /// Takes the copy out once no decision needs it.

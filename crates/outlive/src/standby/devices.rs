@@ -1,7 +1,9 @@
 //! The devices of the VM that a primary introduced, and what this host makes of them. The primary's list
 //! decides alone: no device is guessed from the kind of guest.
 
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use outlive_epoch::{DeviceInfo, DeviceKind, Hello, Wiring};
@@ -9,7 +11,9 @@ use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine, SectorSize
 
 use crate::arbiter::Arbiter;
 use crate::cli::{StandbyDisk, StandbyOptions};
-use crate::disk::{Book, Books, OverwriteError, Provenance, ReplicaDisk, Target};
+use crate::disk::{
+    Accepted, Book, Books, Held, OverwriteError, PrepareError, Provenance, ReplicaDisk, Store, Target,
+};
 use crate::vm;
 
 /// What a network card must be like, because the guest has seen it.
@@ -63,17 +67,29 @@ pub(super) enum DisksError {
     /// The system has no descriptor left.
     #[error("{}: {source}", .image.display())]
     File { image: PathBuf, source: io::Error },
+    /// Another process has an image.
+    #[error(transparent)]
+    Held(#[from] PrepareError),
     /// An image may be the only copy of something else.
     #[error(transparent)]
     Overwrite(#[from] OverwriteError),
 }
 
+/// The guest sees whole sectors of an image.
+const SECTOR: u64 = 512;
+
 /// One that is longer may be another server's: what would be cut off is gone.
 fn size_remedy(image: &Path, there: u64, here: u64) -> String {
-    if here < there {
-        format!("make it as large with `truncate -s {there} {}`", image.display())
-    } else {
-        format!("is it the right image? Give an empty one of {there} bytes")
+    let is_device = fs::metadata(image).is_ok_and(|about| about.file_type().is_block_device());
+    let image = image.display();
+    match (is_device, here < there) {
+        (false, true) => format!("make it as large with `truncate -s {there} {image}`"),
+        (false, false) => format!("is it the right image? Give an empty one of {there} bytes"),
+        (true, true) => format!("make it as large, a logical volume with `lvextend -L {there}b {image}`"),
+        (true, false) => format!(
+            "is it the right one? Make a logical volume as large with `lvreduce -L {there}b {image}`; of any device, give \
+             the part that `losetup --find --show --sizelimit {there} {image}` names, at every start"
+        ),
     }
 }
 
@@ -130,51 +146,94 @@ fn sectors(info: &DeviceInfo) -> SectorSize {
     if info.flags.large_sectors { SectorSize::Large } else { SectorSize::Small }
 }
 
-/// The VM's disks on this host's images.
-pub(super) fn disk_options(hello: &Hello, options: &StandbyOptions) -> Vec<DiskOptions> {
-    let describe = |(info, disk): (&DeviceInfo, &StandbyDisk)| DiskOptions {
-        readonly: info.flags.read_only,
-        shared: info.flags.shared,
-        serial: (!info.serial.is_empty()).then(|| info.serial.clone()),
-        sectors: Some(sectors(info)),
-        queues: info.queues,
-        ..DiskOptions::new(&disk.path)
-    };
-    disks_of(hello).zip(&options.disks).map(describe).collect()
+/// The images that are the VM's on this host, found to be fit and locked, so their contents stay as they are.
+pub(super) struct Images {
+    held: Held,
+    /// What the operator's word accepted, disk by disk.
+    accepted: Vec<Option<Accepted>>,
 }
 
-/// The images for the disks' thread, if they are as large as the primary's and may be overwritten. They are
-/// locked by now, so their contents stay as they are.
-///
-/// # Errors
-/// See [`DisksError`].
-pub(super) fn replica_disks(
-    machine: &Machine,
-    hello: &Hello,
-    options: &StandbyOptions,
-    provenance: &Provenance,
-    books: &Books,
-    arbiter: &mut (dyn Arbiter + 'static),
-) -> Result<Vec<Option<ReplicaDisk>>, DisksError> {
-    let mut disks = Vec::new();
-    for ((disk, info), given) in machine.disks().iter().zip(disks_of(hello)).zip(&options.disks) {
-        let Some(mut replica) = replica_disk(disk, info)? else {
-            disks.push(None);
-            continue;
-        };
-        replica.thin = given.thin;
-        if !replica.read_only {
-            let ReplicaDisk { path, file, .. } = &replica;
-            let target = Target { path, file, overwrite: given.overwrite };
-            replica.accepted = target.check(provenance, hello.generation, arbiter)?;
-            replica.book = books.open(&replica.path, &replica.file, replica.bytes);
+impl Images {
+    /// Locks the images and finds out whether they are as large as the primary's and may be overwritten: before a card
+    /// joins a bridge, because a standby that refuses is asked again and again.
+    ///
+    /// # Errors
+    /// See [`DisksError`].
+    pub(super) fn check(
+        hello: &Hello,
+        options: &StandbyOptions,
+        provenance: &Provenance,
+        arbiter: &mut (dyn Arbiter + 'static),
+    ) -> Result<Self, DisksError> {
+        let own = |info: &DeviceInfo| !info.flags.shared && !info.flags.read_only;
+        let given = || disks_of(hello).zip(&options.disks);
+        let held = Held::of(given().filter(|(info, _)| own(info)).map(|(_, disk)| disk.path.as_path()))?;
+        let mut accepted = Vec::new();
+        for ((info, disk), number) in given().zip(0..) {
+            let path = &disk.path;
+            let failed = |source| DisksError::File { image: path.clone(), source };
+            let file = match held.at(path) {
+                Some(image) => image.file().map_err(PrepareError::Image)?,
+                None => {
+                    File::open(path).map_err(|source| PrepareError::Open { image: path.clone(), source })?
+                }
+            };
+            let (there, here) = (info.size, file.bytes().map_err(failed)? / SECTOR * SECTOR);
+            if here != there {
+                return Err(DisksError::Size { disk: number, image: path.clone(), there, here });
+            }
+            let target = Target { path, file: &file, overwrite: disk.overwrite };
+            accepted.push(match own(info) {
+                true => target.check(provenance, hello.generation, arbiter)?,
+                false => None,
+            });
         }
-        disks.push(Some(replica));
+        Ok(Self { held, accepted })
     }
-    Ok(disks)
+
+    /// The VM's disks on them.
+    pub(super) fn options(&self, hello: &Hello, options: &StandbyOptions) -> Vec<DiskOptions> {
+        let describe = |(info, disk): (&DeviceInfo, &StandbyDisk)| DiskOptions {
+            readonly: info.flags.read_only,
+            shared: info.flags.shared,
+            serial: (!info.serial.is_empty()).then(|| info.serial.clone()),
+            sectors: Some(sectors(info)),
+            queues: info.queues,
+            locked: self.held.at(&disk.path).cloned(),
+            ..DiskOptions::new(&disk.path)
+        };
+        disks_of(hello).zip(&options.disks).map(describe).collect()
+    }
+
+    /// What the disks' thread works on, once the machine has them.
+    ///
+    /// # Errors
+    /// See [`DisksError`].
+    pub(super) fn replicas(
+        self,
+        machine: &Machine,
+        hello: &Hello,
+        options: &StandbyOptions,
+        books: &Books,
+    ) -> Result<Vec<Option<ReplicaDisk>>, DisksError> {
+        let mut disks = Vec::new();
+        let given = disks_of(hello).zip(&options.disks).zip(self.accepted);
+        for (disk, ((info, given), accepted)) in machine.disks().iter().zip(given) {
+            let Some(mut replica) = replica_disk(disk, info)? else {
+                disks.push(None);
+                continue;
+            };
+            (replica.thin, replica.accepted) = (given.thin, accepted);
+            if !replica.read_only {
+                replica.book = books.open(&replica.path, &replica.file, replica.bytes);
+            }
+            disks.push(Some(replica));
+        }
+        Ok(disks)
+    }
 }
 
-/// An image that is as large as the primary's; `None` for one that both hosts share.
+/// An image that is as large as the primary's, as the machine sees it; `None` for one that both hosts share.
 fn replica_disk(
     disk: &BlockDevice<GuestMemory>,
     info: &DeviceInfo,

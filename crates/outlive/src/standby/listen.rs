@@ -328,6 +328,7 @@ fn admit(
     let strays = decisions.equipment.strays.as_ref().and_then(|intake| Some((intake, key_for_strays()?)));
     let session = Session {
         link,
+        memory: hello.memory_bytes,
         version,
         holds,
         strays: strays.as_ref().map(|(_, key)| key.clone()),

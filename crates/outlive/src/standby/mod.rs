@@ -29,6 +29,7 @@ mod fence;
 mod half_open;
 mod handover;
 mod listen;
+mod memory;
 mod notes;
 mod outbox;
 mod ports;
@@ -60,6 +61,7 @@ use crate::{disk, notify, sandbox};
 use decisions::{Decisions, Equipment};
 pub(crate) use fence::{About, Fence, FenceCheckError, Stop, check as check_fence, fence, run_fence_command};
 pub(crate) use listen::{Door, DoorError};
+use memory::MemoryWatch;
 use notes::Notes;
 use ports::{MainMessage, Session};
 use tail::Tail;
@@ -159,6 +161,7 @@ impl Post {
         let events = events::open(&options.active.events_to())?;
         events.emit(Event::Confined { sandbox: sandbox::is_on() });
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
+        console.waits();
         let watch = Watch::start(arbiter.as_ref(), events.clone(), Here::Waits);
         let watch = Arc::new(watch.map_err(PostError::NoThread)?);
         standing.watch(&watch);
@@ -369,6 +372,7 @@ impl Waiting {
     fn wait(&self) -> Outcome {
         let mut asked = false;
         let mut steward = StewardWatch::new(self.decisions.equipment.options.active.fence().is_some());
+        let mut memory = MemoryWatch::default();
         let mut notes =
             Notes::new(self.decisions.equipment.events.clone(), self.decisions.equipment.standing.clone());
         loop {
@@ -377,6 +381,8 @@ impl Waiting {
                 tracing::error!("{NO_STEWARD}; this standby leaves, so that nobody relies on it");
                 self.decisions.handle(StandbyEvent::Stop);
             }
+            let Equipment { events, standing, .. } = &self.decisions.equipment;
+            memory.look(self.decisions.memory_promised(), events, standing);
             let timeout = self.decisions.wait().unwrap_or(Duration::from_secs(1));
             match self.inbox.recv_timeout(timeout) {
                 Ok(MainMessage::Wake) => {}

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_epoch::RefuseCode;
-use outlive_pair::StandbyNote as Note;
+use outlive_pair::{LossReason, StandbyNote as Note};
 
 use crate::events::{Event, EventWriter};
 use crate::status::Standing;
@@ -20,6 +20,9 @@ pub(super) struct Times {
     pub(super) settled: Instant,
     /// When the generation was won.
     pub(super) won: Instant,
+    /// Whether the primary's process ended, as it does after a fault of its host. A host that has lost its power is
+    /// silent.
+    pub(super) ended: bool,
 }
 
 /// The writer; see the module.
@@ -36,7 +39,7 @@ pub(super) struct Notes {
 impl Notes {
     pub(super) fn new(events: EventWriter, standing: Arc<Standing>) -> Self {
         let now = Instant::now();
-        let times = Times { detect: Duration::ZERO, declared: now, settled: now, won: now };
+        let times = Times { detect: Duration::ZERO, declared: now, settled: now, won: now, ended: false };
         Self { events, standing, times, last_refusal: String::new(), attached: false }
     }
 
@@ -51,7 +54,11 @@ impl Notes {
             self.standing.refused(&text);
         }
         if self.last_refusal != text {
-            tracing::warn!(?code, "refused a primary: {text}");
+            // It is nothing to be alarmed about that a standby which ends takes no primary.
+            match code {
+                RefuseCode::Leaving => tracing::info!("refused a primary: {text}"),
+                _ => tracing::warn!(?code, "refused a primary: {text}"),
+            }
             self.events.emit(Event::PrimaryRefused { why: text.clone() });
             self.last_refusal = text;
         }
@@ -77,7 +84,8 @@ impl Notes {
                 self.events.emit(Event::Ready { generation, checkpoint });
             }
             Note::LinkLost { why, silent, committed } => {
-                self.times = Times { detect: silent, declared: at, settled: at, won: at };
+                let ended = matches!(why, LossReason::Closed | LossReason::Error(_));
+                self.times = Times { detect: silent, declared: at, settled: at, won: at, ended };
                 let lost = format!("the primary was lost: {why}");
                 if committed {
                     self.standing.unprotected(&lost);

@@ -75,6 +75,8 @@ pub(super) enum Stuck {
 /// The part of a VM's copy that decisions reach.
 pub(super) struct Session {
     pub(super) link: Link,
+    /// Bytes of the VM's memory.
+    pub(super) memory: u64,
     /// The version of the stream that both sides have.
     pub(super) version: ProtocolVersion,
     /// Whether its memory is of the moment that the primary has named.
@@ -220,6 +222,11 @@ impl Ports {
     pub(super) fn admit(&mut self, session: Session) {
         self.session = Some(session);
         self.handed_over = false;
+    }
+
+    /// Bytes of memory of the VM that has a copy here, if one has.
+    pub(super) fn memory_promised(&self) -> Option<u64> {
+        self.session.as_ref().map(|session| session.memory)
     }
 
     /// Takes the session away from the decisions.

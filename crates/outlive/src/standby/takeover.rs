@@ -148,6 +148,7 @@ pub(super) fn take_over(
         standing: equipment.standing.clone(),
         books: equipment.books.clone(),
         since,
+        last_host_ended: times.ended && !handed,
         shelf: equipment.shelf.clone(),
     })
 }

@@ -110,6 +110,8 @@ pub(super) struct Facts {
     pub(super) link: Option<LinkKind>,
     pub(super) watch: Option<Weak<Watch>>,
     pub(super) uplink: Option<Weak<Uplink>>,
+    /// This host has less memory left than the VM may come to need here.
+    pub(super) memory_is_short: bool,
     /// On which host the arbiter is.
     pub(super) site: Site,
     /// Who can hand the VM over.
@@ -179,6 +181,7 @@ impl Standing {
             link: None,
             watch: None,
             uplink: None,
+            memory_is_short: false,
             site: Site::default(),
             coordinator: None,
             counter: None,
@@ -214,6 +217,11 @@ impl Standing {
     /// Looks at the clients' network through this from now on, but does not keep it alive.
     pub(crate) fn uplink(&self, uplink: &Arc<Uplink>) {
         self.change(|facts| facts.uplink = Some(Arc::downgrade(uplink)));
+    }
+
+    /// Whether this host has less memory left than the VM may come to need here.
+    pub(crate) fn memory_is_short(&self, short: bool) {
+        self.change(|facts| facts.memory_is_short = short);
     }
 
     /// On which host the arbiter is.

@@ -81,6 +81,8 @@ enum Hindrance {
     ArbiterWithIt,
     /// It is cut off from the guest's clients.
     NoClients,
+    /// It has less memory left than the guest may come to need.
+    NoMemory,
 }
 
 /// What the loss of this host means is up to the other one, and the other way round: only the host that is left must
@@ -106,6 +108,7 @@ fn while_protected(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>)
     match facts.role {
         Role::Primary => [taken_over("the standby", of_other, since_commit), goes_on("here", of_this)],
         Role::Standby => {
+            let of_this = of_this.or(facts.memory_is_short.then_some(Hindrance::NoMemory));
             [goes_on("at its primary", of_other), taken_over("this host", of_this, since_commit)]
         }
     }
@@ -124,6 +127,9 @@ fn taken_over(who: &str, hindrance: Option<Hindrance>, lost_ms: Option<u64>) -> 
         Some(Hindrance::NoClients) => {
             format!("{who} takes over, but is cut off from the clients' network: nobody would reach the VM")
         }
+        Some(Hindrance::NoMemory) => format!(
+            "{who} takes over, but has less memory left than the guest may come to use: it could be killed for that"
+        ),
     };
     says(hindrance.is_none(), &what, lost_ms)
 }
@@ -143,6 +149,7 @@ fn goes_on(place: &str, hindrance: Option<Hindrance>) -> Survival {
                 "the VM goes on {place}, which is cut off from the clients' network: nobody would reach it"
             )
         }
+        Some(Hindrance::NoMemory) => format!("the VM goes on {place}, which is short of memory"),
     };
     says(hindrance.is_none(), &what, Some(0))
 }

@@ -13,3 +13,9 @@ pub(crate) fn replicated(machine: &Machine) -> Vec<(u16, PathBuf)> {
     let written = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
     written.map(|disk| (disk.index(), disk.image().path().to_path_buf())).collect()
 }
+
+/// The disks that both hosts write to.
+pub(crate) fn shared(machine: &Machine) -> Vec<PathBuf> {
+    let shared = machine.disks().iter().filter(|disk| disk.is_shared() && !disk.is_readonly());
+    shared.map(|disk| disk.image().path().to_path_buf()).collect()
+}

@@ -10,6 +10,7 @@ use super::limits::REMEMBERED_PAGES;
 use crate::check;
 use crate::cli::{ActiveOptions, NetSpec};
 use crate::network::{Netlink, NetlinkError, Place, Uplink, UplinkSpec};
+use crate::process;
 
 /// Why a VM cannot have its memory here.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +70,18 @@ pub(crate) fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Re
     match check::available_memory_bytes() {
         Some(available) if bytes > available / 2 => Err(StagingTooLarge { bytes, available }),
         _ => Ok(()),
+    }
+}
+
+/// Warns of a VM with a shared disk if nothing but time keeps a lost host from writing to it, and time may stand still: a
+/// hypervisor may stop a host that is a VM itself, and continue it with the clock that it had.
+pub(crate) fn warn_unfenced(shared: bool, options: &ActiveOptions) {
+    if shared && options.fence.is_none() && process::is_virtual() {
+        tracing::warn!(
+            "this host is a virtual machine, and the VM has a shared disk: if its hypervisor stops it and continues it later, \
+             it may write to the disk after another host has taken the VM over; give both hosts --fence \
+             (docs/devices.md, \"Fencing\")"
+        );
     }
 }
 

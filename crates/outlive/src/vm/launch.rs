@@ -65,6 +65,8 @@ pub(crate) struct Launch {
     pub(crate) books: Books,
     /// The moment from which the VM runs on here, if each write to its memory since is known.
     pub(crate) since: Option<Moment>,
+    /// It was taken over from a process that ended, perhaps because its host could not run the guest.
+    pub(crate) last_host_ended: bool,
     /// Where its memory stays when it is handed over.
     pub(crate) shelf: Shelf,
 }

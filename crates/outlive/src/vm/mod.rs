@@ -31,11 +31,11 @@ mod runs;
 mod tap;
 
 pub(crate) use boot_disk::{BootDiskError, BootReader, FromDisk};
-pub(crate) use disks::{Disk, replicated};
+pub(crate) use disks::{Disk, replicated, shared};
 pub(crate) use guest::{Guest, GuestError, LoadError};
 pub(crate) use host::{
     NoRandom, StagingTooLarge, UplinkError, VmMemoryError, check_memory, check_staging, lock_memory,
-    watch_uplink,
+    warn_unfenced, watch_uplink,
 };
 pub(crate) use introduce::{IntroductionError, devices, fixed_queues, hello};
 pub(crate) use kept::{KeptVm, Shelf};

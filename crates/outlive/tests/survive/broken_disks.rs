@@ -18,6 +18,8 @@ const SIZE: u64 = 24 << 20;
 struct Writing {
     world: World,
     images: [PathBuf; 2],
+    /// What the primary's disk has more.
+    shared: &'static str,
 }
 
 impl Writing {
@@ -28,7 +30,7 @@ impl Writing {
         for image in &images {
             File::create(image).unwrap().set_len(SIZE).unwrap();
         }
-        Self { world, images }
+        Self { world, images, shared: "" }
     }
 
     fn disk(&self, side: Side) -> String {
@@ -45,7 +47,7 @@ impl Writing {
     fn run(&self, side: Side) -> Process {
         let there = side.other().addr().to_string();
         let kernel = self.world.dir().join("writer").display().to_string();
-        let (disk, timeout) = (self.disk(side), ["--disk-timeout", "1s"]);
+        let (disk, timeout) = (self.disk(side) + self.shared, ["--disk-timeout", "1s"]);
         let options = ["--disk", &disk, "--standby", &there, "--kernel", &kernel];
         self.world.run_with(side, &[&options[..], &timeout].concat())
     }
@@ -172,6 +174,35 @@ fn a_host_whose_disk_does_not_answer_leaves_the_vm_to_its_standby() {
     assert!(left_because_of(&mut active, "has not answered a request for 1 s"), "{}", active.log());
     drop(thaws);
     assert_eq!(active.wait_exit(), 1);
+    drop(frozen);
+}
+
+/// A write that hangs could land after what another host would write.
+#[test]
+fn a_shared_disk_that_does_not_answer_moves_nothing_and_is_told_of() {
+    let Some(world) = World::new() else { return };
+    let Some(frozen) = Frozen::mount(&world) else { return };
+    let place = frozen.place.clone();
+    let mut writing = Writing::new(world, [&place, &place]);
+    writing.images[1] = writing.images[0].clone();
+    let mut standby = writing.standby(Side::B);
+    writing.shared = ",shared";
+    let mut active = writing.run(Side::A);
+    active.wait_protected();
+    writing.wait_written(Side::A);
+    let thaws = Thaws(&frozen);
+    assert!(frozen.freeze(true));
+    let told = |e: &Event| matches!(e, Event::HostFault { part: Part::Disk, why, kept: Some(kept) } if why.contains("shared disk 0") && kept.contains("cannot be recalled"));
+    active.wait_for("told of the disk", told);
+    assert!(!standby.took_over() && !active.ended());
+    drop(thaws);
+    active.wait_for("told that it answers", |e| matches!(e, Event::HostMended { part: Part::Disk }));
+    writing.wait_written(Side::A);
+    let of_disk = |e: &&Event| matches!(e, Event::HostFault { .. });
+    assert_eq!(active.events().filter(of_disk).count(), 1, "{}", active.log());
+    assert!(!restarted(&mut active) && !standby.took_over());
+    // They hold files there.
+    drop((active, standby));
     drop(frozen);
 }
 

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;
 
 use outlive::events::Event;
+use outlive::network::Netlink;
 
 use crate::support::{Dice, Process, Side, World, wait_until};
 
@@ -133,6 +134,35 @@ fn images_that_do_not_fit_are_refused_with_the_remedy() {
     File::options().write(true).open(world.image(Side::B)).unwrap().set_len(SIZE).unwrap();
     let b = standby(&world, Side::B);
     wait_whole(&b);
+    assert!(equal(&world));
+}
+
+/// A standby that refuses is asked again and again. Each interface that is made in the host's network takes the next
+/// number there.
+#[test]
+fn an_image_that_does_not_fit_is_refused_before_the_network_is_touched() {
+    let Some(world) = World::new() else { return };
+    make(&world, Side::A, &mut Dice::new());
+    File::create(world.image(Side::B)).unwrap().set_len(SIZE + 512).unwrap();
+    let b = standby(&world, Side::B);
+    let mut a = run(&world, Side::A);
+    let refusals = |b: &Process| b.log().matches("refused a primary").count();
+    wait_until("the size is refused", || refusals(&b) > 0);
+    let next_number = |name: &str| {
+        world.on(Side::B, || {
+            let mut netlink = Netlink::open().unwrap();
+            netlink.create_veth(name, &format!("{name}-peer")).unwrap();
+            netlink.link(name).unwrap().index
+        })
+    };
+    let before = next_number("first");
+    std::thread::sleep(Duration::from_secs(10));
+    let after = next_number("second");
+    assert_eq!(after - before, 2, "only this test has made interfaces");
+    assert!(!a.ended() && a.log().contains(&format!("Give an empty one of {SIZE} bytes")), "{}", a.log());
+    // Nothing of the attempts is in the way of one that succeeds.
+    File::options().write(true).open(world.image(Side::B)).unwrap().set_len(SIZE).unwrap();
+    a.wait_protected();
     assert!(equal(&world));
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use outlive::events::Event;
+use outlive::events::{Event, Part};
 
 use crate::support::{Dice, Held, MEMORY, Process, Side, Witnesses, World, take_program_memory};
 
@@ -67,6 +67,21 @@ fn a_guest_that_every_host_fails_on_has_crashed() {
     assert_eq!(standby.wait_exit(), 1);
     assert!(standby.log().contains("soon after the takeover"), "{}", standby.log());
     assert!(standby.has(|e| matches!(e, Event::Ended { reason, .. } if reason.contains("crash"))));
+}
+
+/// The first host fell silent, as one without power does. So the fault of the second one is another.
+#[test]
+fn a_fault_soon_after_a_silent_host_was_lost_is_no_crash_of_the_guest() {
+    let Some(world) = World::new() else { return };
+    let (active, mut standby) = world.protected(Side::A);
+    active.signal(Signal::SIGSTOP);
+    standby.wait_takeover();
+    take_program_memory(&standby, MEMORY);
+    assert_eq!(standby.wait_exit(), 1);
+    let log = standby.log();
+    assert!(log.contains("a fault of this host") && !log.contains("soon after the takeover"), "{log}");
+    assert!(standby.has(|e| matches!(e, Event::HostFault { part: Part::Vcpu, kept: None, .. })));
+    assert!(!standby.has(|e| matches!(e, Event::Ended { reason, .. } if reason.contains("crash"))));
 }
 
 /// A page of this host's memory is broken, and the thread that touches it gets SIGBUS: a vCPU's, the one

@@ -32,6 +32,7 @@ mod rejoin;
 mod sandbox;
 mod self_check;
 mod sentinel;
+mod shared_disks;
 mod slow_link;
 mod standby;
 mod status;

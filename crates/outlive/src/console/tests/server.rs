@@ -108,6 +108,20 @@ fn several_people_look_at_one_guest() {
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "the sockets are gone");
 }
 
+/// At a standby. After the takeover the guest's own words follow.
+#[test]
+fn who_looks_at_a_guest_that_does_not_run_here_yet_is_told_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let (console, guest) = open(directory.path());
+    console.waits();
+    let mut early = attach(directory.path());
+    let told = read_to(&mut early, b"]\r\n");
+    assert!(String::from_utf8_lossy(&told).contains("silent here until a takeover"), "{told:?}");
+    guest.print(b"login: ");
+    assert_eq!(read_to(&mut early, b": "), b"login: ");
+    drop(console);
+}
+
 #[test]
 fn sockets_are_for_their_owner_and_replace_stale_ones() {
     let directory = tempfile::tempdir().unwrap();

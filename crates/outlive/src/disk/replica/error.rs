@@ -16,6 +16,9 @@ pub(crate) enum ReplicaStartError {
     /// The file systems refuse what the disks will need.
     #[error(transparent)]
     Claim(#[from] ClaimError),
+    /// A disk that was shared cannot become an image.
+    #[error("the standby cannot remove the note of the shared disk {}: {source}", .image.display())]
+    Note { image: PathBuf, source: io::Error },
     /// The operating system gives no thread.
     #[error("the standby cannot start a thread: {0}")]
     NoThread(#[source] io::Error),

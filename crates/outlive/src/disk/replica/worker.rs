@@ -287,6 +287,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             checkpoint,
             journal,
             obsolete: None,
+            over: false,
         }
     }
 

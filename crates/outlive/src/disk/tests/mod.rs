@@ -13,6 +13,7 @@ mod part;
 mod power;
 mod prepare;
 mod replay;
+mod shared;
 mod start;
 
 /// Disk, offset and operation, one after another.

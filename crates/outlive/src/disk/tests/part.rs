@@ -136,7 +136,7 @@ fn a_new_disk_is_not_waited_with_and_joins_the_vm_by_the_remedy() {
     host.has(0, 3, |_| {});
     let images = host.images();
     let written: Vec<(u16, &Path)> = (0..).zip(images.iter().map(PathBuf::as_path)).collect();
-    let start = Start::plan(&written, Some(&mut host.arbiter), None, &[]).unwrap();
+    let start = Start::plan(&written, &[], Some(&mut host.arbiter), None, &[]).unwrap();
     let disks = [(0, images[0].clone()), (1, images[1].clone())];
     start.carry_out(&disks, Some(&mut host.arbiter)).unwrap();
     assert!(matches!(host.part(), Ok(Part::Starts { .. })));

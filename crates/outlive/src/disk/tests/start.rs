@@ -65,11 +65,11 @@ impl Stage {
     fn plan(&mut self, images: &[&str], accept: &[DangerKind]) -> Result<Start, String> {
         let images: Vec<PathBuf> = images.iter().map(|name| self.image(name)).collect();
         let given: Vec<(u16, &Path)> = (0..).zip(images.iter().map(PathBuf::as_path)).collect();
-        Start::plan(&given, Some(&mut self.arbiter), Some("server"), accept)
+        Start::plan(&given, &[], Some(&mut self.arbiter), Some("server"), accept)
             .map_err(|error| error.to_string())
     }
 
-    fn disks(&self, images: &[&str]) -> Vec<(u16, PathBuf)> {
+    pub(super) fn disks(&self, images: &[&str]) -> Vec<(u16, PathBuf)> {
         images.iter().enumerate().map(|(disk, name)| (disk as u16, self.image(name))).collect()
     }
 
@@ -134,13 +134,13 @@ fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
 fn a_vm_without_an_arbiter_can_have_one_later() {
     let mut stage = Stage::new();
     let image = stage.image("a");
-    let start = Start::plan(&[(0, &image)], None, Some("server"), &[]).unwrap();
+    let start = Start::plan(&[(0, &image)], &[], None, Some("server"), &[]).unwrap();
     start.carry_out(&stage.disks(&["a"]), None).unwrap();
     assert_eq!((start.generation, Sidecar::read(&image).unwrap()), (1, None));
 
     let alone = Provenance { arbiter: KnownArbiter::None, ..provenance(OTHER) };
     Sidecar::primary(&alone, 0, None).write(&image).unwrap();
-    let start = Start::plan(&[(0, &image)], None, Some("server"), &[]).unwrap();
+    let start = Start::plan(&[(0, &image)], &[], None, Some("server"), &[]).unwrap();
     start.carry_out(&stage.disks(&["a"]), None).unwrap();
     assert_eq!((start.provenance.vm, start.generation, stage.read("a").generation), (OTHER, 1, 0));
     let start = stage.start(&["a"], &[]).unwrap();
@@ -266,7 +266,7 @@ fn an_image_is_refused_by_a_person_who_remembers_nothing() {
     sidecar.write(&stage.image("a")).unwrap();
     let mut manual = crate::arbiter::parse("manual").unwrap();
     let mut plan = |accept: &[DangerKind]| {
-        let started = Start::plan(&[(0, &stage.image("a"))], Some(manual.as_mut()), None, accept);
+        let started = Start::plan(&[(0, &stage.image("a"))], &[], Some(manual.as_mut()), None, accept);
         started.map(drop).map_err(|error| error.to_string())
     };
     let error = plan(&[]).unwrap_err();
@@ -286,7 +286,7 @@ fn an_image_of_a_vm_with_an_arbiter_does_not_start_without_it() {
         }
         sidecar.write(&image).unwrap();
         let plan = |accept: &[DangerKind]| {
-            Start::plan(&[(0, &image)], None, Some("server"), accept).map_err(|error| error.to_string())
+            Start::plan(&[(0, &image)], &[], None, Some("server"), accept).map_err(|error| error.to_string())
         };
         let error = plan(&[]).map(drop).unwrap_err();
         assert!(
@@ -531,7 +531,7 @@ fn a_vm_keeps_its_name_unless_it_is_given_another() {
     let (mut arbiter, _) = FileArbiter::init(&place).unwrap();
     let disks = [(0, image.clone())];
     let mut named = |name| {
-        let start = Start::plan(&[(0, &image)], Some(&mut arbiter), name, &[]).unwrap();
+        let start = Start::plan(&[(0, &image)], &[], Some(&mut arbiter), name, &[]).unwrap();
         start.carry_out(&disks, Some(&mut arbiter)).unwrap();
         start.provenance.name
     };

@@ -121,6 +121,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         driver: rig.driver,
         inbox: rig.inbox,
         took_over: None,
+        last_host_ended: false,
         disk_timeout: None,
         wants_protection: false,
         stop_budget: Duration::from_secs(20),

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -33,6 +33,9 @@ struct Shared {
     stalled: Mutex<Option<Way>>,
     /// How often everything was cut.
     cuts: AtomicU64,
+    /// The connections to the standby have ended, those of the primary have not.
+    parted: AtomicBool,
+    to_standby: Mutex<Vec<TcpStream>>,
 }
 
 /// Runs on the host of the primary, which dials [`Proxy::addr`] instead of the standby.
@@ -100,6 +103,14 @@ impl Proxy {
         self.shared.cuts.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Ends the connections at the standby's end only. The primary's stay, and nothing comes through them.
+    pub(crate) fn part(&self) {
+        self.shared.parted.store(true, Ordering::Relaxed);
+        let to_standby = std::mem::take(&mut *self.shared.to_standby.lock().unwrap());
+        assert!(!to_standby.is_empty());
+        to_standby.iter().for_each(|connection| drop(connection.shutdown(Shutdown::Both)));
+    }
+
     /// Lets everything through again.
     pub(crate) fn flow(&self) {
         *self.shared.stalled.lock().unwrap() = None;
@@ -107,12 +118,16 @@ impl Proxy {
 }
 
 fn join(shared: &Arc<Shared>, primary: &TcpStream, standby: &TcpStream) {
+    shared.to_standby.lock().unwrap().push(standby.try_clone().unwrap());
     for (way, from, to) in [(Way::ToStandby, primary, standby), (Way::ToPrimary, standby, primary)] {
         from.set_nodelay(true).unwrap();
         let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
         let shared = shared.clone();
         thread::spawn(move || {
             carry(&shared, way, &from, &to);
+            while shared.parted.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(50));
+            }
             // An end is passed on in one direction; the other direction ends by itself.
             to.shutdown(Shutdown::Write).ok();
             from.shutdown(Shutdown::Read).ok();
@@ -126,6 +141,7 @@ fn carry(shared: &Shared, way: Way, mut from: &TcpStream, mut to: &TcpStream) ->
     let mut broken = false;
     loop {
         let mut length = from.read(&mut buffer).ok().filter(|length| *length > 0)?;
+        (!shared.parted.load(Ordering::Relaxed)).then_some(())?;
         while *shared.stalled.lock().unwrap() == Some(way) {
             thread::sleep(Duration::from_millis(2));
             (shared.cuts.load(Ordering::Relaxed) == cuts).then_some(())?;
