@@ -18,6 +18,7 @@ use crate::torture::{minutes, seconds};
 pub(crate) const EXAMPLES: &str = "\
 Examples:
   cargo xtask fuzz                             ten seconds of each target
+  cargo xtask fuzz --list                      the targets
   cargo xtask fuzz --target net --minutes 30
   cargo xtask fuzz --target net --input FILE   one input once more
   cargo xtask fuzz --minutes 60 --keep         an hour over all; the corpora in fuzz/corpus grow by what is new
@@ -55,10 +56,17 @@ pub(crate) struct FuzzOptions {
     /// Add new inputs to the corpora of the project
     #[arg(long)]
     keep: bool,
+    /// Print the names of the targets and end
+    #[arg(long, conflicts_with_all = ["minutes", "target", "input", "keep"])]
+    list: bool,
 }
 
 /// Runs the chosen targets one after the other.
 pub(crate) fn run(workspace: &Workspace, options: &FuzzOptions) -> Result<(), StepError> {
+    if options.list {
+        TARGETS.iter().for_each(|target| println!("{target}"));
+        return Ok(());
+    }
     packages::provide(workspace, &[packages::COMPILER], true);
     let fuzzer = Fuzzer::build(workspace)?;
     let all = TARGETS.map(str::to_string);
@@ -195,5 +203,19 @@ mod tests {
         let sources = fs::read_to_string(sources).unwrap();
         let lines = sources.lines().filter_map(|line| line.trim().strip_prefix("(\"")?.split('"').next());
         assert_eq!(lines.collect::<Vec<_>>(), TARGETS);
+    }
+
+    #[test]
+    fn the_page_about_proofs_has_them_all() {
+        let page = fs::read_to_string(Workspace::find().root.join("docs/proofs.md")).unwrap();
+        let table = page.split("\n# Fuzzing\n").nth(1).and_then(|rest| rest.split("\n# ").next()).unwrap();
+        // The first column of its rows.
+        let rows = table.lines().filter_map(|line| line.strip_prefix("| `")?.split(" |").next());
+        let mut named: Vec<_> =
+            rows.flat_map(|row| row.split('`').step_by(2)).filter(|it| !it.is_empty()).collect();
+        let mut targets = TARGETS.to_vec();
+        named.sort_unstable();
+        targets.sort_unstable();
+        assert_eq!(named, targets);
     }
 }

@@ -15,6 +15,7 @@ Examples:
   cargo xtask torture --seed 17             the choices of seed 17 once more
   cargo xtask torture --kind disk           only faults with 'disk' in their name
   cargo xtask torture --arbiter own         with the arbiter that Outlive serves, which suffers as well
+  cargo xtask torture --arbiter any         with a kind that the seed chooses for each VM, as in cargo xtask test
   cargo xtask torture --pairs 4             four pairs of hosts at once, with seeds one after the other
 
 At the end a table says by kind of fault how often it was injected and what became of the VM. The first answer
@@ -33,8 +34,8 @@ pub(crate) struct TortureOptions {
     /// Pairs of hosts at a time, each with a VM of its own
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
     pairs: u64,
-    /// Who says which host has the VM
-    #[arg(long, value_name = "KIND", value_parser = ["file", "own", "etcd"], default_value = "file")]
+    /// Who says which host has the VM; any: the seed chooses for each VM
+    #[arg(long, value_name = "KIND", value_parser = ["file", "own", "etcd", "any"], default_value = "file")]
     arbiter: String,
     /// Only faults whose name in the table contains this
     #[arg(long, value_name = "TEXT")]
@@ -51,7 +52,7 @@ pub(crate) fn minutes(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &TortureOptions) -> Result<(), StepError> {
-    let etcd = (options.arbiter == "etcd").then_some(packages::ETCD);
+    let etcd = matches!(options.arbiter.as_str(), "etcd" | "any").then_some(packages::ETCD);
     let needed: Vec<_> = [packages::IPROUTE].into_iter().chain(etcd).collect();
     let environment = packages::provide(workspace, &needed, true);
     let mut command =

@@ -15,7 +15,7 @@ mod writer;
 
 use nix::time::{ClockId, clock_gettime};
 
-pub use event::{Event, Measured, PageCounts, Part, Place, Record, Role, Stats, ThreadTime};
+pub use event::{Event, Measured, PageCounts, Part, Place, Record, Role, SettlePart, Stats, ThreadTime};
 pub use histogram::{HISTOGRAM_MAX, add_pairs, histogram, pairs};
 pub use writer::EventWriter;
 pub(crate) use writer::{EventsError, EventsTo, open};

@@ -39,6 +39,11 @@ pub struct DemoOptions {
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size)]
     pub memory: String,
 
+    /// Have the guest write to all of its memory first, so that both hosts have all of it in use (needs twice as
+    /// much)
+    #[arg(long)]
+    pub fill_memory: bool,
+
     /// When a checkpoint is taken
     #[command(flatten)]
     pub epochs: EpochOptions,
@@ -70,7 +75,7 @@ pub struct DemoOptions {
     /// Run a Debian guest with Redis on two hosts emulated by QEMU instead, one of which loses its power.
     /// Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first run takes
     /// about 5 minutes longer
-    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "frame_tail", "arbiter", "seed", "json", "rate", "insecure", "sandbox"])]
+    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "fill_memory", "policy", "latency", "interval", "frame_tail", "arbiter", "seed", "json", "rate", "insecure", "sandbox"])]
     pub nested: bool,
 
     /// Requests per second of all clients together
@@ -105,6 +110,7 @@ Examples:
   outlive demo                                  three kills in twenty seconds
   outlive demo --kills 50 --seconds 300         a long row of takeovers
   outlive demo --memory 1G --vcpus 2 --json result.json
+  outlive demo --memory 8G --fill-memory        what a kill costs when all of a large memory is in use
   outlive demo --nested                         a Debian guest on two emulated hosts, a power cut
   outlive demo --kills 10 --frame-tail off      what clients wait for without copies of their frames
   outlive demo --arbiter etcd                   an etcd cluster says who goes on; own: outlive arbiter serve

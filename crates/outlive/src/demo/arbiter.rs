@@ -24,7 +24,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The arbiter, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Arbiter {
-    kind: DemoArbiter,
     place: OsString,
     _processes: Vec<Guard>,
 }
@@ -66,14 +65,20 @@ impl Arbiter {
             }
             DemoArbiter::Etcd => (format!("etcd:http://{ETCD}").into(), members(dir)?),
         };
-        let arbiter = Self { kind, place, _processes: processes };
-        arbiter.wait(&host)?;
+        let arbiter = Self { place, _processes: processes };
+        arbiter.wait(kind, &host)?;
         Ok(arbiter)
     }
 
-    /// Its kind, as in the option.
+    /// Its kind, as in the option: that of the place which the hosts are told to ask.
     pub(super) fn kind(&self) -> &'static str {
-        self.kind.name()
+        let place = self.place.to_string_lossy();
+        match place.split(':').next() {
+            Some("file") => DemoArbiter::File.name(),
+            Some("outlive") => DemoArbiter::Own.name(),
+            Some("etcd") => DemoArbiter::Etcd.name(),
+            _ => "unknown",
+        }
     }
 
     /// As in `--arbiter`.
@@ -82,9 +87,9 @@ impl Arbiter {
     }
 
     /// Waits until it answers a host with these keys.
-    fn wait(&self, keys: &Path) -> Result<(), DemoError> {
+    fn wait(&self, kind: DemoArbiter, keys: &Path) -> Result<(), DemoError> {
         let place = arbiter::with_keys(&self.place.to_string_lossy(), Some(keys));
-        let ask: fn(&str) -> Result<(), ArbiterSpecError> = match self.kind {
+        let ask: fn(&str) -> Result<(), ArbiterSpecError> = match kind {
             DemoArbiter::File => return Ok(()),
             DemoArbiter::Own => |place| arbiter::parse(place).map(drop),
             DemoArbiter::Etcd => |place| arbiter::init(place).map(drop),

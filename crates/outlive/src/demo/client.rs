@@ -110,8 +110,44 @@ impl Connection {
         items.into_iter().map(|i| if let Reply::Bulk(v) = i { Ok(v) } else { Err(wrong(i)) }).collect()
     }
 
+    /// `WORK SET pages 0 0`: the guest writes to so many pages, anywhere among them, as fast as it can.
+    pub(super) fn work(&mut self, pages: u64) -> Result<(), ClientError> {
+        match self.call(&[b"WORK", b"SET", pages.to_string().as_bytes(), b"0", b"0"])? {
+            Reply::Simple(text) if text == "OK" => Ok(()),
+            reply => Err(ClientError::Unexpected { command: "WORK SET", reply }),
+        }
+    }
+
+    /// `WORK OFF`: it does so no longer.
+    pub(super) fn rest(&mut self) -> Result<(), ClientError> {
+        match self.call(&[b"WORK", b"OFF"])? {
+            Reply::Simple(text) if text == "OK" => Ok(()),
+            reply => Err(ClientError::Unexpected { command: "WORK OFF", reply }),
+        }
+    }
+
+    /// A number of `WORK STAT`.
+    pub(super) fn work_number(&mut self, name: &str) -> Result<u64, ClientError> {
+        self.send(&[b"WORK", b"STAT"])?;
+        // One of its values is an array.
+        let reply = self.reply(2)?;
+        let wrong = |reply| ClientError::Unexpected { command: "WORK STAT", reply };
+        let Reply::Array(fields) = reply else { return Err(wrong(reply)) };
+        let is_name = |field: &Reply| matches!(field, Reply::Bulk(Some(bytes)) if bytes == name.as_bytes());
+        let value = fields.iter().position(is_name).and_then(|at| fields.get(at + 1));
+        match value {
+            Some(&Reply::Integer(value)) if value >= 0 => Ok(value as u64),
+            _ => Err(wrong(Reply::Array(fields))),
+        }
+    }
+
     /// Sends one command and waits for its reply.
     pub(super) fn call(&mut self, words: &[&[u8]]) -> Result<Reply, ClientError> {
+        self.send(words)?;
+        self.reply(1)
+    }
+
+    fn send(&mut self, words: &[&[u8]]) -> Result<(), ClientError> {
         self.request.clear();
         write!(self.request, "*{}\r\n", words.len())?;
         for word in words {
@@ -119,11 +155,11 @@ impl Connection {
             self.request.extend_from_slice(word);
             self.request.extend_from_slice(b"\r\n");
         }
-        self.reader.get_mut().write_all(&self.request)?;
-        self.reply(true)
+        Ok(self.reader.get_mut().write_all(&self.request)?)
     }
 
-    fn reply(&mut self, array_allowed: bool) -> Result<Reply, ClientError> {
+    /// A reply in which arrays may be nested so deep.
+    fn reply(&mut self, arrays: u8) -> Result<Reply, ClientError> {
         let line = self.line()?;
         let wrong = || ClientError::Protocol(line.clone());
         let Some(kind) = line.chars().next().filter(char::is_ascii) else { return Err(wrong()) };
@@ -137,9 +173,9 @@ impl Connection {
                 Ok(length) if length <= REPLY_LIMIT => self.bulk(length).map(|b| Reply::Bulk(Some(b))),
                 _ => Err(wrong()),
             },
-            '*' if array_allowed => match rest.parse::<usize>() {
+            '*' if arrays > 0 => match rest.parse::<usize>() {
                 Ok(length) if length <= ARRAY_LIMIT => {
-                    (0..length).map(|_| self.reply(false)).collect::<Result<_, _>>().map(Reply::Array)
+                    (0..length).map(|_| self.reply(arrays - 1)).collect::<Result<_, _>>().map(Reply::Array)
                 }
                 _ => Err(wrong()),
             },
@@ -198,6 +234,17 @@ mod tests {
         assert_eq!(hears(b"$2\r\n\r\n\r\n").get("k").unwrap(), Some(b"\r\n".to_vec()));
         let keys = ["a".to_owned(), "b".to_owned()];
         assert_eq!(hears(b"*2\r\n$1\r\nx\r\n$-1\r\n").get_many(&keys).unwrap(), [Some(b"x".to_vec()), None]);
+    }
+
+    #[test]
+    fn a_number_of_the_load_is_found_among_the_others() {
+        const STAT: &[u8] = b"*6\r\n$5\r\npages\r\n:7\r\n$15\r\nwrites_per_vcpu\r\n*2\r\n:1\r\n:2\r\n\
+                              $6\r\nwrites\r\n:40\r\n";
+        assert_eq!(hears(STAT).work_number("writes").unwrap(), 40);
+        for name in ["writes_per_vcpu", "other"] {
+            let found = hears(STAT).work_number(name);
+            assert!(matches!(found, Err(ClientError::Unexpected { .. })), "{name}");
+        }
     }
 
     #[test]

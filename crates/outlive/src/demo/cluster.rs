@@ -73,7 +73,7 @@ pub(super) struct Shape {
     pub(super) vm_ip: String,
     pub(super) vcpus: u32,
     pub(super) memory: String,
-    /// What protects the link between the hosts.
+    /// What is to protect the link between the hosts.
     pub(super) link: LinkKind,
     /// Further options of `outlive run` and `outlive standby`.
     pub(super) options: Vec<String>,
@@ -208,11 +208,6 @@ impl Cluster {
     /// The kind of the arbiter.
     pub(super) fn arbiter(&self) -> &'static str {
         self.arbiter.kind()
-    }
-
-    /// What protects the link between the hosts.
-    pub(super) fn link(&self) -> LinkKind {
-        self.shape.link
     }
 
     /// Starts the process that boots the VM.

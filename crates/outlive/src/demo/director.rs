@@ -11,14 +11,17 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use super::client::ClientError;
 use super::cluster::{Cluster, Host};
 use super::events::Totals;
+use super::fill::Filling;
 use super::load::{Load, Report};
 use super::status::{Status, grouped, time};
 use super::summary::{Summary, TakeoverTimes};
 use super::verify;
 use crate::events::{Event, Record, now_us};
 use crate::exit;
+use crate::link::LinkKind;
 
 /// How often the event files are read. No measurement depends on it: events carry their own time.
 const TICK: Duration = Duration::from_millis(5);
@@ -26,6 +29,8 @@ const TICK: Duration = Duration::from_millis(5);
 const READY_LIMIT: Duration = Duration::from_secs(30);
 const PROTECTED_LIMIT: Duration = Duration::from_secs(180);
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
+/// How long the guest may take to write to all of its memory.
+const FILL_LIMIT: Duration = Duration::from_secs(600);
 /// How long an old primary may live after the other side has taken over: it must find out and stop.
 const SUPERSEDED_LIMIT: Duration = Duration::from_secs(10);
 /// How many processes may end without being killed before the demo gives up.
@@ -42,6 +47,8 @@ pub(super) struct Play {
     pub(super) kills: u32,
     pub(super) clients: u32,
     pub(super) rate: u32,
+    /// The guest writes to all of its memory before anything else.
+    pub(super) fills: bool,
     pub(super) seed: u64,
 }
 
@@ -68,6 +75,35 @@ struct Kill {
     at_us: u64,
     /// When the VM was protected again.
     over_us: Option<u64>,
+}
+
+/// What protects connections, by those that were made.
+#[derive(Clone, Copy, Debug, Default)]
+struct Links {
+    protected: u32,
+    open: u32,
+    unknown: u32,
+}
+
+impl Links {
+    fn note(&mut self, link: Option<LinkKind>) {
+        let count = match link {
+            Some(LinkKind::Tls13) => &mut self.protected,
+            Some(LinkKind::Plain) => &mut self.open,
+            None => &mut self.unknown,
+        };
+        *count += 1;
+    }
+
+    /// What all of them have. `None` if there was none, or if one has not said what it has.
+    fn all(self) -> Option<LinkKind> {
+        match self {
+            Self { unknown: 1.., .. } => None,
+            Self { open: 1.., .. } => Some(LinkKind::Plain),
+            Self { protected: 1.., .. } => Some(LinkKind::Tls13),
+            _ => None,
+        }
+    }
 }
 
 /// An old primary that has to stop, and until when.
@@ -97,6 +133,11 @@ pub(super) struct Director {
     trackers: Vec<String>,
     /// Whether all hosts so far have said that they are.
     confined: Option<bool>,
+    /// What protects the hosts' connections, as their ends have said.
+    links: Links,
+    /// How far the guest is with filling its memory, while it does.
+    filled_percent: Option<u64>,
+    filled_bytes: u64,
     base: (u64, u64),
 }
 
@@ -120,6 +161,9 @@ impl Director {
             first_packets: Vec::new(),
             trackers: Vec::new(),
             confined: None,
+            links: Links::default(),
+            filled_percent: None,
+            filled_bytes: 0,
             base: (0, 0),
         }
     }
@@ -134,9 +178,16 @@ impl Director {
     }
 
     fn perform(&mut self) -> Result<(), Stop> {
+        if self.play.fills {
+            // Before there is a standby, which would get every page again and again.
+            self.cluster.start_primary(Host::A)?;
+            self.fill()?;
+        }
         self.cluster.start_standby(Host::B)?;
         self.wait_until("the first standby to listen", READY_LIMIT, |d| d.listening)?;
-        self.cluster.start_primary(Host::A)?;
+        if !self.play.fills {
+            self.cluster.start_primary(Host::A)?;
+        }
         self.booted = true;
         self.wait_until("the VM to be protected", PROTECTED_LIMIT, |d| d.protected)?;
         self.load = Some(Load::start(self.play.vm, self.play.clients, self.play.rate)?);
@@ -146,6 +197,37 @@ impl Director {
             self.kill_the_primary()?;
         }
         self.play_until(begin + self.play.time)
+    }
+
+    /// Has the guest write to all of its memory.
+    fn fill(&mut self) -> Result<(), Stop> {
+        let failed = |why: ClientError| Stop::Failed(format!("the guest does not fill its memory: {why}"));
+        let began = Instant::now();
+        let mut filling = loop {
+            match Filling::start(self.play.vm) {
+                Ok(filling) => break filling,
+                Err(why) if began.elapsed() > READY_LIMIT => return Err(failed(why)),
+                Err(_) => self.tick()?,
+            }
+        };
+        loop {
+            let percent = filling.percent().map_err(failed)?;
+            if percent == 100 {
+                break;
+            }
+            if began.elapsed() > FILL_LIMIT {
+                let limit = FILL_LIMIT.as_secs();
+                return Err(Stop::Failed(format!(
+                    "the guest has filled {percent} % of its memory in {limit} s"
+                )));
+            }
+            self.filled_percent = Some(percent);
+            self.tick()?;
+        }
+        self.filled_percent = None;
+        self.filled_bytes = filling.finish().map_err(failed)?;
+        self.status.say(&format!("the guest has written to {} MiB of its memory", self.filled_bytes >> 20));
+        Ok(())
     }
 
     fn kill_the_primary(&mut self) -> Result<(), Stop> {
@@ -213,6 +295,9 @@ impl Director {
                 self.trackers.push(tracker.clone());
             }
             Event::Confined { sandbox } => self.confined = Some(self.confined.unwrap_or(true) && *sandbox),
+            Event::StandbyAttached { link, .. } | Event::PrimaryAttached { link, .. } => {
+                self.links.note(*link)
+            }
             Event::Listening { .. } => self.listening = true,
             &Event::BaseProgress { sent_pages, total_pages, .. } => self.base = (sent_pages, total_pages),
             &Event::Protected { base_ms, .. } if host == self.active => {
@@ -358,6 +443,9 @@ impl Director {
     /// The live line.
     fn line(&self) -> String {
         let (runs, waits) = (self.active, self.active.other());
+        if let Some(percent) = self.filled_percent {
+            return format!("the guest writes to all of its memory: {percent} %");
+        }
         let Some(load) = &self.load else {
             let (sent, total) = self.base;
             if total == 0 {
@@ -436,8 +524,9 @@ impl Director {
             longest_gap_us: reports.iter().map(|r| r.gaps.longest_us()).max().unwrap_or(0),
             longest_connect_us: reports.iter().map(|r| r.longest_connect_us).max().unwrap_or(0),
             clients: self.play.clients,
-            link: self.cluster.link(),
+            link: self.links.all(),
             sandbox: self.confined.unwrap_or(false),
+            filled_bytes: self.filled_bytes,
             connections,
             totals: Totals::of(self.cluster.nodes().iter().map(|n| &n.tenure)),
             arbiter: self.cluster.arbiter(),

@@ -7,6 +7,7 @@
 //!
 //! * `director`: the course of the demo, `cluster`: the processes, `events`: what they report;
 //! * `arbiter`: who says which host goes on;
+//! * `fill`: the guest writes to all of its memory first, where that is asked for;
 //! * `load`: the clients (`client`, `ledger`, `gaps`), `verify`: the judge;
 //! * `status` and `summary`: what a person sees;
 //! * `nested`: a Linux guest and emulated hosts instead.
@@ -18,6 +19,7 @@ mod director;
 mod events;
 #[cfg(test)]
 mod fake;
+mod fill;
 mod gaps;
 mod ledger;
 mod load;
@@ -85,12 +87,14 @@ pub enum DemoError {
     Tun(#[source] io::Error),
     /// The VM would not fit.
     #[error(
-        "the VM's {memory} are more than the {available_mib} MiB that this machine has free; give the VM \
+        "the VM's {memory}{times} are more than the {available_mib} MiB that this machine has free; give the VM \
          less with --memory"
     )]
     Memory {
         /// The size as it was given.
         memory: String,
+        /// How often it is needed, in words.
+        times: &'static str,
         /// Free memory of this machine.
         available_mib: u64,
     },
@@ -234,6 +238,7 @@ fn play(options: &DemoOptions, seed: u64) -> Play {
         kills: options.kills,
         clients: options.clients,
         rate: options.rate,
+        fills: options.fill_memory,
         seed,
     }
 }
@@ -252,9 +257,11 @@ fn check_machine(options: &DemoOptions) -> Result<(), DemoError> {
     })?;
     File::options().read(true).write(true).open(TUN).map_err(DemoError::Tun)?;
     let memory = parse_size(&options.memory).unwrap_or(u64::MAX);
+    // The usual guest touches little of its memory.
+    let (hosts, times) = if options.fill_memory { (2, " on each of two hosts") } else { (1, "") };
     match check::available_memory_bytes() {
-        Some(available) if memory > available => {
-            Err(DemoError::Memory { memory: options.memory.clone(), available_mib: available >> 20 })
+        Some(available) if memory.saturating_mul(hosts) > available => {
+            Err(DemoError::Memory { memory: options.memory.clone(), times, available_mib: available >> 20 })
         }
         _ => Ok(()),
     }

@@ -72,8 +72,10 @@ pub(super) struct Summary {
     pub(super) arbiter: &'static str,
     /// Name of the dirty tracker.
     pub(super) tracker: String,
-    /// What protected the link between the hosts.
-    pub(super) link: LinkKind,
+    /// What protected the connections between the hosts, as their ends have said; `None` if one has not.
+    pub(super) link: Option<LinkKind>,
+    /// Bytes of its memory that the guest was made to write before the clients came.
+    pub(super) filled_bytes: u64,
     /// Whether the hosts' processes were confined, all of them.
     pub(super) sandbox: bool,
 }
@@ -97,8 +99,9 @@ struct Json<'a> {
     sent_bytes: u64,
     pages: PageCounts,
     tracker: &'a str,
-    link: LinkKind,
+    link: Option<LinkKind>,
     sandbox: bool,
+    filled_bytes: u64,
     phases_us: BTreeMap<&'a str, Times>,
     threads: BTreeMap<&'a str, Scheduled>,
 }
@@ -203,6 +206,7 @@ impl Summary {
             tracker: &self.tracker,
             link: self.link,
             sandbox: self.sandbox,
+            filled_bytes: self.filled_bytes,
             phases_us: self.phases().map(|(phase, times)| (phase.name(), microseconds(times))).collect(),
             threads: measured.threads.iter().map(|(name, time)| (name.as_str(), scheduled(time))).collect(),
         };
@@ -471,7 +475,8 @@ mod tests {
             totals,
             arbiter: "file",
             tracker: "ring".into(),
-            link: LinkKind::Tls13,
+            link: Some(LinkKind::Tls13),
+            filled_bytes: 1 << 20,
             sandbox: true,
         }
     }
@@ -489,7 +494,7 @@ mod tests {
                 "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},
                 "dirty_pages": {"p50": 25, "p99": 49}, "sent_bytes": 7_000_000,
                 "pages": {"raw": 1, "zero": 2, "granules": 3, "granule_bytes": 4, "unchanged": 5}, "tracker": "ring",
-                "link": "tls1.3", "sandbox": true,
+                "link": "tls1.3", "sandbox": true, "filled_bytes": 1_048_576,
                 "phases_us": {
                     "pause": {"p50": 50.2, "p99": 99.3, "max": 100.4},
                     "rearm": {"p50": 0.4, "p99": 0.4, "max": 0.4},

@@ -109,7 +109,7 @@ impl Stage {
             seed: 7,
         };
         let time = Duration::from_secs(2);
-        let play = Play { vm: server.addr(), time, kills, clients: 2, rate: 2_000, seed: 7 };
+        let play = Play { vm: server.addr(), time, kills, clients: 2, rate: 2_000, fills: false, seed: 7 };
         Director::new(play, cluster(shape), interrupt.clone()).run()
     }
 

@@ -2,6 +2,7 @@
 //! then into the images.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use outlive_epoch::{DiskRecord, RecordBuf};
 
@@ -14,6 +15,11 @@ pub(crate) const JOURNAL_BYTES: u64 = 64 << 20;
 /// again, and a small record can make a gigabyte zero.
 pub(crate) const JOURNAL_WORK: usize = 4 << 30;
 
+/// The same for the age of its oldest record, as soon as the next one comes. What is in the journal may still have to be
+/// made durable in the images, and a takeover waits for that: on a slow disk 64 MiB of small writes take minutes, and
+/// what a guest has written in a few seconds takes about as long.
+pub(crate) const JOURNAL_TIME: Duration = Duration::from_secs(5);
+
 /// The journal and the images of one VM. The module `disk` explains the order.
 pub(crate) struct Applier<S> {
     journal: Journal<S>,
@@ -25,6 +31,8 @@ pub(crate) struct Applier<S> {
     pending_work: usize,
     /// The same of all that is in the journal.
     journal_work: usize,
+    /// When its oldest record came.
+    oldest: Option<Instant>,
     /// Records that are in the images.
     spent: Vec<RecordBuf>,
     /// The newest checkpoint whose writes are in the images.
@@ -35,17 +43,21 @@ impl<S: Store> Applier<S> {
     /// The images are at `checkpoint` and durable, the journal is empty.
     pub(crate) fn new(journal: Journal<S>, images: Vec<Option<S>>, checkpoint: u64) -> Self {
         let (pending, spent) = (Vec::new(), Vec::new());
-        Self { journal, images, pending, pending_work: 0, journal_work: 0, spent, applied: checkpoint }
+        let (pending_work, journal_work, oldest) = (0, 0, None);
+        Self { journal, images, pending, pending_work, journal_work, oldest, spent, applied: checkpoint }
     }
 
     /// Takes the writes of the next committed checkpoint. Returns whether the guest asked for a flush in it.
-    pub(crate) fn commit(&mut self, number: u64, records: RecordBuf) -> io::Result<bool> {
+    pub(crate) fn commit(&mut self, now: Instant, number: u64, records: RecordBuf) -> io::Result<bool> {
         let work = records.work();
         let is_long = self.journal.len() + records.len() as u64 > JOURNAL_BYTES;
-        if !self.journal.is_empty() && (is_long || self.journal_work.saturating_add(work) > JOURNAL_WORK) {
+        let is_old = self.oldest.is_some_and(|oldest| now.saturating_duration_since(oldest) >= JOURNAL_TIME);
+        let is_much = self.journal_work.saturating_add(work) > JOURNAL_WORK;
+        if !self.journal.is_empty() && (is_long || is_old || is_much) {
             self.settle()?;
         }
         self.journal.append(number, records.records().bytes())?;
+        self.oldest.get_or_insert(now);
         let flush = records.has_flush();
         self.pending_work = self.pending_work.saturating_add(work);
         self.journal_work = self.journal_work.saturating_add(work);
@@ -85,7 +97,7 @@ impl<S: Store> Applier<S> {
         if !self.journal.is_empty() {
             sync_all(&self.images)?;
             self.journal.reset(self.applied)?;
-            self.journal_work = 0;
+            (self.journal_work, self.oldest) = (0, None);
         }
         Ok(self.applied)
     }

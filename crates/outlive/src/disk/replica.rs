@@ -218,8 +218,10 @@ impl Replica {
         }
         let mut waiting = self.queue.lock();
         while waiting.is_full(records.work()) && waiting.failed.is_none() {
+            waiting.holds_back = true;
             waiting = self.queue.room.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
+        waiting.holds_back = false;
         self.queue.push(waiting, Job::Commit { number, base, records });
     }
 
@@ -238,6 +240,16 @@ impl Replica {
             Some(it) => Err(UnfitError::HashOfNone(it.disk)),
             None => Ok(()),
         }
+    }
+
+    /// Whether a commit waits, because too much is under way to the disks.
+    pub(crate) fn holds_back(&self) -> bool {
+        self.queue.lock().holds_back
+    }
+
+    /// For how long the disks have not finished what they are at.
+    pub(crate) fn working_for(&self) -> Duration {
+        self.queue.working_for()
     }
 
     /// Compares the disks, as of the newest committed checkpoint, with the VM's, whose hashes must have been

@@ -8,6 +8,7 @@ use outlive_epoch::ChunkRange;
 
 use crate::audit::AuditProgress;
 use crate::disk::DangerKind;
+use crate::link::LinkKind;
 
 /// Which of the two commands wrote a [`Event::Started`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +30,16 @@ pub enum Part {
     Disk,
     /// The network of the guest's clients.
     Network,
+}
+
+/// What a takeover waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SettlePart {
+    /// The last commit is being written to the copy's memory.
+    Memory,
+    /// Memory is ready, and the images are not.
+    Disk,
 }
 
 /// Where a standby's copy differs from the VM.
@@ -108,6 +119,9 @@ pub enum Event {
     StandbyAttached {
         /// The standby's `HOST:PORT`.
         addr: String,
+        /// What protects the connection, as its ends have agreed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        link: Option<LinkKind>,
     },
     /// A connection to a standby's port was refused before it had introduced itself; at most one a second is told.
     ConnectionRefused {
@@ -145,6 +159,9 @@ pub enum Event {
     PrimaryAttached {
         /// Where the primary connected from.
         addr: String,
+        /// What protects the connection, as its ends have agreed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        link: Option<LinkKind>,
     },
     /// A standby has the base: from here on it can take the VM over.
     Ready {
@@ -387,6 +404,16 @@ pub enum Event {
     StandbyCaughtUp {
         /// How many milliseconds that took.
         slow_ms: u64,
+    },
+    /// A takeover waits because the copy is not at its last commit yet. Told again every few seconds for as long as that
+    /// lasts; the VM runs nowhere meanwhile, unless the lost host still has it.
+    SettleSlow {
+        /// For what.
+        part: SettlePart,
+        /// Milliseconds since the primary was lost.
+        for_ms: u64,
+        /// Milliseconds for which the disk has not finished its last request; 0 if it gets on, or if it is not the disk.
+        hangs_ms: u64,
     },
     /// The command of `--fence` has not cut the lost primary off; it is run again, and the VM waits.
     FenceFailed {

@@ -3,6 +3,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::*;
+use crate::link::LinkKind;
 
 fn every_event() -> Vec<Event> {
     vec![
@@ -16,8 +17,9 @@ fn every_event() -> Vec<Event> {
         Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None },
         Event::Confined { sandbox: true },
         Event::Listening { addr: "127.0.0.1:7000".into() },
-        Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
-        Event::PrimaryAttached { addr: "10.0.0.1:555".into() },
+        Event::StandbyAttached { addr: "127.0.0.1:7000".into(), link: Some(LinkKind::Tls13) },
+        Event::PrimaryAttached { addr: "10.0.0.1:555".into(), link: Some(LinkKind::Plain) },
+        Event::PrimaryAttached { addr: "10.0.0.1:555".into(), link: None },
         Event::Ready { generation: 1, checkpoint: 3 },
         Event::StreamRefused { why: "damage".into() },
         Event::Dismissed,
@@ -86,6 +88,7 @@ fn every_event() -> Vec<Event> {
         Event::HandOver { kept: Some("why".into()) },
         Event::StandbySlow { behind_ms: 1_100, in_flight: 4 },
         Event::StandbyCaughtUp { slow_ms: 3_000 },
+        Event::SettleSlow { part: SettlePart::Disk, for_ms: 4_000, hangs_ms: 3_500 },
         Event::Takeover {
             generation: 2,
             checkpoint: 99,

@@ -88,6 +88,9 @@ pub(crate) trait Transport: Send + Sync {
 
     /// The peer's address, for messages.
     fn peer(&self) -> String;
+
+    /// What protects it, as both ends have agreed.
+    fn kind(&self) -> Option<LinkKind>;
 }
 
 /// A connection, split into its ends.
@@ -121,6 +124,11 @@ impl Reader {
     /// The peer's address.
     pub(crate) fn peer(&self) -> String {
         self.0.peer()
+    }
+
+    /// What protects the connection, as both ends have agreed; not what was asked for.
+    pub(crate) fn kind(&self) -> Option<LinkKind> {
+        self.0.kind()
     }
 
     /// Sets how long a read may wait from now on; `None` means until bytes come.

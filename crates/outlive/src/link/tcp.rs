@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::sys::socket::{MsgFlags, send};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::Transport;
+use super::{LinkKind, Transport};
 use crate::sentinel::{self, Guarded};
 
 /// How many bytes the kernel may buffer each way: a whole checkpoint of a few hundred pages, so that the
@@ -121,6 +121,10 @@ impl Transport for Tcp {
 
     fn peer(&self) -> String {
         self.0.peer_addr().map_or_else(|_| "unknown peer".into(), |address| address.to_string())
+    }
+
+    fn kind(&self) -> Option<LinkKind> {
+        Some(LinkKind::Plain)
     }
 }
 

@@ -14,12 +14,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::ServerName;
-use rustls::{AlertDescription, ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
+use rustls::{
+    AlertDescription, ClientConfig, ClientConnection, Connection, ProtocolVersion, ServerConfig,
+    ServerConnection,
+};
 
-use super::Transport;
 use super::security::complain;
 use super::tcp::Tcp;
 use super::verify::Verifier;
+use super::{LinkKind, Transport};
 use crate::keys::{self, Certificate};
 
 /// How long both ends may take to know each other.
@@ -275,6 +278,11 @@ impl Transport for Tls {
 
     fn peer(&self) -> String {
         self.tcp.peer()
+    }
+
+    fn kind(&self) -> Option<LinkKind> {
+        let version = locked(&self.session).protocol_version();
+        (version == Some(ProtocolVersion::TLSv1_3)).then_some(LinkKind::Tls13)
     }
 }
 

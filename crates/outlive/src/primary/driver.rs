@@ -21,7 +21,7 @@ use super::stats::Totals;
 use crate::arbiter::{Claim, ClaimWorker};
 use crate::clock::Clock;
 use crate::events::{Event, EventWriter};
-use crate::link::{Agreed, CheckpointPart, Job};
+use crate::link::{Agreed, CheckpointPart, Job, LinkKind};
 use crate::pulse::Pulse;
 
 /// How often, and in what distance, the lock is tried by a thread that must not wait for it.
@@ -207,9 +207,9 @@ impl SharedDriver {
         drop(job);
     }
 
-    /// The standby that a link leads to, for people.
-    pub(super) fn standby(&self, link: Link) -> Option<String> {
-        self.lock().ports().connection(link).map(|connection| connection.address.clone())
+    /// The standby that a link leads to, for people, and what protects the link.
+    pub(super) fn standby(&self, link: Link) -> Option<(String, Option<LinkKind>)> {
+        self.lock().ports().connection(link).map(|connection| (connection.address.clone(), connection.kind))
     }
 
     /// Tells the coordinator something.

@@ -109,13 +109,21 @@ fn connect(
 ) -> std::io::Result<()> {
     let &Standby { link, address, index, older } = standby;
     let link::Connection { reader, writer, closer, host: _ } = connection;
-    let peer = reader.peer();
+    let (peer, kind) = (reader.peer(), reader.kind());
     let introduction = older.with(index, Option::take).unwrap_or(ProtocolVersion::INTRODUCTION);
     let pool = Arc::new(Pool::default());
     let report = reporter(link, pool.clone(), Arc::downgrade(driver), plan);
     let (clock, pulse) = (driver.clock(), driver.pulse().clone());
     let sender = Sender::start(writer, closer, clock, pulse, plan.heartbeat, introduction, report)?;
-    driver.connected(Connection { link, sender, address: address.to_owned(), pool, peer, agreed: None });
+    driver.connected(Connection {
+        link,
+        sender,
+        address: address.to_owned(),
+        pool,
+        peer,
+        kind,
+        agreed: None,
+    });
     let (receiving, older) = (driver.clone(), older.clone());
     let received = outlive_machine::spawn("receiver", move || {
         let theirs = Cell::new(introduction);

@@ -10,6 +10,7 @@ use outlive_pair::{LossReason, PrimaryNote as Note};
 use super::reminder::Reminder;
 use super::stats::{BaseCost, Totals};
 use crate::events::{Event, EventWriter};
+use crate::link::LinkKind;
 use crate::status::Standing;
 use crate::vm::Runs;
 
@@ -68,8 +69,8 @@ impl Notes {
         }
     }
 
-    /// Writes one note. `standby` is where the link of the note leads to.
-    pub(super) fn say(&mut self, note: Note, standby: Option<String>) {
+    /// Writes one note. `standby` is where the link of the note leads to, and what protects it.
+    pub(super) fn say(&mut self, note: Note, standby: Option<(String, Option<LinkKind>)>) {
         match note {
             Note::DialFailed { why } => self.unreachable(&why),
             Note::Refused { code, text } => {
@@ -88,13 +89,13 @@ impl Notes {
             Note::Attached { .. } => {
                 (self.unreachable_since, self.standby_without_arbiter) = (None, None);
                 // A link that is lost already has no address; what follows says so.
-                let Some(addr) = standby else {
+                let Some((addr, link)) = standby else {
                     return tracing::debug!("a standby accepted, and the link to it is lost already");
                 };
                 self.standing.peer(&addr);
                 self.standing.now(&format!("synchronising with {addr}"));
                 tracing::info!(standby = %addr, "standby attached, base synchronisation begins");
-                self.events.emit(Event::StandbyAttached { addr });
+                self.events.emit(Event::StandbyAttached { addr, link });
             }
             Note::Protected { generation, checkpoint } => {
                 let base_ms = self.totals.base_ms();

@@ -19,7 +19,7 @@ use super::pool::Pool;
 use super::stats::Totals;
 use crate::arbiter::{Busy, ClaimWorker, Watch};
 use crate::clock::Clock;
-use crate::link::{Agreed, CheckpointPart, FrameTail, Job, Sender};
+use crate::link::{Agreed, CheckpointPart, FrameTail, Job, LinkKind, Sender};
 use crate::pulse::Pulse;
 
 /// A connection in use.
@@ -32,6 +32,8 @@ pub(super) struct Connection {
     pub(super) pool: Arc<Pool>,
     /// The address of its other end.
     pub(super) peer: String,
+    /// What protects it.
+    pub(super) kind: Option<LinkKind>,
     /// What both sides have agreed on, once they have.
     pub(super) agreed: Option<Agreed>,
 }

@@ -238,6 +238,15 @@ impl Decisions {
         self.with(|driver, _| (driver.ports_mut().memory_promised(), NOTHING))
     }
 
+    /// What a takeover waits for that has lost its primary and is not ready to ask for the VM, and for how long a disk has
+    /// not finished what it is at.
+    pub(super) fn unsettled(&self) -> Option<(events::SettlePart, Duration)> {
+        self.with(|driver, _| {
+            let settles = driver.machine().status() == StandbyStatus::Settling;
+            (driver.ports().unsettled().filter(|_| settles), NOTHING)
+        })
+    }
+
     /// Takes the copy out once no decision needs it.
     pub(super) fn take_session(&self) -> Option<Session> {
         self.with(|driver, _| (driver.ports_mut().take_session(), NOTHING))

@@ -236,7 +236,7 @@ fn serve(
             standing.peer(&from);
             let events = &decisions.equipment.events;
             events.of_vm(&hello.name, &hello.vm.to_string());
-            events.emit(Event::PrimaryAttached { addr: from.to_string() });
+            events.emit(Event::PrimaryAttached { addr: from.clone(), link: stream.kind() });
             let reader = SessionReader::new(decisions.clone(), number, stream, reader, admitted);
             let mut rest = reader.run();
             // What is left is of no use, but where this standby leaves, its last words must arrive. They may come later:

@@ -411,6 +411,9 @@ impl Waiting {
                     return Outcome::Failed("the standby's threads have ended".into());
                 }
             }
+            if notes.is_settling() {
+                notes.settles(Instant::now(), self.decisions.unsettled());
+            }
             self.decisions.equipment.shelf.tidy();
             self.decisions.tick();
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use outlive_epoch::RefuseCode;
 use outlive_pair::{LossReason, StandbyNote as Note};
 
-use crate::events::{Event, EventWriter};
+use crate::events::{Event, EventWriter, SettlePart};
 use crate::status::Standing;
 
 /// The times of the steps of a takeover.
@@ -25,6 +25,12 @@ pub(super) struct Times {
     pub(super) ended: bool,
 }
 
+/// A disk that has not finished what it is at for so long hangs, as far as a person is concerned.
+const HANGS: Duration = Duration::from_secs(1);
+/// A takeover that has waited for its disks for so long is worth a line, and then again and again.
+const SETTLE_SLOW: Duration = Duration::from_secs(2);
+const SETTLE_AGAIN: Duration = Duration::from_secs(5);
+
 /// The writer; see the module.
 pub(super) struct Notes {
     events: EventWriter,
@@ -34,13 +40,57 @@ pub(super) struct Notes {
     last_refusal: String,
     /// A primary is attached: whoever else is refused changes nothing.
     attached: bool,
+    /// The primary is lost, and the copy is not ready: when the next line about that is due.
+    settling: Option<Instant>,
 }
 
 impl Notes {
     pub(super) fn new(events: EventWriter, standing: Arc<Standing>) -> Self {
         let now = Instant::now();
         let times = Times { detect: Duration::ZERO, declared: now, settled: now, won: now, ended: false };
-        Self { events, standing, times, last_refusal: String::new(), attached: false }
+        let (last_refusal, settling) = (String::new(), None);
+        Self { events, standing, times, last_refusal, attached: false, settling }
+    }
+
+    /// Whether a takeover waits until the copy is ready, as far as is known here.
+    pub(super) fn is_settling(&self) -> bool {
+        self.settling.is_some()
+    }
+
+    /// Says that a takeover waits for the copy, if it is time to say so. `waits`: for what, and for how long a disk has not
+    /// finished what it is at; `None` if it waits no longer.
+    pub(super) fn settles(&mut self, now: Instant, waits: Option<(SettlePart, Duration)>) {
+        let (Some(due), Some((part, hangs))) = (self.settling, waits) else { return };
+        let lasts = now.saturating_duration_since(self.times.declared);
+        if lasts < SETTLE_SLOW {
+            return;
+        }
+        // Of a disk that gets on there is nothing to say but that it is slow.
+        let hangs = if part == SettlePart::Disk && hangs >= HANGS { hangs } else { Duration::ZERO };
+        let hung = match hangs.as_secs() {
+            0 => String::new(),
+            seconds => format!(", and has not finished its last request for {seconds} s"),
+        };
+        let seconds = lasts.as_secs();
+        let waits = match part {
+            SettlePart::Memory => {
+                format!("the last commit has not been written to the copy's memory for {seconds} s")
+            }
+            SettlePart::Disk => {
+                format!("the copy is ready in memory, its disk has not finished for {seconds} s{hung}")
+            }
+        };
+        self.standing.asking(&waits);
+        if now < due {
+            return;
+        }
+        self.settling = Some(now + SETTLE_AGAIN);
+        tracing::warn!(
+            "TAKEOVER WAITS: {waits}; unless its old host has it, the VM runs nowhere until then: look at this host's \
+             storage and load"
+        );
+        let (for_ms, hangs_ms) = (lasts.as_millis() as u64, hangs.as_millis() as u64);
+        self.events.emit(Event::SettleSlow { part, for_ms, hangs_ms });
     }
 
     /// The times of the takeover that is under way.
@@ -73,6 +123,12 @@ impl Notes {
             Note::StreamRefused { .. } | Note::Differs { .. } | Note::Dismissed => self.attached = false,
             _ => {}
         }
+        self.settling = match note {
+            Note::LinkLost { committed: true, .. } => Some(at + SETTLE_SLOW),
+            // An operator's stop is told to wait, and waits for the same.
+            Note::StopWaits => self.settling,
+            _ => None,
+        };
         match note {
             // The thread that heard the primary logs it with its address.
             Note::Attached { .. } => {
@@ -168,6 +224,46 @@ mod tests {
     use super::*;
     use crate::events::Role;
     use crate::status::NO_PRIMARY;
+
+    #[test]
+    fn a_takeover_that_waits_for_its_disk_says_so_again_and_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("events");
+        let (standing, events) =
+            (Standing::new(Role::Standby, None, NO_PRIMARY), EventWriter::open(&path).unwrap());
+        let mut notes = Notes::new(events.clone(), standing.clone());
+        let lost = Instant::now();
+        let after = |seconds| lost + Duration::from_secs(seconds);
+        let disk = |seconds| Some((SettlePart::Disk, Duration::from_secs(seconds)));
+        notes.settles(after(9), disk(9));
+        let why = outlive_pair::LossReason::Closed;
+        notes.note(lost, Note::LinkLost { why, silent: Duration::ZERO, committed: true });
+        let why = || standing.status().why.unwrap();
+        notes.settles(after(1), disk(1));
+        assert!(why().ends_with("the copy is being made ready"), "{}", why());
+        for seconds in 2..=9 {
+            notes.settles(after(seconds), disk(0));
+            assert!(why().ends_with(&format!("its disk has not finished for {seconds} s")), "{}", why());
+        }
+        notes.settles(after(12), disk(7));
+        assert!(why().ends_with("for 12 s, and has not finished its last request for 7 s"), "{}", why());
+        notes.settles(after(13), Some((SettlePart::Memory, Duration::ZERO)));
+        assert!(why().ends_with("written to the copy's memory for 13 s"), "{}", why());
+        notes.note(after(14), Note::Arbitrating { generation: 2 });
+        assert!(!notes.is_settling());
+        notes.settles(after(30), disk(30));
+        assert!(why().ends_with("asking the arbiter for the VM"), "{}", why());
+        assert!(events.finish());
+        let text = std::fs::read_to_string(&path).unwrap();
+        let told: Vec<_> = text
+            .lines()
+            .filter_map(|line| match serde_json::from_str::<crate::events::Record>(line).unwrap().event {
+                Event::SettleSlow { part: SettlePart::Disk, for_ms, hangs_ms } => Some((for_ms, hangs_ms)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(told, [(2000, 0), (7000, 0), (12_000, 7000)]);
+    }
 
     #[test]
     fn a_primary_that_was_refused_has_come() {

@@ -19,6 +19,7 @@ use super::outbox::{End, Outbox, PutError};
 use super::tail::Tail;
 use crate::arbiter::{ClaimWorker, Watch};
 use crate::disk::{Replica, STUCK};
+use crate::events::SettlePart;
 use crate::network::Uplink;
 use crate::process;
 
@@ -244,6 +245,17 @@ impl Ports {
         let session = self.session.as_ref()?;
         let deserted = || session.handover.is_deserted().then_some(Stuck::Deserted);
         session.stuck().or_else(deserted).map(|why| (session.link, why))
+    }
+
+    /// What a takeover waits for that settles, and for how long a disk has not finished what it is at.
+    pub(super) fn unsettled(&self) -> Option<(SettlePart, Duration)> {
+        let session = self.session.as_ref()?;
+        let disks = session.disks.upgrade();
+        let (hangs, holds_back) =
+            disks.map_or((Duration::ZERO, false), |disks| (disks.working_for(), disks.holds_back()));
+        // An applier that waits for a slow disk is busy, too.
+        let applies = !session.handover.busy_for().is_zero() && !holds_back;
+        Some((if applies { SettlePart::Memory } else { SettlePart::Disk }, hangs))
     }
 
     /// Queues the answer to sums.

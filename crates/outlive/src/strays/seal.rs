@@ -84,3 +84,39 @@ impl Opener {
         Some((u16::from_le_bytes(*pair), packet))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        let pair = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+        (0..hex.len()).step_by(2).map(pair).collect()
+    }
+
+    /// What two hosts of different releases send each other.
+    #[test]
+    fn the_datagrams_are_the_committed_ones() {
+        let secret = StrayKey(std::array::from_fn(|at| 0xa0 ^ at as u8));
+        let packets = [(0, &b"a frame with its header"[..]), (0x0102, &[0; 40][..]), (7, &[][..])];
+        let (mut written, mut datagram) = (String::new(), Vec::new());
+        for by in [By::Process, By::Sentinel] {
+            let mut sealer = Sealer::new(&secret, by);
+            for (pair, packet) in packets {
+                assert!(sealer.seal(pair, packet, &mut datagram));
+                assert_eq!(datagram.len(), packet.len() + AROUND);
+                written += &(hex(&datagram) + "\n");
+            }
+        }
+        let golden = golden::keeps("strays-v1.txt", &written);
+        let mut opener = Opener::new(&secret);
+        let mut opened = golden.lines().map(bytes).collect::<Vec<_>>();
+        let read: Vec<_> = opened.iter_mut().map(|datagram| opener.open(datagram).unwrap()).collect();
+        assert_eq!(read, [packets, packets].concat());
+    }
+}

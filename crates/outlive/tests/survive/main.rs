@@ -10,6 +10,7 @@ mod arbitration;
 mod audit;
 mod audit_disks;
 mod broken_disks;
+mod demo;
 mod disks;
 mod ends;
 mod errors;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use outlive::events::Event;
+use outlive::events::{Event, Record, now_us};
 
 use crate::support::{Client, MemoryLoad, Process, Side, Witnesses, World, wait_until};
 
@@ -160,14 +160,55 @@ fn detection_over_the_memory_of_a_vm() {
     }
 }
 
+/// A protected VM with so much memory, all of it in use, and its standby.
+fn full(world: &World, mib: u64, more: &[&str]) -> (Process, Process) {
+    let (memory, there) = (format!("{mib}M"), Side::B.addr().to_string());
+    let options = [&["--standby", &there, "--memory", &memory], more].concat();
+    let mut active = world.run_with(Side::A, &options);
+    active.wait_for("started", |e| matches!(e, Event::Started { .. }));
+    fill_memory(world, &active);
+    let standby = world.standby_with(Side::B, more);
+    active.wait_protected();
+    (active, standby)
+}
+
+/// What the standby waits for must not be that the killed process has given its memory back, which takes the longer the
+/// more it has.
+#[test]
+fn a_kill_is_heard_before_the_memory_of_the_vm_is_free() {
+    /// A host that is busy with something else may free the memory before the sentinel has had its turn.
+    const KILLS: usize = 5;
+    /// Freed faster than this, memory makes no difference.
+    const WORTH_US: u64 = 20_000;
+    let mut found = Vec::new();
+    for _ in 0..KILLS {
+        let Some(world) = World::new() else { return };
+        // Nobody is to be taken for dead for silence.
+        let (mut active, mut standby) = full(&world, 512, &["--dead-after", "30s"]);
+        sentinel_of(&active);
+        let killed = now_us();
+        active.signal(Signal::SIGKILL);
+        active.wait_end();
+        let freed = now_us() - killed;
+        standby.wait_for("without its primary", |e| matches!(e, Event::LinkLost { .. }));
+        let lost = |record: &&Record| matches!(record.event, Event::LinkLost { .. });
+        let heard = standby.records().iter().find(lost).unwrap().t_us.saturating_sub(killed);
+        standby.wait_takeover();
+        println!("the kill was heard after {heard} us, the memory was free after {freed} us");
+        if freed >= WORTH_US && 2 * heard < freed {
+            return;
+        }
+        found.push((heard, freed));
+    }
+    if found.iter().all(|(_, freed)| *freed < WORTH_US) {
+        return println!("skipped: memory is freed too fast here to tell");
+    }
+    panic!("each kill was heard only when the memory was free, or nearly so: {found:?}");
+}
+
 fn detection(mib: u64) -> Option<u64> {
     let world = World::new()?;
-    let (memory, there) = (format!("{mib}M"), Side::B.addr().to_string());
-    let mut active = world.run_with(Side::A, &["--standby", &there, "--memory", &memory]);
-    active.wait_for("started", |e| matches!(e, Event::Started { .. }));
-    fill_memory(&world, &active);
-    let mut standby = world.standby(Side::B);
-    active.wait_protected();
+    let (active, mut standby) = full(&world, mib, &[]);
     // A guest that does nothing is seldom heard, and the time counts from when the host was last heard.
     let _load = MemoryLoad::start(&world, 50, 100_000);
     std::thread::sleep(std::time::Duration::from_secs(1));

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, fallocate};
-use outlive::events::Event;
+use outlive::events::{Event, SettlePart};
 
+use crate::status::status;
 use crate::support::{
     Held, MemoryLoad, Process, Side, Small, WRITTEN, Witnesses, World, wait_until, writer_kernel,
 };
@@ -147,6 +148,43 @@ fn a_disk_that_stands_still_costs_time_and_not_the_protection() {
     assert_eq!((links_lost(&mut active), links_lost(&mut standby)), (0, 0));
     active.kill();
     assert_eq!(standby.wait_takeover(), 2);
+    writing.wait_written(Side::B);
+}
+
+/// The disk of a standby hangs, and the primary dies. The takeover waits, because the guest may need what the disk has
+/// not taken yet, and whoever looks can see why.
+#[test]
+fn a_takeover_that_waits_for_a_disk_says_so_until_it_comes() {
+    let Some(world) = World::new() else { return };
+    let directory = world.dir().to_path_buf();
+    let writing = Writing::new(world, &directory);
+    let mut standby = writing.standby();
+    let mut active = writing.run();
+    active.wait_protected();
+    writing.wait_written(Side::B);
+    let stopped = Held::thread(&standby, "disks");
+    active.kill();
+    let mut waited = 0;
+    for _ in 0..2 {
+        let event = standby.wait_for("a takeover that waits", |e| matches!(e, Event::SettleSlow { .. }));
+        let Event::SettleSlow { part: SettlePart::Disk, for_ms, hangs_ms } = event else {
+            panic!("{event:?}")
+        };
+        assert!(for_ms > waited && hangs_ms > 0, "{event:?}");
+        waited = for_ms;
+    }
+    standby.wait_says("TAKEOVER WAITS: the copy is ready in memory, its disk has not finished", 2);
+    let seen = status(standby.socket());
+    let why = seen.why.as_ref().unwrap();
+    assert!(
+        why.starts_with("the primary was lost: ") && why.contains("its disk has not finished for"),
+        "{seen}"
+    );
+    assert!(!standby.took_over());
+    drop(stopped);
+    let taken = standby.wait_for("the new primary", |e| matches!(e, Event::Takeover { .. }));
+    let Event::Takeover { settle_us, .. } = taken else { unreachable!("the filter above") };
+    assert!(settle_us >= waited * 1000, "it has waited for {waited} ms: {taken:?}");
     writing.wait_written(Side::B);
 }
 

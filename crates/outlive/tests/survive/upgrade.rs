@@ -59,10 +59,7 @@ impl Hosts {
     }
 
     fn install(&mut self, side: Side, release: Release) {
-        let program = match release {
-            Release::Before => self.before.clone(),
-            Release::Now => PROGRAM.into(),
-        };
+        let program = self.program(release);
         self.world.install(side, program);
     }
 
@@ -87,6 +84,35 @@ impl Hosts {
         fs::remove_dir_all(&place).unwrap();
         fs::create_dir(&place).unwrap();
         self.command(Side::A, &["arbiter", "init", &format!("file:{}", place.display())]);
+    }
+
+    /// The program of a release.
+    fn program(&self, release: Release) -> PathBuf {
+        match release {
+            Release::Before => self.before.clone(),
+            Release::Now => PROGRAM.into(),
+        }
+    }
+
+    /// Whether a release can hand a VM over. The first one cannot.
+    fn hands_over(&self, release: Release) -> bool {
+        Command::new(self.program(release)).args(["hand-over", "--help"]).output().unwrap().status.success()
+    }
+
+    /// `outlive status` of each release understands the processes of each: it succeeds where a VM is protected.
+    fn wait_seen(&self, processes: [&Process; 2]) {
+        for release in [Release::Before, Release::Now] {
+            for process in processes {
+                let look = || {
+                    let mut status = Command::new(self.program(release));
+                    status.args(["status", "--socket"]).arg(process.socket()).output().unwrap()
+                };
+                let what = format!("status of {release:?}: {} is protected", process.pid());
+                wait_until(&what, || look().status.success());
+                let said = String::from_utf8(look().stdout).unwrap();
+                assert!(said.contains("protect") && !said.contains("UNPROTECTED"), "{release:?}: {said}");
+            }
+        }
     }
 
     /// Two images; that of host a has data.
@@ -217,10 +243,26 @@ fn roll(from: Release) {
     a.wait_protected();
     wait_equal(&mut b, 2);
     witnesses.hear_all();
+    hosts.wait_seen([&a, &b]);
 
-    hosts.install(Side::A, from.other());
-    a.kill();
-    assert_eq!(b.wait_takeover(), 2);
+    if hosts.hands_over(from) {
+        // The newer program gives the order: on the way back, before the older one is installed.
+        let order = Command::new(PROGRAM).args(["hand-over", "--socket"]).arg(a.socket()).output().unwrap();
+        assert!(order.status.success(), "{}", String::from_utf8_lossy(&order.stderr));
+        assert_eq!(b.wait_takeover(), 2);
+        // The old process waits as the standby.
+        b.wait_protected();
+        wait_equal(&mut a, 1);
+        witnesses.hear_all();
+        hosts.install(Side::A, from.other());
+        a.signal(Signal::SIGTERM);
+        assert_eq!(a.wait_exit(), 0);
+        b.wait_for("alone", |e| matches!(e, Event::Unprotected { .. }));
+    } else {
+        hosts.install(Side::A, from.other());
+        a.kill();
+        assert_eq!(b.wait_takeover(), 2);
+    }
     witnesses.hear_all();
     let mut a = hosts.start(Side::A, &[]);
     b.wait_protected();

@@ -66,6 +66,8 @@ pub(super) struct Waiting {
     jobs: VecDeque<(Instant, Job)>,
     pub(super) bytes: usize,
     pub(super) failed: Option<Arc<ReplicaError>>,
+    /// A commit waits for room.
+    pub(super) holds_back: bool,
     /// Since when the thread has worked on a job that must not take long.
     working: Option<Instant>,
     /// Since when the thread compares the disks with the VM's, or a part of them. That takes as long as reading them,

@@ -313,7 +313,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         }
         let journal_failed = journal_failed(&self.journal);
         let applier = self.applier.as_mut().ok_or(ReplicaError::NoBase)?;
-        let flush = applier.commit(number, records).map_err(journal_failed)?;
+        let flush = applier.commit(Instant::now(), number, records).map_err(journal_failed)?;
         self.flush |= flush;
         self.quiet_since = Instant::now();
         self.pending_since.get_or_insert_with(Instant::now);

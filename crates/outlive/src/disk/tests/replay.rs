@@ -1,10 +1,12 @@
 //! Loss of power and kills at every step: the images are at one commit, both at the same.
 
+use std::time::{Duration, Instant};
+
 use outlive_epoch::{DiskOp, DiskRecord, RecordBuf, VmId};
 use proptest::prelude::*;
 
 use super::power::{File, Power};
-use crate::disk::apply::{Applier, recover};
+use crate::disk::apply::{Applier, JOURNAL_TIME, recover};
 use crate::disk::journal::{Identity, Journal};
 
 const SIZES: [u64; 3] = [8192, 0, 4096];
@@ -97,7 +99,7 @@ fn run(epochs: &[Vec<Write>], steps: &[u8], operations: u64) -> Run {
     for (index, epoch) in epochs.iter().enumerate() {
         // An epoch whose append fails half-way may be found all the same: it was acknowledged.
         run.committed = index + 1;
-        if applier.commit(101 + index as u64, records(epoch)).is_err() {
+        if applier.commit(Instant::now(), 101 + index as u64, records(epoch)).is_err() {
             break;
         }
         let done = match steps[index % steps.len()] % 4 {
@@ -211,10 +213,37 @@ fn a_full_journal_is_emptied() {
     let mut applier = Applier::new(journal, vec![Some(image.clone())], 0);
     let data = vec![3; 24 << 20];
     for number in 1..=6 {
-        applier.commit(number, super::records(&[(0, 0, DiskOp::Data(&data))])).unwrap();
+        applier.commit(Instant::now(), number, super::records(&[(0, 0, DiskOp::Data(&data))])).unwrap();
         assert!(file.seen().len() < 66 << 20);
     }
     assert_eq!(applier.settle().unwrap(), 6);
     assert!(applier.is_settled());
     assert_eq!(Journal::open(file).unwrap().1, 6);
+}
+
+/// A guest that writes a little all the time: whatever a takeover would have to make durable is a few seconds old.
+#[test]
+fn a_journal_that_grows_slowly_is_emptied_too() {
+    let power = Power::steady();
+    let file = File::new(Vec::new(), &power);
+    let image = File::new(vec![0; 8192], &power);
+    let identity = Identity { vm: VmId([1; 16]), generation: 1, sizes: vec![8192] };
+    let journal = Journal::create(file.clone(), identity, 0).unwrap();
+    let mut applier = Applier::new(journal, vec![Some(image.clone())], 0);
+    let mut now = Instant::now();
+    let mut commit = |number: u64, later: Duration| {
+        now += later;
+        let data = [number as u8; 512];
+        applier.commit(now, number, super::records(&[(0, number * 512, DiskOp::Data(&data))])).unwrap();
+        applier.harden().unwrap();
+        // Up to this checkpoint the images are durable and the journal is empty.
+        Journal::open(file.clone()).unwrap().1
+    };
+    assert_eq!(commit(1, Duration::ZERO), 0);
+    assert_eq!(commit(2, JOURNAL_TIME / 2), 0);
+    assert_eq!(commit(3, JOURNAL_TIME / 2), 2, "the first is too old");
+    assert_eq!(image.after_power_loss(|| false)[2 * 512], 2);
+    assert_eq!(commit(4, JOURNAL_TIME / 2), 2, "it is the time of the oldest, not of the journal");
+    assert_eq!(commit(5, JOURNAL_TIME / 2), 4);
+    assert_eq!(commit(6, JOURNAL_TIME * 2), 5);
 }

@@ -9,7 +9,7 @@ use outlive_dirty::Gfn;
 use outlive_epoch::{Message, Peer, ProtocolVersion, ReadError, SectionReader};
 use outlive_machine::Ram;
 
-use super::super::{Connection, Job, Sender, SenderReport, Transport};
+use super::super::{Connection, Job, LinkKind, Sender, SenderReport, Transport};
 use crate::clock::Clock;
 use crate::pulse::Pulse;
 
@@ -70,6 +70,10 @@ impl Transport for SlowLink {
 
     fn peer(&self) -> String {
         "slow".into()
+    }
+
+    fn kind(&self) -> Option<LinkKind> {
+        None
     }
 }
 

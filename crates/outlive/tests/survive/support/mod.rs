@@ -39,7 +39,7 @@ use outlive::arbiter::FileArbiter;
 use outlive::keys::{self, Grant, Order};
 use outlive::network::{Namespace, Netlink};
 
-use namespace::namespace;
+pub(crate) use namespace::namespace;
 
 pub(crate) use client::{Client, Value};
 pub(crate) use pipes::fill;

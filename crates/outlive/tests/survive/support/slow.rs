@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     BackgroundSession, BsdFileFlags, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
@@ -43,11 +43,14 @@ pub(crate) struct Pace {
     pub(crate) sync: Duration,
     /// Every request fails with this error.
     pub(crate) error: Option<Errno>,
+    /// All writes together carry at most so many bytes a second.
+    pub(crate) rate: Option<u64>,
 }
 
 /// The file system, until it is dropped.
 pub(crate) struct Slow {
     place: PathBuf,
+    behind: PathBuf,
     pace: Arc<Dial>,
     session: Option<BackgroundSession>,
 }
@@ -60,6 +63,10 @@ struct Dial {
     changed: Condvar,
     /// How many requests take their time now.
     waiting: AtomicUsize,
+    /// Until when the writes that came so far keep a disk with a rate busy.
+    busy_until: Mutex<Option<Instant>>,
+    /// Bytes written so far, by file.
+    written: Mutex<HashMap<u64, u64>>,
 }
 
 impl Slow {
@@ -75,7 +82,10 @@ impl Slow {
         config.n_threads = Some(THREADS);
         let session = Session::new(server, &place, &config).and_then(Session::spawn);
         match session {
-            Ok(session) => Some(Slow { place, pace, session: Some(session) }),
+            Ok(session) => {
+                let behind = behind.to_owned();
+                Some(Slow { place, behind, pace, session: Some(session) })
+            }
             Err(error) => {
                 println!("skipped: no FUSE: {error}");
                 None
@@ -93,6 +103,13 @@ impl Slow {
         let mut now = lock(&self.pace.pace);
         *now = (pace, now.1 + 1);
         self.pace.changed.notify_all();
+    }
+
+    /// Bytes that were written so far to the file of this name, each as often as it was written.
+    pub(crate) fn written(&self, name: &str) -> u64 {
+        // Not by this file system: a test that is killed while it asks itself would never end.
+        let number = fs::metadata(self.behind.join(name)).map_or(0, |file| file.ino() + OWN_NUMBERS);
+        lock(&self.pace.written).get(&number).copied().unwrap_or(0)
     }
 
     /// How many requests take their time now.
@@ -167,6 +184,24 @@ impl Server {
             self.pace.waiting.fetch_sub(1, Ordering::SeqCst);
         }
         pace.error.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// Waits until a disk with a rate has written these bytes behind all others.
+    fn take_turn(&self, bytes: usize) {
+        let now = lock(&self.pace.pace);
+        let (pace, changes) = *now;
+        let Some(rate) = pace.rate else { return };
+        let began = Instant::now();
+        let until = {
+            let mut busy = lock(&self.pace.busy_until);
+            let until = busy.map_or(began, |busy| busy.max(began))
+                + Duration::from_secs(1) * bytes as u32 / rate as u32;
+            *busy.insert(until)
+        };
+        self.pace.waiting.fetch_add(1, Ordering::SeqCst);
+        let waiting = self.pace.changed.wait_timeout_while(now, until - began, |now| now.1 == changes);
+        drop(waiting.unwrap_or_else(PoisonError::into_inner));
+        self.pace.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
     fn node(&self, number: INodeNo) -> io::Result<Arc<File>> {
@@ -420,7 +455,7 @@ impl Filesystem for Server {
     fn write(
         &self,
         _: &Request,
-        _: INodeNo,
+        number: INodeNo,
         handle: FileHandle,
         offset: u64,
         data: &[u8],
@@ -429,9 +464,13 @@ impl Filesystem for Server {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        self.take_turn(data.len());
         let file = self.take_time(|pace| pace.write).and_then(|()| self.file(handle));
         match file.and_then(|file| file.write_all_at(data, offset)) {
-            Ok(()) => reply.written(data.len() as u32),
+            Ok(()) => {
+                *lock(&self.pace.written).entry(number.0).or_default() += data.len() as u64;
+                reply.written(data.len() as u32);
+            }
             Err(error) => reply.error(error.into()),
         }
     }

@@ -42,6 +42,10 @@ pub(super) enum Kind {
     ArbiterHiddenFromOwnerAndCut,
     ArbiterHiddenFromOtherAndCut,
     ArbiterHiddenFromOtherAndKill,
+    MemberCutOffAndKillOwner,
+    MemberCutOffAndCut,
+    LeaderCutOffAndKillOwner,
+    LeaderCutOffAndCut,
     SlowArbiterAndKill,
     SlowArbiterAndCut,
     SlowArbiterAndLeave,
@@ -65,7 +69,7 @@ pub(super) enum Kind {
 use Kind::*;
 
 /// All kinds, each with its weight and its name in the table.
-const KINDS: [(Kind, u64, &str); 47] = [
+const KINDS: [(Kind, u64, &str); 51] = [
     (KillOwner, 12, "SIGKILL of the primary"),
     (KillOther, 2, "SIGKILL of the standby"),
     (KillOwnerUnprotected, 1, "SIGKILL of the primary, early"),
@@ -95,6 +99,10 @@ const KINDS: [(Kind, u64, &str); 47] = [
     (ArbiterHiddenFromOwnerAndCut, 2, "the primary cannot reach the arbiter, link cut"),
     (ArbiterHiddenFromOtherAndCut, 2, "the standby cannot reach the arbiter, link cut"),
     (ArbiterHiddenFromOtherAndKill, 2, "the standby cannot reach the arbiter, SIGKILL of the primary"),
+    (MemberCutOffAndKillOwner, 2, "a member of the arbiter is cut off, SIGKILL of the primary"),
+    (MemberCutOffAndCut, 1, "a member of the arbiter is cut off, link cut"),
+    (LeaderCutOffAndKillOwner, 3, "the arbiter's leader is cut off, SIGKILL of the primary"),
+    (LeaderCutOffAndCut, 2, "the arbiter's leader is cut off, link cut"),
     (SlowArbiterAndKill, 2, "slow arbiter, SIGKILL of the primary"),
     (SlowArbiterAndCut, 1, "slow arbiter, link cut"),
     (SlowArbiterAndLeave, 1, "slow arbiter, orderly stop of the standby"),
@@ -126,13 +134,11 @@ impl Kind {
     /// The next fault.
     pub(super) fn draw(play: &mut Play) -> Kind {
         let wanted = std::env::var("OUTLIVE_TORTURE_KIND").unwrap_or_default();
-        let served = play.third.is_served();
-        let wanted = || {
-            KINDS
-                .iter()
-                .filter(|(kind, _, name)| name.contains(&wanted) && (served || !kind.strikes_a_server()))
-        };
-        assert!(wanted().next().is_some(), "no fault's name contains OUTLIVE_TORTURE_KIND");
+        let (served, cluster) = (play.third.is_served(), play.third.is_cluster());
+        let can = |kind: Kind| (served || !kind.strikes_a_server()) && (cluster || !kind.strikes_a_member());
+        let wanted = || KINDS.iter().filter(|(kind, _, name)| name.contains(&wanted) && can(*kind));
+        let none = "no fault's name contains OUTLIVE_TORTURE_KIND, or its arbiter cannot have that fault";
+        assert!(wanted().next().is_some(), "{none}");
         let mut left = play.dice.below(wanted().map(|(_, weight, _)| weight).sum());
         let drawn = wanted().find(|(_, weight, _)| {
             let found = left < *weight;
@@ -162,6 +168,14 @@ impl Kind {
                 | ArbiterHiddenFromOwnerAndCut
                 | ArbiterHiddenFromOtherAndCut
                 | ArbiterHiddenFromOtherAndKill
+        )
+    }
+
+    /// Whether it needs an arbiter that consists of members.
+    fn strikes_a_member(self) -> bool {
+        matches!(
+            self,
+            MemberCutOffAndKillOwner | MemberCutOffAndCut | LeaderCutOffAndKillOwner | LeaderCutOffAndCut
         )
     }
 
@@ -317,6 +331,10 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
         ArbiterHiddenFromOwnerAndCut => hidden_arbiter(play, owner, length, |play| cut(play, length)),
         ArbiterHiddenFromOtherAndCut => hidden_arbiter(play, other, length, |play| cut(play, length)),
         ArbiterHiddenFromOtherAndKill => hidden_arbiter(play, other, length, |play| play.kill(owner)),
+        MemberCutOffAndKillOwner => cut_off_member(play, false, length, |play| play.kill(owner)),
+        MemberCutOffAndCut => cut_off_member(play, false, length, |play| cut(play, length)),
+        LeaderCutOffAndKillOwner => cut_off_member(play, true, length, |play| play.kill(owner)),
+        LeaderCutOffAndCut => cut_off_member(play, true, length, |play| cut(play, length)),
         SlowArbiterAndKill => slow_arbiter(play, length, |play| play.kill(owner)),
         SlowArbiterAndCut => slow_arbiter(play, length, |play| cut(play, length)),
         SlowArbiterAndLeave => slow_arbiter(play, length, |play| play.leave(other)),
@@ -396,7 +414,8 @@ fn slowly(play: &mut Play, meanwhile: impl FnOnce(&mut Play)) {
 }
 
 fn no_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
-    play.third.lose(&play.world);
+    let first = play.dice.below(3) as usize;
+    play.third.lose(&play.world, first);
     meanwhile(play);
     play.wait(length);
     play.third.back(&play.world);
@@ -428,11 +447,27 @@ fn killed_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut
 }
 
 fn frozen_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
-    play.third.signal(Signal::SIGSTOP);
+    let first = play.dice.below(3) as usize;
+    play.third.signal(Signal::SIGSTOP, first);
     meanwhile(play);
     // A question to it takes two seconds to come to nothing.
     play.wait(3 * length);
-    play.third.signal(Signal::SIGCONT);
+    play.third.signal(Signal::SIGCONT, first);
+}
+
+/// A member of the cluster reaches no other one while the hosts ask, and they reach it; the one that leads, or any one.
+fn cut_off_member(play: &mut Play, leads: bool, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
+    let any = play.dice.below(play.third.members() as u64) as usize;
+    let leader = play.third.leader(&play.world).filter(|_| leads);
+    let member = leader.unwrap_or(any);
+    play.tell(format!("member {member} of the arbiter is cut off (the leader: {leader:?})"));
+    // Sooner or later than the other fault; its election takes one to two seconds.
+    let moment = Duration::from_micros(play.dice.below(400_000));
+    play.third.reaches_others(member, false);
+    play.wait(moment);
+    meanwhile(play);
+    play.wait(2 * length);
+    play.third.reaches_others(member, true);
 }
 
 fn hidden_arbiter(play: &mut Play, from: Side, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
@@ -487,7 +522,7 @@ fn broken_disk(play: &mut Play, side: Side, length: Duration) {
 
 fn still_disk(play: &mut Play, side: Side, meanwhile: impl FnOnce(&mut Play)) {
     let disk = side as usize;
-    play.disks[disk].set(Pace { write: FOR_EVER, read: FOR_EVER, sync: FOR_EVER, error: None });
+    play.disks[disk].set(Pace { write: FOR_EVER, read: FOR_EVER, sync: FOR_EVER, ..Pace::default() });
     meanwhile(play);
     play.disks[disk].set(Pace::default());
 }

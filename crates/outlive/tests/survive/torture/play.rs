@@ -52,10 +52,10 @@ pub(super) struct Play {
 
 impl Play {
     /// A new VM in a new world, protected, with clients. `None` if no VM can run.
-    pub(super) fn new(dice: Dice, mut trace: Trace) -> Option<Play> {
+    pub(super) fn new(mut dice: Dice, mut trace: Trace) -> Option<Play> {
         let mut world = World::new()?;
         let disks = Side::BOTH.map(|side| Place::of_host(&world, side.letter()));
-        let third = Third::start(&mut world, Arbiter::wanted());
+        let third = Third::start(&mut world, Arbiter::wanted(&mut dice));
         let sniffers = Side::BOTH.map(|side| Sniffer::start(&world, side));
         trace.folder = Some(world.keep());
         let mut play = Play {
