@@ -221,7 +221,7 @@ fn a_server_has_no_right_and_reaches_only_its_directory_and_its_keys() {
     fs::set_permissions(&own, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
     if !server.log().iter().any(|line| line.contains("no Landlock")) {
         why(host.claim(&VM, 2, "primary"));
-        server.wait_says("Permission denied");
+        server.wait_says("has no permission to read it");
     }
     fs::remove_dir_all(&own).unwrap();
     fs::rename(&away, &own).unwrap();
