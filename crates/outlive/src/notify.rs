@@ -45,6 +45,11 @@ impl Manager {
         };
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
+        if to.as_abstract_name().is_some() {
+            // A confined process reaches only those abstract names that it is connected to. One with a path may be made
+            // anew by the next manager, and is looked up for each message.
+            socket.connect_addr(&to).ok();
+        }
         // Half of what the manager allows is usual; a third leaves room for a busy host.
         let every = watchdog.and_then(|us| us.parse().ok()).map(|us: u64| Duration::from_micros(us) / 3);
         Ok(Self { socket, to, every: every.filter(|every| !every.is_zero()), lately: Mutex::default() })
@@ -82,6 +87,11 @@ impl Manager {
 
 fn manager() -> Option<&'static Manager> {
     MANAGER.get_or_init(Manager::from_environment).as_ref()
+}
+
+/// Finds the way to the service manager. Call it before the process is confined.
+pub(crate) fn reach_manager() {
+    manager();
 }
 
 /// The process does what it is there for.

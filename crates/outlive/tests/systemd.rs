@@ -100,6 +100,10 @@ fn the_command_of_the_arbiters_unit_serves() {
         unit.contains("outlive arbiter init file:/var/lib/outlive-arbiter ")
             && command.contains(" /var/lib/outlive-arbiter ")
     );
+    let calls = unit.lines().find_map(|line| line.strip_prefix("SystemCallFilter=")).unwrap();
+    for call in ["landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"] {
+        assert!(calls.contains(call), "the server confines itself with {call}, and would be killed for it");
+    }
     let there = tempfile::tempdir().unwrap();
     let (directory, keys) = (there.path().join("arbiter"), there.path().join("keys"));
     let run = |words: &str| {

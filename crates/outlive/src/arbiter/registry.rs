@@ -16,8 +16,10 @@ type Init = fn(&str) -> Result<(Box<dyn Arbiter>, Initialized), ArbiterSpecError
 pub(crate) struct Needs {
     /// Directories in which files come and go.
     pub(crate) kept: Vec<PathBuf>,
-    /// Files to read.
+    /// Files and directories to read.
     pub(crate) read: Vec<PathBuf>,
+    /// Files to read that are renewed by putting others in their place.
+    pub(crate) renewed: Vec<PathBuf>,
 }
 
 /// A kind of arbiter. To add one, implement [`Arbiter`], add a line to [`KINDS`], and let the tests in

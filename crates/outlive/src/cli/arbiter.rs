@@ -108,7 +108,7 @@ Examples:
   outlive arbiter prune file:/srv/arbiter --dry-run --forget-ended 90days
   outlive arbiter release file:/srv/arbiter 3f2a --yes    a VM whose hosts are gone: nobody goes on with it
 
-  outlive arbiter init 'etcd:https://10.0.0.1:2379,https://10.0.0.2:2379?ca=/etc/outlive/etcd-ca.pem'
+  outlive arbiter init 'etcd:https://10.0.0.1:2379,https://10.0.0.2:2379?ca=/etc/outlive/etcd/ca.pem'
                                                           the same in an etcd cluster
 
   mkdir -p /var/lib/outlive-arbiter; outlive arbiter init file:/var/lib/outlive-arbiter

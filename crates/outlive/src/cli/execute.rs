@@ -371,6 +371,7 @@ impl<'a> Life<'a> {
     /// Begins with a VM, or as a standby at its post. Returns the exit code.
     fn begin(mut launch: Option<Launch>, post: Option<Post>, both: Option<&'a RunOptions>) -> u8 {
         notify::ready();
+        sandbox::say_what_remains();
         let of_launch = launch.as_ref().map(|it| (it.events.clone(), it.console.clone()));
         let mut life = Self { post, both, shown: false };
         let end = loop {

@@ -98,6 +98,7 @@ impl WorkDir {
         for (host, grant, to) in others {
             keys::issue(&ca, &order(host, grant), &to).map_err(io::Error::other)?;
         }
+        fs::create_dir(dir.sockets())?;
         Ok(dir)
     }
 
@@ -107,6 +108,11 @@ impl WorkDir {
 
     pub(super) fn keys(&self, host: Host) -> PathBuf {
         self.path.join(format!("keys-{host}"))
+    }
+
+    /// Where sockets are. The CA is beside it: a directory of sockets is a host's as a whole.
+    fn sockets(&self) -> PathBuf {
+        self.path.join("run")
     }
 
     pub(super) fn arbiter_keys(&self) -> PathBuf {
@@ -257,7 +263,7 @@ impl Cluster {
         };
         // A killed process leaves its socket: better here than in the host's folder. The path of a socket has
         // little room.
-        let status = self.dir.path().join(format!("{name}.sock"));
+        let status = self.dir.sockets().join(format!("{name}.sock"));
         if socket2::SockAddr::unix(&status).is_ok() {
             command.arg("--status").arg(status);
         }

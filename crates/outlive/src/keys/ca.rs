@@ -17,6 +17,11 @@ pub(super) fn place(keys: &Path) -> PathBuf {
     whole.with_file_name(name)
 }
 
+/// The private key of the CA of a directory of keys, where this release keeps it.
+pub(crate) fn key(keys: &Path) -> PathBuf {
+    place(keys).join(CA_KEY)
+}
+
 /// The directory where the CA's key is, or should be. Release 0.2.0 has it among the keys.
 pub(super) fn found(keys: &Path) -> PathBuf {
     let place = place(keys);

@@ -118,6 +118,14 @@ impl Grant {
         Right::BOTH.into_iter().any(|right| self.allows(right, vm))
     }
 
+    /// Whether it has any right to this VM; to every VM, if its id is not known.
+    pub(crate) fn concerns_all_or(&self, vm: Option<&VmId>) -> bool {
+        match vm {
+            Some(vm) => self.concerns(vm),
+            None => Right::BOTH.into_iter().any(|right| *self.of(right) == Vms::Any),
+        }
+    }
+
     /// The options of `outlive keys issue` for a certificate with these rights and one to another VM; without `right`,
     /// the one that it has for other VMs. Both rights are to the same VMs there, so one may become wider.
     pub(crate) fn options_with(&self, right: Option<Right>, vm: &VmId) -> String {

@@ -41,7 +41,7 @@ mod revoked;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use ca::misplaced;
+pub(crate) use ca::{key as ca_key, misplaced};
 pub use certificate::{Certificate, CertificateError};
 pub use command::command;
 pub use grant::{Grant, Right, Vms};

@@ -184,3 +184,41 @@ impl ClientCertVerifier for Verifier {
         self.clients.supported_verify_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+    use super::*;
+    use crate::keys::{self, Grant, Order};
+
+    /// A certificate counts from an hour before its making on, and until its end.
+    #[test]
+    fn a_certificate_counts_between_its_two_times_at_both_ends() {
+        const HOUR: u64 = 3600;
+        let dir = tempfile::tempdir().unwrap();
+        let keys = dir.path().join("keys");
+        let order = Order { host: "hosta".into(), grant: Grant::ALL, life: Duration::from_secs(HOUR) };
+        keys::init(&keys, &order).unwrap();
+        let keys = keys::load(&keys).unwrap();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let name = ServerName::try_from("standby").unwrap();
+        for (at, verdict) in [
+            (now - 2 * HOUR, "its certificate does not count yet: set the clocks"),
+            (now, ""),
+            (now + 2 * HOUR, "its certificate has expired"),
+        ] {
+            let at = UnixTime::since_unix_epoch(Duration::from_secs(at));
+            let judged = |it: &Verifier| match it.verdict().unwrap() {
+                Ok(_) => String::new(),
+                Err(why) => why.to_string(),
+            };
+            let verifier = Verifier::new(&keys).unwrap();
+            let client = verifier.verify_client_cert(&keys.chain[0], &[], at);
+            assert!(judged(&verifier).starts_with(verdict) && client.is_ok() == verdict.is_empty());
+            let verifier = Verifier::new(&keys).unwrap();
+            let server = verifier.verify_server_cert(&keys.chain[0], &[], &name, &[], at);
+            assert!(judged(&verifier).starts_with(verdict) && server.is_ok() == verdict.is_empty());
+        }
+    }
+}

@@ -4,7 +4,9 @@
 //! descriptors.rs  what was left open is closed
 //! steward/        a small process keeps the rights, and does what needs them later
 //! privileges.rs   no capability, no new privileges, another user
+//! run.rs          of /run, what this process needs
 //! places.rs       Landlock: the files that the command line names, and a few more
+//! secrets.rs      what no rule may reach
 //! roles.rs        seccomp: the system calls of each thread
 //! plan.rs         all of it from the command line
 //! ```
@@ -18,9 +20,12 @@ mod places;
 mod plan;
 mod privileges;
 mod roles;
+mod run;
+mod secrets;
 mod steward;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use clap::ValueEnum;
@@ -29,10 +34,11 @@ use rustix::thread::CapabilitySet;
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
 pub(crate) use places::{Foreign, foreign, was_made};
-use places::{Lack, NotOurs};
+use places::{Lack, NotOurs, Places};
 pub(crate) use plan::Plan;
 pub(crate) use privileges::{PrivilegeError, find_user};
 use roles::Role;
+use secrets::Exposed;
 pub(crate) use steward::{Ending, Pending, Steward, StewardError, command};
 
 /// Whether a process is confined.
@@ -69,6 +75,9 @@ pub(crate) enum SandboxError {
     /// A place is somebody else's.
     #[error(transparent)]
     NotOurs(#[from] NotOurs),
+    /// A place has too much.
+    #[error(transparent)]
+    Exposed(#[from] Exposed),
     /// Landlock.
     #[error("cannot confine this process to its files (Landlock): {0}; --sandbox off does without")]
     Places(#[from] RulesetError),
@@ -83,6 +92,8 @@ pub(crate) enum SandboxError {
 static STEWARD: OnceLock<Steward> = OnceLock::new();
 static FILTERS: OnceLock<BTreeMap<Role, BpfProgram>> = OnceLock::new();
 static IS_ON: OnceLock<bool> = OnceLock::new();
+/// Why a process that stays root can reach the sockets of others.
+static IN_REACH: OnceLock<String> = OnceLock::new();
 
 /// Who has the rights that this process has given up; `None` if it has them itself.
 pub(crate) fn steward() -> Option<&'static Steward> {
@@ -115,15 +126,45 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
         Mode::On => SeccompAction::KillProcess,
     };
     learn_about_memory();
+    crate::notify::reach_manager();
     let steward = Steward::start(&plan.charter)?;
     let denied = plan.places.denied();
+    hide_sockets(&plan.places);
     let may_lock = privileges::raise_limits();
     // Root of a container may lack the right to raise a limit, and have the one to lock memory.
     let locks = plan.lock_memory && !may_lock;
     let kept = if locks { CapabilitySet::IPC_LOCK } else { CapabilitySet::empty() };
     privileges::drop_all(plan.user.as_ref(), kept)?;
     plan.places.check(&denied)?;
-    match plan.places.enforce()? {
+    plan.places.check_secrets()?;
+    confine_to(&plan.places)?;
+    filter(&otherwise)?;
+    let _ = STEWARD.set(steward);
+    let _ = IS_ON.set(plan.mode == Mode::On);
+    Ok(())
+}
+
+/// Hides the sockets of other programs.
+fn hide_sockets(places: &Places) {
+    let Err(why) = run::hide_all_but(places.needed()) else { return };
+    tracing::debug!("sockets below /run stay in reach: {why}");
+    if places.stays_root() {
+        let _ = IN_REACH.set(why.to_string());
+    }
+}
+
+/// Says what the sandbox does not do here. A command that fails has one line, which is another one.
+pub(crate) fn say_what_remains() {
+    if let Some(why) = IN_REACH.get() {
+        tracing::info!(
+            "sockets below /run stay in reach of this process, which stays root ({why}): give --user, one user for each \
+             VM, where the guest is not trusted"
+        );
+    }
+}
+
+fn confine_to(places: &Places) -> Result<(), RulesetError> {
+    match places.enforce()? {
         None => {}
         Some(Lack::NotThere | Lack::NotEnabled) => tracing::warn!(
             "this kernel has no Landlock, so this process can use every file of its user: use Linux 5.13 or newer with \
@@ -131,9 +172,32 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
         ),
         Some(Lack::Newest) => tracing::debug!("this kernel's Landlock is older than it could be"),
     }
-    filter(&otherwise)?;
-    let _ = STEWARD.set(steward);
-    let _ = IS_ON.set(plan.mode == Mode::On);
+    Ok(())
+}
+
+/// Confines a process that serves an arbiter to the arbiter's directory and its keys, without any right. What the kernel
+/// does not do is said: an arbiter that is missing would be worse. Call it while there is one thread.
+///
+/// # Errors
+/// What it needs is somebody else's, or reaches the key of a CA.
+pub(crate) fn enter_arbiter(directory: &Path, keys: Option<&Path>) -> Result<(), SandboxError> {
+    let mut places = Places::of(None);
+    places.keep(directory);
+    if let Some(keys) = keys {
+        places.guard(keys);
+        places.read(keys);
+    }
+    learn_about_memory();
+    let denied = places.denied();
+    if let Err(why) = privileges::drop_all(None, CapabilitySet::empty()) {
+        tracing::warn!("this arbiter keeps its rights: {why}");
+        return Ok(());
+    }
+    places.check(&denied).map_err(NotOurs::without_option)?;
+    places.check_secrets()?;
+    if let Err(why) = confine_to(&places) {
+        tracing::warn!("this arbiter is not confined to its files (Landlock): {why}");
+    }
     Ok(())
 }
 

@@ -18,6 +18,8 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, Uid, User, faccessat, geteuid};
 
+use super::secrets::{Exposed, Secrets};
+
 /// The newest rights that are asked for. A kernel that knows fewer of them takes those that it knows.
 const NEWEST: ABI = ABI::V7;
 /// What every process needs: its own memory and threads, facts about the host, random numbers, names of hosts.
@@ -45,17 +47,24 @@ const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib64", "/usr/libexec"];
 /// Somebody else's file.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{path} belongs to the user {owner}, and this process, which gives up the rights of root, may not use it: give \
-     --user {owner}, or change its owner or its mode"
+    "{path} belongs to the user {owner}, and this process, which gives up the rights of root, may not use it: {remedy}, \
+     or change its owner or its mode"
 )]
 pub(crate) struct NotOurs {
     path: String,
     owner: String,
+    remedy: String,
 }
 
 impl NotOurs {
     fn of(path: &Path) -> Self {
-        Self { path: path.display().to_string(), owner: owner(path) }
+        let owner = owner(path);
+        Self { path: path.display().to_string(), remedy: format!("give --user {owner}"), owner }
+    }
+
+    /// Of a command without `--user`.
+    pub(super) fn without_option(self) -> Self {
+        Self { remedy: format!("start it as {}", self.owner), ..self }
     }
 }
 
@@ -71,7 +80,7 @@ fn name(uid: Uid) -> String {
 
 /// How a place is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Use {
+pub(super) enum Use {
     /// A file, or a directory and everything below it.
     Read,
     /// A file or device.
@@ -137,6 +146,8 @@ fn foreign_now(directory: &Path) -> Foreign {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Places {
     list: Vec<(PathBuf, Use)>,
+    /// What none of them may reach.
+    secrets: Secrets,
     /// Whose the files are that are made here.
     owner: Option<User>,
 }
@@ -144,12 +155,22 @@ pub(super) struct Places {
 impl Places {
     /// None so far.
     pub(super) fn of(owner: Option<User>) -> Self {
-        Self { list: Vec::new(), owner }
+        Self { list: Vec::new(), secrets: Secrets::default(), owner }
+    }
+
+    /// The private key of the CA that belongs to this directory of keys stays out of reach of what is added later.
+    pub(super) fn guard(&mut self, keys: &Path) {
+        self.secrets.guard(keys);
     }
 
     /// A file or a directory, to read.
     pub(super) fn read(&mut self, path: impl Into<PathBuf>) {
         self.list.push((path.into(), Use::Read));
+    }
+
+    /// A file to read that is renewed by putting another one in its place.
+    pub(super) fn renewed(&mut self, file: &Path) {
+        self.list.extend(self.secrets.places_of(file).into_iter().map(|place| (place, Use::Read)));
     }
 
     /// A device, to use.
@@ -236,6 +257,24 @@ impl Places {
         lost.map_or(Ok(()), |(path, _)| Err(NotOurs::of(path)))
     }
 
+    /// The places that this process needs. One that it may only remove it can do without.
+    pub(super) fn needed(&self) -> impl Iterator<Item = PathBuf> + '_ {
+        self.all().filter(|(_, usage)| *usage != Use::Tidy).map(|(place, _)| place)
+    }
+
+    /// Whether the user of this process is root, and stays so.
+    pub(super) fn stays_root(&self) -> bool {
+        self.owner.as_ref().map_or_else(geteuid, |user| user.uid).is_root()
+    }
+
+    /// Looks whether a rule would reach what none may.
+    ///
+    /// # Errors
+    /// See [`Exposed`].
+    pub(super) fn check_secrets(&self) -> Result<(), Exposed> {
+        self.needed().try_for_each(|place| self.secrets.check(&place))
+    }
+
     /// Whoever this process becomes has what it has made.
     fn give(&self, path: &Path) {
         if let Some(owner) = &self.owner {
@@ -252,7 +291,8 @@ impl Places {
     pub(super) fn enforce(&self) -> Result<Option<Lack>, RulesetError> {
         let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
         let ruleset = ruleset.handle_access(AccessFs::from_all(NEWEST))?;
-        let mut ruleset = ruleset.scope(Scope::Signal)?.create()?;
+        // The service manager's socket, if its name is abstract, is connected already.
+        let mut ruleset = ruleset.scope(Scope::Signal | Scope::AbstractUnixSocket)?.create()?;
         for (path, usage) in self.all() {
             let Ok(place) = PathFd::new(&path) else { continue };
             let is_directory = fs::metadata(&path).is_ok_and(|about| about.is_dir());
@@ -269,7 +309,8 @@ impl Places {
         })
     }
 
-    fn all(&self) -> impl Iterator<Item = (PathBuf, Use)> + '_ {
+    /// Those that every process needs, and its own.
+    pub(super) fn all(&self) -> impl Iterator<Item = (PathBuf, Use)> + '_ {
         let own = std::env::current_exe().ok();
         let read = ALWAYS_READ.iter().chain(&LIBRARIES).map(PathBuf::from).chain(own).chain(resolver());
         read.map(|path| (path, Use::Read)).chain(self.list.iter().cloned())

@@ -10,7 +10,7 @@ use super::steward::Charter;
 use super::{Mode, PrivilegeError};
 use crate::cli::{ActiveOptions, ConsoleSpec, NetSpec, RunOptions, StandbyOptions};
 use crate::link::Security;
-use crate::{arbiter, disk, status};
+use crate::{arbiter, disk, keys, status};
 
 /// What a process needs once it is confined.
 pub(crate) struct Plan {
@@ -78,12 +78,17 @@ impl Plan {
     fn add(&mut self, active: &ActiveOptions, arbiter: Option<&str>) {
         let places = &mut self.places;
         places.device("/dev/kvm");
+        places.guard(Path::new(keys::USUAL));
         if let Security::Keys(directory) = active.security() {
+            places.guard(&directory);
             places.read(directory);
         }
         let needs = arbiter.map(arbiter::needs).unwrap_or_default();
+        // Its own keys among them, if it has some.
+        needs.read.iter().for_each(|place| places.guard(place));
         needs.kept.into_iter().for_each(|directory| places.keep(directory));
         needs.read.into_iter().for_each(|file| places.read(file));
+        needs.renewed.iter().for_each(|file| places.renewed(file));
         if let Some(events) = active.events.as_deref().filter(|it| it.as_os_str() != "-") {
             places.append(events, active.events_max.is_some());
         }
@@ -105,6 +110,57 @@ impl Plan {
                     found |= folder.is_dir();
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::time::Duration;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use crate::keys::{Grant, Order};
+
+    /// A process whose keys are in `directory`, with the CA beside them.
+    fn plan(directory: &Path, options: &[&str]) -> Plan {
+        let (keys, socket) = (directory.join("keys"), directory.join("run/a.sock"));
+        let own = ["--keys", keys.to_str().unwrap(), "--status", socket.to_str().unwrap()];
+        let cli = Cli::try_parse_from(["outlive", "run"].iter().chain(&own).chain(options)).unwrap();
+        let Command::Run(options) = cli.command else { unreachable!() };
+        Plan::of_run(&options).unwrap()
+    }
+
+    #[test]
+    fn no_plan_reaches_the_key_of_the_ca() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let order = Order { host: "a".into(), grant: Grant::ALL, life: Duration::from_secs(60) };
+        keys::init(&path("keys"), &order).unwrap();
+        ["etcd-ca.pem", "web.img", "events"].into_iter().for_each(|it| fs::write(path(it), "").unwrap());
+        let text = |name: &str| path(name).display().to_string();
+        let arbiter = format!("etcd:https://10.0.0.1:2379?ca={}", text("etcd-ca.pem"));
+        for beside in
+            [&["--arbiter", &arbiter][..], &["--events", &text("events")], &["--kernel", &text("web.img")]]
+        {
+            let plan = plan(directory.path(), beside);
+            plan.places.check_secrets().unwrap();
+            assert!(plan.places.all().any(|(place, _)| beside[1].ends_with(place.to_str().unwrap())));
+        }
+        for around in [
+            &["--disk", &format!("path={}", text("web.img"))][..],
+            &["--events", &text("events"), "--events-max", "1M"],
+            &["--console", &text("")],
+            &["--arbiter", &format!("file:{}", text(""))],
+        ] {
+            let refused = plan(directory.path(), around).places.check_secrets();
+            assert!(
+                refused.is_err_and(|why| why.to_string().contains("keys-ca/ca.pem is below it")),
+                "{around:?}"
+            );
         }
     }
 }

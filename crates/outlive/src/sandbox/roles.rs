@@ -71,7 +71,7 @@ impl Role {
             "receiver" => Self::Receiver,
             "session" => Self::Reader,
             "applier" => Self::Applier,
-            "disks" | "disk-sync" | "sidecars" | "self-check" | "boot-disk" => Self::Files,
+            "disks" | "disk-sync" | "sidecars" | "self-check" | "audit" | "boot-disk" => Self::Files,
             "log" | "events" => Self::Writer,
             "watchdog" | "signals" | "hangup" | "stdin" | "stats" | "progress" => Self::Watcher,
             "metrics" => Self::Teller,
@@ -167,6 +167,8 @@ enum Test {
     Lacks(u8, u64),
     /// The type of an ioctl.
     OfType(u8, u64),
+    /// The type of a socket, whatever its flags are.
+    Kind(u8, u64),
     /// This process.
     Own(u8),
 }
@@ -180,6 +182,7 @@ impl Test {
             Self::Has(at, bits) => (at, MaskedEq(bits), bits),
             Self::Lacks(at, bits) => (at, MaskedEq(bits), 0),
             Self::OfType(at, kind) => (at, MaskedEq(0xff00), kind << 8),
+            Self::Kind(at, kind) => (at, MaskedEq(0xf), kind),
             Self::Own(at) => (at, Eq, process.into()),
         };
         SeccompCondition::new(at, SeccompCmpArgLen::Dword, operator, value)
@@ -375,9 +378,17 @@ const LINKS: &[Call] = &[
 const CONNECT: &[Call] = &[
     Call(libc::SYS_socket, &[Test::Is(0, libc::AF_INET as u64)]),
     Call(libc::SYS_socket, &[Test::Is(0, libc::AF_INET6 as u64)]),
-    Call(libc::SYS_socket, &[Test::Is(0, libc::AF_UNIX as u64)]),
-    Call(libc::SYS_socket, &[Test::Is(0, libc::AF_NETLINK as u64)]),
-    Call(libc::SYS_socketpair, &[Test::Is(0, libc::AF_UNIX as u64)]),
+    // As resolvers, consoles and the status speak; and what the C library takes to ask the kernel for an interface's number.
+    // The device manager and others speak in packets.
+    Call(libc::SYS_socket, &[Test::Is(0, libc::AF_UNIX as u64), Test::Kind(1, libc::SOCK_STREAM as u64)]),
+    Call(libc::SYS_socket, &[Test::Is(0, libc::AF_UNIX as u64), Test::Kind(1, libc::SOCK_DGRAM as u64)]),
+    // Links and addresses: what the C library, and the watch over the uplink, ask the kernel.
+    Call(libc::SYS_socket, &[Test::Is(0, libc::AF_NETLINK as u64), Test::Is(2, libc::NETLINK_ROUTE as u64)]),
+    // To the steward. A pair of datagram sockets could be connected elsewhere.
+    Call(
+        libc::SYS_socketpair,
+        &[Test::Is(0, libc::AF_UNIX as u64), Test::Kind(1, libc::SOCK_SEQPACKET as u64)],
+    ),
     free(libc::SYS_connect),
     free(libc::SYS_sendmmsg),
     free(libc::SYS_recvmmsg),
@@ -539,6 +550,11 @@ mod tests {
         assert_eq!(of(&["vcpu0", "vcpu31"]), [Role::Vcpu; 2]);
         assert_eq!(of(&["outlive-net", "outlive-blk-io", "outlive-serial"]), [Role::Device; 3]);
         assert_eq!(of(&["session", "sender", "arbiter"]), [Role::Reader, Role::Sender, Role::Control]);
+        assert_eq!(
+            of(&["audit", "disks", "self-check"]),
+            [Role::Files; 3],
+            "they read the guest and its images"
+        );
     }
 
     /// Whether a role may make this call with these arguments.
@@ -549,6 +565,7 @@ mod tests {
             Test::Has(at, bits) => arguments[usize::from(at)] & bits == bits,
             Test::Lacks(at, bits) => arguments[usize::from(at)] & bits == 0,
             Test::OfType(at, kind) => arguments[usize::from(at)] & 0xff00 == kind << 8,
+            Test::Kind(at, kind) => arguments[usize::from(at)] & 0xf == kind,
             Test::Own(at) => arguments[usize::from(at)] == 1,
         };
         role.calls().iter().any(|Call(its, tests)| *its == number && tests.iter().all(holds))
@@ -572,6 +589,26 @@ mod tests {
         }
         for role in [Role::Vcpu, Role::Device] {
             assert!(allows(role, SYS_ioctl, [3, libc::TUNSETOFFLOAD, 0]), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn sockets_are_of_the_kinds_that_are_spoken() {
+        const DATAGRAM: u64 = libc::SOCK_DGRAM as u64;
+        const PACKETS: u64 = libc::SOCK_SEQPACKET as u64;
+        const CLOEXEC: u64 = libc::SOCK_CLOEXEC as u64;
+        let (unix, netlink) = (libc::AF_UNIX as u64, libc::AF_NETLINK as u64);
+        for role in Role::ALL {
+            let connects = [Role::Control, Role::Reader].contains(&role);
+            let makes = |arguments| allows(role, libc::SYS_socket, arguments);
+            for kind in [libc::SOCK_STREAM as u64, DATAGRAM] {
+                assert_eq!(makes([unix, kind | CLOEXEC, 0]), connects, "{role:?}");
+            }
+            assert!(!makes([unix, PACKETS, 0]), "{role:?}");
+            let protocols = (0..64).filter(|it| makes([netlink, libc::SOCK_RAW as u64 | CLOEXEC, *it]));
+            assert_eq!(protocols.count(), usize::from(connects), "{role:?}");
+            let pairs = |kind| allows(role, libc::SYS_socketpair, [unix, kind, 0]);
+            assert!(pairs(PACKETS | CLOEXEC) == connects && !pairs(DATAGRAM), "{role:?}");
         }
     }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::{
     Hello, IncomingError, IncomingLimits, Message, PAGE_SIZE, Peer, ProtocolVersion, ReadError, RefuseCode,
-    SectionReader, StrayKey, VersionRange, WireError,
+    SectionReader, StrayKey, VersionRange, VmId, WireError,
 };
 use outlive_pair::{Introduction, Link, Unwelcome};
 
@@ -28,7 +28,7 @@ use super::refusal::Refusal;
 use super::tail::Tail;
 use crate::arbiter::{self, Arbiter};
 use crate::events::Event;
-use crate::keys::{Certificate, Right};
+use crate::keys::{Certificate, Right, Vms};
 use crate::link::{Connection, Listener, MayNot, NewConnection, Reader};
 use crate::logs::RateLimit;
 use crate::strays::{self, Intake};
@@ -196,7 +196,9 @@ fn serve(
         Err(error) => {
             if limit.allows() {
                 match &error {
-                    ReadError::Io(late) if late.kind() == io::ErrorKind::WouldBlock => {
+                    ReadError::Io(late)
+                        if matches!(late.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
+                    {
                         tracing::warn!(
                             from,
                             "a connection did not introduce itself in time; a primary \
@@ -299,7 +301,7 @@ fn admit(
         dead_after: Duration::from_micros(hello.dead_after_us),
         shared_storage: hello.devices.iter().any(|device| device.flags.shared),
     };
-    decisions.would_accept(&introduction).map_err(|why| unwelcome(decisions, why))?;
+    decisions.would_accept(&introduction).map_err(|why| unwelcome(decisions, why, sender))?;
     // Before anything that a primary must be: whoever asks has made no VM yet.
     if hello.limits.slots == 0 {
         return Err(Refusal::OnlyAsked);
@@ -307,7 +309,8 @@ fn admit(
     let Hello { vm, name, .. } = hello;
     let kept_for = decisions.equipment.options.vm.as_ref();
     if let Some(served) = kept_for.filter(|it| *it != name && **it != vm.to_string()) {
-        return Err(Refusal::WrongVm { served: served.clone(), name: name.clone(), vm: *vm });
+        let served = may_learn_of(sender, served.parse().ok()).then(|| served.clone());
+        return Err(Refusal::WrongVm { served, name: name.clone(), vm: *vm });
     }
     decisions.equipment.differences.check()?;
     if hello.limits.slots > MAX_SLOTS {
@@ -357,16 +360,30 @@ fn key_for_strays() -> Option<StrayKey> {
         .ok()
 }
 
-/// The words of a refusal. Where a VM runs, it says which: the primary may have it, too.
-fn unwelcome(decisions: &Decisions, why: Unwelcome) -> Refusal {
+/// The words of a refusal. Where a VM runs, it says which: the primary may have it, too. A host without a right to that
+/// VM learns no more than that this one is busy.
+fn unwelcome(decisions: &Decisions, why: Unwelcome, sender: Option<&Certificate>) -> Refusal {
     let runs = decisions.equipment.standing.runs().filter(|_| why == Unwelcome::TakenOver);
-    runs.map_or_else(|| why.into(), Refusal::Runs)
+    match (runs, why) {
+        (Some(runs), _) if may_learn_of(sender, runs.id.parse().ok()) => Refusal::Runs(runs),
+        (_, Unwelcome::WrongVm { served, .. }) if !may_learn_of(sender, Some(served)) => Refusal::OtherVm,
+        (_, why) => why.into(),
+    }
 }
 
-/// A question about no VM needs no right: see `primary/ask.rs`.
+/// Whether a host may hear of the VM with this id. What is only known by name may be any.
+fn may_learn_of(host: Option<&Certificate>, vm: Option<VmId>) -> bool {
+    host.is_none_or(|host| host.grant.concerns_all_or(vm.as_ref()))
+}
+
+/// A question about no VM is any host's that has VMs, see `primary/ask.rs`: one that only holds them asks, too.
 fn may_send(hello: &Hello, sender: Option<&Certificate>) -> Result<(), Refusal> {
+    let asks = hello.limits.slots == 0;
     match sender {
-        Some(host) if hello.limits.slots > 0 && !host.grant.allows(Right::Send, &hello.vm) => {
+        Some(host) if asks && host.grant.send == Vms::NONE && host.grant.hold == Vms::NONE => {
+            Err(Refusal::NoVms(host.name.clone()))
+        }
+        Some(host) if !asks && !host.grant.allows(Right::Send, &hello.vm) => {
             Err(MayNot::new(host, Right::Send, hello.vm).into())
         }
         _ => Ok(()),

@@ -28,9 +28,17 @@ pub(super) enum Refusal {
     /// A VM runs here. The words are read by the primary's program, too.
     #[error("{0}")]
     Runs(Runs),
-    /// This standby is for another VM.
-    #[error("this standby is kept for VM {served}, not for {name} ({vm})")]
-    WrongVm { served: String, name: String, vm: VmId },
+    /// This standby is for another VM, which is named only to whom it concerns.
+    #[error("this standby is kept for {}, not for {name} ({vm})", said(.served.as_deref()))]
+    WrongVm { served: Option<String>, name: String, vm: VmId },
+    /// It has another VM, to which the primary's host has no right.
+    #[error("this standby is kept for another VM")]
+    OtherVm,
+    /// Whoever asks has no VM to ask for.
+    #[error(
+        "host {0} may neither send nor hold a VM: `outlive keys issue` makes a certificate that allows it"
+    )]
+    NoVms(String),
     /// No primary has come: it was the question of `primary/ask.rs`.
     #[error("it only asked whether this standby is taking a VM over, which it is not")]
     OnlyAsked,
@@ -74,17 +82,23 @@ pub(super) enum Refusal {
     Attached,
 }
 
+fn said(served: Option<&str>) -> String {
+    served.map_or_else(|| "another VM".to_owned(), |vm| format!("VM {vm}"))
+}
+
 impl Refusal {
     /// The code for the primary's program.
     pub(super) fn code(&self) -> RefuseCode {
         match self {
             Self::Version(_) => RefuseCode::Version,
             Self::Unwelcome(why) => why.code(),
-            Self::WrongVm { .. } | Self::MayNot(_) => RefuseCode::WrongVm,
+            Self::WrongVm { .. } | Self::OtherVm | Self::MayNot(_) => RefuseCode::WrongVm,
             Self::Stale { .. } => RefuseCode::StaleGeneration,
             Self::Copy(why) => why.code(),
             // Nothing is wrong with the primary: it may try again.
             Self::Place(_) | Self::Arbiter { .. } | Self::Attached | Self::Runs(_) => RefuseCode::Busy,
+            // By no other code a host that asks learns that nothing was looked at.
+            Self::NoVms(_) => RefuseCode::Malformed,
             Self::OnlyAsked
             | Self::Slots(_)
             | Self::OtherArbiter { .. }

@@ -22,6 +22,8 @@ use crate::support::{PROGRAM, has_kvm};
 struct Stage {
     network: Namespace,
     dir: tempfile::TempDir,
+    /// The keys and their CA: what is beside an image is the VM's.
+    safe: tempfile::TempDir,
 }
 
 impl Stage {
@@ -38,12 +40,16 @@ impl Stage {
         let arbiter = dir.path().join("arbiter");
         fs::create_dir(&arbiter).unwrap();
         FileArbiter::init(&arbiter).unwrap();
-        let stage = Stage { network, dir };
+        let safe = tempfile::Builder::new().prefix("outlive-keys-").tempdir().unwrap();
+        let stage = Stage { network, dir, safe };
         // Long enough to need no warning.
         let life = Duration::from_secs(90 * 24 * 3600);
-        keys::init(stage.path("keys").as_ref(), &Order { host: "a".into(), grant: Grant::ALL, life })
-            .unwrap();
+        keys::init(stage.keys().as_ref(), &Order { host: "a".into(), grant: Grant::ALL, life }).unwrap();
         Some(stage)
+    }
+
+    fn keys(&self) -> String {
+        self.safe.path().join("keys").display().to_string()
     }
 
     fn path(&self, name: &str) -> String {
@@ -59,7 +65,7 @@ impl Stage {
             && !line.contains("--insecure")
             && !line.contains("--keys")
         {
-            command.args(["--keys", &self.path("keys")]);
+            command.args(["--keys", &self.keys()]);
         }
         command
     }
@@ -119,7 +125,7 @@ fn links_without_keys_are_refused() {
     stage.refuses(&format!("{standby} 0.0.0.0:7000 --insecure"), &["0.0.0.0:7000", "outlive keys init"]);
     let none = stage.path("none");
     stage.refuses(&format!("{standby} 127.0.0.1:7000 --keys {none}"), &["has no keys", "outlive keys init"]);
-    let keys = stage.path("keys");
+    let keys = stage.keys();
     fs::set_permissions(format!("{keys}/host.pem"), fs::Permissions::from_mode(0o644)).unwrap();
     stage.refuses(&format!("{standby} 127.0.0.1:7000 --keys {keys}"), &["mode 0644", "chmod 600"]);
     stage.refuses(&format!("keys init {keys}"), &["is there already", "outlive keys rotate"]);

@@ -11,7 +11,7 @@ use outlive::events::{Event, Record, now_us};
 use crate::support::{Client, MemoryLoad, Process, Side, Witnesses, World, wait_until};
 
 /// The processes that this one has started, or its steward, and that are still there.
-fn sentinels(pid: u32) -> Vec<u32> {
+pub(crate) fn sentinels(pid: u32) -> Vec<u32> {
     let is = |pid: &u32, name: &str| {
         fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it.trim() == name)
     };
@@ -36,7 +36,7 @@ fn sockets(pid: u32) -> BTreeSet<PathBuf> {
 }
 
 /// Waits until a process has a sentinel that knows its link.
-fn sentinel_of(process: &Process) -> u32 {
+pub(crate) fn sentinel_of(process: &Process) -> u32 {
     let mut found = None;
     wait_until("the sentinel knows the link", || {
         let guards = |pid: &u32| !sockets(*pid).is_disjoint(&sockets(process.pid()));
@@ -50,7 +50,7 @@ fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid as i32), signal).unwrap();
 }
 
-fn is_gone(pid: u32) -> bool {
+pub(crate) fn is_gone(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 

@@ -21,7 +21,6 @@ mod renewal;
 mod resolver;
 mod spec;
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use self::api::{Compare, Op, Txn, TxnAnswer};
@@ -60,16 +59,13 @@ pub(super) fn read(place: &str) -> Result<(), ArbiterSpecError> {
     Spec::parse(place).map(drop).map_err(|error| EtcdSpecError::from(error).into())
 }
 
-/// The directories of the files that it names: who renews a file most likely puts another one in its place.
+/// The files that it names: who renews one most likely puts another one in its place.
 pub(super) fn needs(place: &str) -> Needs {
     let Ok(Spec { ca, certificate, key, password_file, .. }) = Spec::parse(place) else {
         return Needs::default();
     };
-    let files = [ca, certificate, key, password_file].into_iter().flatten();
-    let mut read: Vec<PathBuf> = files.flat_map(|file| places_of(&file)).collect();
-    read.sort_unstable();
-    read.dedup();
-    Needs { read, ..Needs::default() }
+    let renewed = [ca, certificate, key, password_file].into_iter().flatten().collect();
+    Needs { renewed, ..Needs::default() }
 }
 
 /// Where its members are.
@@ -78,32 +74,6 @@ pub(super) fn servers(place: &str) -> Vec<String> {
     let address = |url: String| url.split_once("://").map(|(_, address)| address.to_owned());
     members.into_iter().filter_map(address).collect()
 }
-
-/// Where a file is, and where it is in truth, if its name is that of a link. A directory that has much else is not given
-/// for the sake of one file.
-fn places_of(file: &Path) -> Vec<PathBuf> {
-    let whole = |path: &Path| path.canonicalize().ok();
-    let beside = match file.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let target = whole(file);
-    let directories = [whole(beside), target.as_deref().and_then(Path::parent).map(Path::to_owned)];
-    let mut places = Vec::new();
-    for directory in directories {
-        match directory {
-            Some(directory) if !TOO_MUCH.iter().any(|it| directory == Path::new(it)) => {
-                places.push(directory)
-            }
-            // It is reported where it is needed.
-            _ => places.push(file.to_owned()),
-        }
-    }
-    places
-}
-
-/// Directories that are never given as a whole.
-const TOO_MUCH: [&str; 2] = ["/", "/etc"];
 
 /// Makes the cluster of an `--arbiter` option an arbiter.
 pub(super) fn init(place: &str) -> Result<(Box<dyn Arbiter>, Initialized), ArbiterSpecError> {
@@ -405,28 +375,4 @@ fn now() -> u64 {
 
 fn time(text: &str) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::from_secs(record::parse_at(text)?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A rule of the sandbox holds for a file, and not for another one that gets its name.
-    #[test]
-    fn the_directories_of_secrets_are_needed_and_of_etc_the_files() {
-        let directory = tempfile::tempdir().unwrap();
-        let whole = directory.path().canonicalize().unwrap();
-        let (live, archive) = (whole.join("live"), whole.join("archive"));
-        [&live, &archive].into_iter().for_each(|it| std::fs::create_dir(it).unwrap());
-        std::fs::write(archive.join("ca1.pem"), "").unwrap();
-        std::os::unix::fs::symlink("../archive/ca1.pem", live.join("ca.pem")).unwrap();
-        let place = format!(
-            "https://a:1?ca={0}/ca.pem&cert=/etc/cert.pem&key=/key.pem&user=vm&password-file={0}/password",
-            live.display()
-        );
-        let expected = [PathBuf::from("/etc/cert.pem"), PathBuf::from("/key.pem"), archive, live.clone()];
-        let needs = needs(&place).read;
-        assert!(expected.iter().all(|it| needs.contains(it)), "{needs:?}");
-        assert!(!needs.contains(&PathBuf::from("/")) && !needs.contains(&PathBuf::from("/etc")), "{needs:?}");
-    }
 }

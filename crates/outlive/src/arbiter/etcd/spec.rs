@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 /// How to write it, for people.
 pub(crate) const FORM: &str = "etcd:URL,...[/PREFIX][?ca=FILE&cert=FILE&key=FILE&user=NAME&password-file=FILE], for example \
-                               etcd:https://10.0.0.1:2379,https://10.0.0.2:2379,https://10.0.0.3:2379?ca=/etc/outlive/etcd-ca.pem";
+                               etcd:https://10.0.0.1:2379,https://10.0.0.2:2379,https://10.0.0.3:2379?ca=/etc/outlive/etcd/ca.pem";
 /// Where the keys are if nothing else is said.
 const PREFIX: &str = "outlive";
 /// More members than a cluster should have.

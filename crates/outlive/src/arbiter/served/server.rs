@@ -25,7 +25,7 @@ use crate::keys::Certificate;
 use crate::link::{Security, SecurityError, may_be_open, usable};
 use crate::logs::RateLimit;
 use crate::serving::ServingThread;
-use crate::{logs, notify, serving};
+use crate::{logs, notify, sandbox, serving};
 
 /// How long a question may take to arrive, and an answer to leave.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -67,6 +67,9 @@ pub enum ServeError {
         /// The system's error.
         source: io::Error,
     },
+    /// It cannot be confined to what it needs.
+    #[error("{0}")]
+    Sandbox(String),
     /// The system refuses something else.
     #[error("cannot serve: {0}")]
     System(#[source] io::Error),
@@ -82,10 +85,17 @@ pub(in crate::arbiter) fn serve(
     security: Security,
     exit_with_stdin: bool,
 ) -> Result<(), ServeError> {
+    sandbox::close_inherited();
     check(&security, address)?;
     let arbiter = FileArbiter::open(directory)?;
     let (listener, address) = serving::listen(address)
         .map_err(|source| ServeError::Listen { address: address.to_owned(), source })?;
+    let keys = match &security {
+        Security::Keys(directory) => Some(directory.as_path()),
+        Security::Open => None,
+    };
+    // Before there is a second thread; the port may have taken a right.
+    sandbox::enter_arbiter(directory, keys).map_err(|why| ServeError::Sandbox(why.to_string()))?;
     let stops = serving::stops(exit_with_stdin).map_err(ServeError::System)?;
     if security == Security::Open {
         tracing::warn!("INSECURE: whoever reaches {address} can win every generation of every VM");

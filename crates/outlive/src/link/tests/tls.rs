@@ -124,6 +124,29 @@ fn a_changed_record_is_wrong_and_not_the_end() {
     assert_eq!(error.kind(), ErrorKind::InvalidData, "{error}");
 }
 
+/// Each byte comes soon after the one before; the whole would take ten seconds, and then it ends.
+#[test]
+fn a_handshake_that_comes_byte_by_byte_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let [_, b] = keys_in(dir.path(), Grant::ALL).map(Security::Keys);
+    let listener = Listener::reserve("127.0.0.1:0").unwrap();
+    listener.listen().unwrap();
+    let address = listener.address().unwrap();
+    std::thread::spawn(move || {
+        let mut stranger = std::net::TcpStream::connect(address).unwrap();
+        // The head of a long record of a handshake.
+        let head = [0x16, 3, 1, 0x40, 0].into_iter().chain(std::iter::repeat(1));
+        for byte in head.take(100) {
+            std::thread::sleep(Duration::from_millis(100));
+            if stranger.write_all(&[byte]).is_err() {
+                break;
+            }
+        }
+    });
+    let refused = listener.accept().unwrap().open(&b).err().unwrap();
+    assert_eq!(refused.kind(), ErrorKind::TimedOut, "{refused}");
+}
+
 /// Why the end that listens refuses, and what the other end learns when it reads.
 fn refused(keys: &[PathBuf; 2]) -> [String; 2] {
     let (mut dialled, accepted) = connected(keys).unwrap();

@@ -15,6 +15,8 @@ struct State {
     connections: Arc<AtomicUsize>,
     /// The first words of the server are no answer yet.
     is_tls: bool,
+    /// What clients have said.
+    heard: Arc<Mutex<Vec<u8>>>,
 }
 
 /// The proxy. Its thread ends with its last connection.
@@ -37,7 +39,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (reach, target) = (Arc::new(Mutex::new(Reach::Here)), Arc::new(Mutex::new(target)));
-        let state = State { reach, target, connections: Arc::default(), is_tls };
+        let state = State { reach, target, connections: Arc::default(), is_tls, heard: Arc::default() };
         let accepted = state.clone();
         spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
@@ -51,6 +53,16 @@ impl Proxy {
     /// How many there have been.
     pub(crate) fn connections(&self) -> usize {
         self.state.connections.load(Ordering::Relaxed)
+    }
+
+    /// What clients have said since then.
+    pub(crate) fn heard(&self) -> Vec<u8> {
+        self.state.heard.lock().unwrap().clone()
+    }
+
+    /// Forgets what it has heard.
+    pub(crate) fn forget(&self) {
+        self.state.heard.lock().unwrap().clear();
     }
 
     pub(crate) fn reach(&self, reach: Reach) {
@@ -93,6 +105,9 @@ impl State {
                 server.store(true, Ordering::Relaxed);
             } else if server.load(Ordering::Relaxed) {
                 client.store(true, Ordering::Relaxed);
+            }
+            if !is_answer {
+                self.heard.lock().unwrap().extend_from_slice(&buffer[..length]);
             }
             let lost = match *self.reach.lock().unwrap() {
                 Reach::Here => false,

@@ -185,3 +185,45 @@ fn what_cannot_be_served_is_refused() {
     let error = arbiter::parse(&keys::place(address, &hosts)).map(drop).unwrap_err().to_string();
     assert!(error.contains("outlive arbiter serve"), "{error}");
 }
+
+/// By hand, too: without a unit of systemd around it. Only its directory and its keys are in reach.
+#[test]
+fn a_server_has_no_right_and_reaches_only_its_directory_and_its_keys() {
+    let (keys, directory) = (Keys::make(), made());
+    // Every program that is started from here on has it.
+    let secret = directory.path().join("../outlive-secret-").with_extension(std::process::id().to_string());
+    fs::write(&secret, "of whoever starts it").unwrap();
+    let secret = secret.canonicalize().unwrap();
+    let none = nix::sys::stat::Mode::empty();
+    let left_open = nix::fcntl::open(&secret, nix::fcntl::OFlag::O_RDONLY, none).unwrap();
+    let server = Server::start(directory.path(), "127.0.0.1:0", Some(&keys.arbiter()));
+    drop(left_open);
+    fs::remove_file(&secret).unwrap();
+    let files = fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap();
+    let links: Vec<_> = files.map(|file| fs::read_link(file.unwrap().path()).unwrap()).collect();
+    let name = secret.to_str().unwrap();
+    assert!(!links.iter().any(|to| to.to_string_lossy().starts_with(name)), "{links:?}");
+    for task in fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap() {
+        let words = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        for word in ["CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"] {
+            assert!(words.contains(word), "{word}: {words}");
+        }
+    }
+    let mut host = arbiter::parse(&keys::place(server.address, &keys.host())).unwrap();
+    assert_eq!(host.claim(&VM, 1, "primary"), Claim::Won);
+    // Another directory under the name of the first is a file of others.
+    let (own, away) = (keys.arbiter(), keys.of("away"));
+    fs::rename(&own, &away).unwrap();
+    fs::create_dir(&own).unwrap();
+    for file in fs::read_dir(&away).unwrap().map(Result::unwrap) {
+        fs::copy(file.path(), own.join(file.file_name())).unwrap();
+    }
+    fs::set_permissions(&own, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    if !server.log().iter().any(|line| line.contains("no Landlock")) {
+        why(host.claim(&VM, 2, "primary"));
+        server.wait_says("has no permission to read it");
+    }
+    fs::remove_dir_all(&own).unwrap();
+    fs::rename(&away, &own).unwrap();
+    assert_eq!(answer(host.as_mut(), 2, "primary"), Claim::Won);
+}

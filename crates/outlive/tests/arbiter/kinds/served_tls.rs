@@ -1,7 +1,7 @@
 //! Who may ask the arbiter that Outlive serves, and who may be it.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -137,6 +137,53 @@ fn a_host_asks_about_the_vms_of_its_certificate_and_about_no_others() {
     assert_eq!(steward.vms().unwrap(), [VM, OTHER_VM]);
     assert!(why(steward.claim(&VM, 4, "third")).contains("may neither send nor hold"));
     assert!(steward.note_end(&VM, 3, "third").unwrap_err().to_string().contains("may neither"));
+}
+
+/// A ClientHello of TLS 1.2, as OpenSSL sends it with `-tls1_2`: no extension names a newer version.
+const TLS12: &[u8] = &[
+    0x16, 0x03, 0x01, 0x00, 0x31, 0x01, 0x00, 0x00, 0x2d, 0x03, 0x03, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
+    13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 0x00, 0x00, 0x02, 0xc0,
+    0x2b, 0x01, 0x00, 0x00, 0x02, 0x00, 0x00,
+];
+
+/// What the server answers to these words.
+fn say(stage: &Stage, words: &[u8]) -> Vec<u8> {
+    let mut stranger = TcpStream::connect(stage.server.address).unwrap();
+    stranger.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    drop(stranger.write_all(words));
+    drop(stranger.shutdown(std::net::Shutdown::Write));
+    let mut answer = Vec::new();
+    drop(stranger.read_to_end(&mut answer));
+    answer
+}
+
+/// A claim that somebody has recorded is not made once more, and nobody speaks an older TLS.
+#[test]
+fn a_recorded_question_and_an_older_tls_get_nothing() {
+    let stage = Stage::set();
+    let proxy = Proxy::before_tls(stage.server.address);
+    let mut host = arbiter::parse(&keys::place(proxy.address, &stage.keys.host())).unwrap();
+    proxy.forget();
+    assert_eq!(host.claim(&VM, 1, "primary"), Claim::Won);
+    let claim = proxy.heard();
+    assert!(claim.len() > 1000, "a claim was recorded");
+    // The files say whether it was carried out: without the claim, it could be won again.
+    let files = stage.directory.path().join(VM.to_string());
+    fs::remove_dir_all(&files).unwrap();
+    sleep(COMPLAINT);
+    let answer = say(&stage, &claim);
+    let (mut rest, mut records) = (&answer[..], 0);
+    while let [0x14..=0x17, 3, _, high, low, more @ ..] = rest {
+        rest = &more[usize::from(*high) << 8 | usize::from(*low)..];
+        records += 1;
+    }
+    assert!(rest.is_empty() && records > 0 && answer.len() < 8192, "a handshake at most: {answer:?}");
+    stage.server.wait_says("refused a connection of 127.0.0.1: TLS: ");
+    assert!(!files.exists(), "nobody has won anything");
+    sleep(COMPLAINT);
+    let answer = say(&stage, TLS12);
+    assert!(answer.len() == 7 && answer[0] == 0x15, "an alert: {answer:?}");
+    stage.server.wait_says("it does not speak TLS 1.3");
 }
 
 /// Any host of VMs has a certificate of the same CA. It must not be able to let another host win what it wants.

@@ -23,6 +23,7 @@ mod proxy;
 mod slow;
 mod small;
 mod start;
+mod tls;
 mod tracer;
 mod witness;
 mod writer;
@@ -49,6 +50,7 @@ pub(crate) use proxy::{Proxy, Way};
 pub(crate) use slow::{Pace, Slow};
 pub(crate) use small::Small;
 pub(crate) use start::{Log, Readers};
+pub(crate) use tls::tls;
 pub(crate) use tracer::{Held, flip_program_bit, take_all_memory, take_program_memory};
 pub(crate) use witness::{MemoryLoad, Witnesses};
 pub(crate) use writer::{
@@ -123,6 +125,8 @@ pub(crate) struct World {
     /// Its links are neither encrypted nor authenticated.
     is_plain: bool,
     dir: tempfile::TempDir,
+    /// The keys of all hosts, and the CA: hosts have their sockets and images in `dir`, and so `dir` as a whole.
+    safe: tempfile::TempDir,
 }
 
 impl World {
@@ -146,6 +150,7 @@ impl World {
             asked: None,
             is_plain: false,
             dir,
+            safe: tempfile::Builder::new().prefix("outlive-keys-").tempdir().unwrap(),
         };
         world.place_arbiter(arbiter);
         world.make_keys();
@@ -168,7 +173,7 @@ impl World {
 
     /// The keys of a third machine that serves an arbiter.
     pub(crate) fn arbiter_keys(&self) -> PathBuf {
-        self.dir().join("keys-third")
+        self.safe.path().join("keys-third")
     }
 
     /// Gives both hosts an interface, `end`, to a network with a third machine, which has so many addresses there:
@@ -223,7 +228,7 @@ impl World {
 
     /// The keys of a host.
     pub(crate) fn keys(&self, side: Side) -> PathBuf {
-        self.dir().join(format!("keys-{}", side.letter()))
+        self.safe.path().join(format!("keys-{}", side.letter()))
     }
 
     fn cable(&self) {

@@ -137,7 +137,9 @@ impl World {
             // The usual place is the host's, and a killed process leaves its socket there.
             process.arg("--status").arg(&socket);
         }
-        if self.is_plain {
+        if options.contains(&"--insecure") {
+            process.env("OUTLIVE_INSECURE_NETWORK", "1");
+        } else if self.is_plain {
             process.arg("--insecure").env("OUTLIVE_INSECURE_NETWORK", "1");
         } else if !options.contains(&"--keys") {
             process.arg("--keys").arg(self.keys(side));

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::libc::{AT_FDCWD, PROT_NONE, SYS_mprotect, SYS_openat};
+use nix::libc::{AT_FDCWD, PROT_NONE, SYS_connect, SYS_mprotect, SYS_openat};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
@@ -34,6 +34,25 @@ impl Held {
             fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
         })?;
         Held::try_stop(process, named.file_name().to_str()?.parse().ok()?).ok()
+    }
+
+    /// Stops the first thread of a process that somebody else has started, if it can be stopped.
+    pub(crate) fn of(process: Pid) -> Option<Held> {
+        // Whoever started it hears of its end only when it is reaped here.
+        Held::stop_first(Held { thread: process, first: false })
+    }
+
+    /// Stops the first thread of a process that the test has started, if it can be stopped.
+    pub(crate) fn child(process: Pid) -> Option<Held> {
+        Held::stop_first(Held { thread: process, first: true })
+    }
+
+    fn stop_first(held: Held) -> Option<Held> {
+        if ptrace::attach(held.thread).is_err() {
+            std::mem::forget(held);
+            return None;
+        }
+        held.wait_until_stopped().ok().map(|()| held)
     }
 
     /// Stops the first thread of the process.
@@ -134,15 +153,27 @@ impl Held {
 
     /// Makes the stopped thread open a file, if it is in a system call itself. Returns what the kernel answers.
     pub(crate) fn open(&self, path: &str, flags: i32) -> Option<i64> {
+        let text = [path.as_bytes(), &[0]].concat();
+        self.call_about(SYS_openat, &text, |at| [AT_FDCWD as u64, at, flags as u64])
+    }
+
+    /// Makes the stopped thread connect one of its sockets, if it is in a system call itself. Returns what the kernel
+    /// answers.
+    pub(crate) fn connect(&self, socket: i64, address: &[u8]) -> Option<i64> {
+        self.call_about(SYS_connect, address, |at| [socket as u64, at, address.len() as u64])
+    }
+
+    /// A call with something in the thread's memory.
+    fn call_about(&self, number: i64, bytes: &[u8], arguments: impl Fn(u64) -> [u64; 3]) -> Option<i64> {
         // Far below what the thread uses of its stack.
         let at = (ptrace::getregs(self.thread).unwrap().rsp - 8192) & !7;
-        let mut text = path.as_bytes().to_vec();
-        text.resize((path.len() + 1).next_multiple_of(8), 0);
-        for (number, word) in text.chunks_exact(8).enumerate() {
+        let mut bytes = bytes.to_vec();
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        for (number, word) in bytes.chunks_exact(8).enumerate() {
             let word = i64::from_ne_bytes(word.try_into().unwrap());
             ptrace::write(self.thread, (at + 8 * number as u64) as *mut _, word).unwrap();
         }
-        self.call(SYS_openat, [AT_FDCWD as u64, at, flags as u64])
+        self.call(number, arguments(at))
     }
 
     fn try_call(&self, number: i64, arguments: [u64; 3]) -> nix::Result<Option<i64>> {
