@@ -33,6 +33,7 @@ mod rejoin;
 mod sandbox;
 mod self_check;
 mod sentinel;
+mod slow_disk;
 mod slow_link;
 mod standby;
 mod status;
