@@ -210,7 +210,7 @@ fn a_guest_that_writes_to_its_disk_all_the_time_never_differs_and_after_takeover
 fn a_guest_that_discards_and_restarts_never_differs_and_what_differs_is_found() {
     let Some(world) = World::new() else { return };
     let place = world.dir().to_path_buf();
-    let habits = Habits { discards: true, life: Some(3000) };
+    let habits = Habits { discards: true, life: Some(3000), ..Habits::default() };
     let writing = Writing::with(world, [&place, &place], "100", habits);
     let mut standby = writing.standby(Side::B);
     let mut primary = writing.run(Side::A);

@@ -36,6 +36,7 @@ mod sandbox;
 mod self_check;
 mod sentinel;
 mod shared_disks;
+mod slow_disk;
 mod slow_link;
 mod standby;
 mod status;

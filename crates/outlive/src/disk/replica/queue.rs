@@ -16,9 +16,14 @@ use crate::disk::sidecar::CopyEnd;
 
 /// How many bytes may wait to be written: data, and ranges to be made zero.
 pub(super) const QUEUE_BYTES: usize = 256 << 20;
-/// How long a committed write may wait for the disks' thread. A takeover waits for everything in this queue,
-/// so this bounds the wait on a slow disk, where [`QUEUE_BYTES`] may take minutes.
+/// How long a committed write may wait for the disks' thread, as far as is known of the disks. A takeover waits for
+/// everything in this queue, so this bounds the wait on a slow disk, where [`QUEUE_BYTES`] may take minutes.
 pub(super) const QUEUE_TIME: Duration = Duration::from_secs(2);
+/// What the disks did before they were busy for so long counts half: a disk that becomes slow is known as one within its
+/// first slow commit.
+const LATELY: Duration = Duration::from_millis(20);
+/// Before they were busy for so long nothing is known of them.
+const MEASURED: Duration = Duration::from_millis(5);
 /// How many checkpoints may wait to be audited; the next ones are not.
 const MOST_AUDITS: usize = 16;
 /// How many buffers of records are kept for reuse.
@@ -60,6 +65,33 @@ impl Job {
     }
 }
 
+/// How fast committed writes get onto the disks, lately.
+#[derive(Default)]
+struct Pace {
+    bytes: usize,
+    busy: Duration,
+}
+
+impl Pace {
+    /// So many bytes took so long.
+    fn add(&mut self, bytes: usize, busy: Duration) {
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.busy += busy;
+        while self.busy > LATELY {
+            (self.bytes, self.busy) = (self.bytes / 2, self.busy / 2);
+        }
+    }
+
+    /// How long so many bytes will take, if work has gone on for `now` without an end.
+    fn time_for(&self, bytes: usize, now: Duration) -> Duration {
+        let busy = self.busy + now;
+        if busy < MEASURED || self.bytes == 0 {
+            return Duration::ZERO;
+        }
+        busy.mul_f64(bytes as f64 / self.bytes as f64)
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Waiting {
     /// With the time at which they came.
@@ -74,13 +106,23 @@ pub(super) struct Waiting {
     /// and it ends when something urgent waits.
     checking: Option<Instant>,
     spare: Vec<RecordBuf>,
+    pace: Pace,
+    /// The thread works for committed writes, of so many bytes.
+    paced: Option<usize>,
 }
 
 impl Waiting {
     /// Whether this many more bytes must wait.
     pub(super) fn is_full(&self, bytes: usize) -> bool {
         let late = || self.jobs.front().is_some_and(|(came, _)| came.elapsed() >= QUEUE_TIME);
-        self.bytes > 0 && self.bytes + bytes > QUEUE_BYTES || self.checking.is_none() && late()
+        let all = self.bytes + bytes;
+        let much = || all > QUEUE_BYTES || self.pace.time_for(all, self.paced_for()) > QUEUE_TIME;
+        self.bytes > 0 && much() || self.checking.is_none() && late()
+    }
+
+    /// For how long the thread has worked for committed writes without an end.
+    fn paced_for(&self) -> Duration {
+        self.working.filter(|_| self.paced.is_some()).map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Whether as many sums of the audit wait as ever may.
@@ -170,11 +212,15 @@ impl Queue {
             let waited = |came: Instant| since.max(came).elapsed();
             waiting.jobs.iter_mut().for_each(|(came, _)| *came += waited(*came));
         }
+        let took = waiting.paced_for();
+        if let Some(bytes) = waiting.paced.take() {
+            waiting.pace.add(bytes, took);
+        }
         waiting.working = None;
         loop {
             let now = Instant::now();
             if hard.is_some_and(|hard| now >= hard) {
-                waiting.working = Some(now);
+                (waiting.working, waiting.paced) = (Some(now), Some(0));
                 return None;
             }
             if let Some((_, job)) = waiting.jobs.pop_front() {
@@ -183,12 +229,13 @@ impl Queue {
                 // which that takes very long is broken.
                 waiting.checking = matches!(job, Job::Check { .. } | Job::Audit { .. }).then_some(now);
                 waiting.working = (!matches!(job, Job::Check { .. })).then_some(now);
+                waiting.paced = matches!(job, Job::Commit { .. }).then(|| job.bytes());
                 self.room.notify_all();
                 return Some(job);
             }
             waiting = match soft.map(|soft| soft.saturating_duration_since(now)) {
                 Some(Duration::ZERO) => {
-                    waiting.working = Some(now);
+                    (waiting.working, waiting.paced) = (Some(now), Some(0));
                     return None;
                 }
                 Some(time) => self.came.wait_timeout(waiting, time).unwrap_or_else(PoisonError::into_inner).0,
@@ -230,6 +277,54 @@ mod tests {
         assert!(waiting(QUEUE_TIME, 5).is_full(1), "a slow disk");
         // A long comparison is no sign of a slow disk: it ends when enough waits.
         assert!(!Waiting { checking: Some(Instant::now()), ..waiting(QUEUE_TIME, 5) }.is_full(1));
+    }
+
+    /// A guest that writes much faster than a disk would have more waiting within those two seconds than the disk takes in
+    /// a minute.
+    #[test]
+    fn what_waits_is_bounded_by_what_the_disks_have_done_lately() {
+        let second = Duration::from_secs(1);
+        let ago = |time| Instant::now().checked_sub(time).unwrap();
+        let mut waiting = waiting(Duration::ZERO, 1_000_000);
+        waiting.pace.add(20_000_000, second);
+        assert!(!waiting.is_full(38_000_000) && waiting.is_full(40_000_000));
+        // Work that does not end says so before it ends, but comparing has nothing to do with it.
+        waiting.working = Some(ago(second));
+        assert!(!waiting.is_full(38_000_000));
+        waiting.paced = Some(0);
+        assert!(waiting.is_full(20_000_000));
+        (waiting.working, waiting.paced) = (None, None);
+        // They are as fast as they were before.
+        waiting.pace.add(500_000_000, second);
+        assert!(!waiting.is_full(QUEUE_BYTES / 2));
+        let alone = Waiting { bytes: 0, ..Waiting::default() };
+        assert!(
+            !Waiting { pace: waiting.pace, ..alone }.is_full(QUEUE_BYTES),
+            "one alone must come all the same"
+        );
+    }
+
+    #[test]
+    fn the_pace_is_that_of_commits_and_of_what_they_leave_to_do() {
+        let queue = Queue::default();
+        let commit = || Job::Commit { number: 1, base: false, records: records(5) };
+        queue.push(queue.lock(), commit());
+        queue.pop(None, None);
+        let known = |queue: &Queue| {
+            let waiting = queue.lock();
+            (waiting.pace.bytes, !waiting.pace.busy.is_zero())
+        };
+        assert_eq!(known(&queue), (0, false), "it is not done yet");
+        assert!(queue.pop(Some(Instant::now()), None).is_none());
+        assert_eq!(known(&queue), (commit().bytes(), true));
+        let before = queue.lock().pace.busy;
+        queue.push(queue.lock(), Job::Check { number: 1, hashes: Vec::new() });
+        queue.pop(None, None);
+        let after = queue.lock().pace.busy;
+        assert!(after > before, "what was done without a job counts");
+        queue.push(queue.lock(), Job::Release);
+        queue.pop(None, None);
+        assert_eq!(queue.lock().pace.busy, after, "a comparison does not");
     }
 
     /// A guest that discards its disk writes a few bytes for each gigabyte.

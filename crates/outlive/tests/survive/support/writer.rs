@@ -110,12 +110,36 @@ const WAIT: &[u8] = &[
 pub(crate) struct Habits {
     /// One request of four is a discard, or writes zeroes.
     pub(crate) discards: bool,
+    /// Bytes of each write, instead of 4 KiB: it writes as much at once as a disk that is to be slow needs.
+    pub(crate) large: Option<u32>,
     /// It crashes, with a request in flight, when it has made so many; so it restarts, and begins anew.
     pub(crate) life: Option<u32>,
 }
 
+/// Fills a block of this size, so that it is no hole, and gives the request this length.
+#[rustfmt::skip]
+fn large(bytes: u32) -> Vec<u8> {
+    let mut code = vec![
+        0x48, 0x89, 0xfa, // mov rdx, rdi
+        0x48, 0x8d, 0xbf, 0x00, 0x40, 0x00, 0x00, // lea rdi, [rdi+0x4000]
+        0xb8, 0xa5, 0xa5, 0xa5, 0xa5, // mov eax, 0xa5a5a5a5
+    ];
+    code.push(0xb9); // mov ecx, bytes / 4
+    code.extend((bytes / 4).to_le_bytes());
+    code.extend([
+        0xf3, 0xab, // rep stosd
+        0x48, 0x89, 0xd7, // mov rdi, rdx
+        0xc7, 0x47, 0x18, // mov dword [rdi+0x18], bytes
+    ]);
+    code.extend(bytes.to_le_bytes());
+    code
+}
+
 fn code(habits: Habits) -> Vec<u8> {
     let mut code = START.to_vec();
+    if let Some(bytes) = habits.large {
+        code.extend(large(bytes));
+    }
     let next = code.len();
     code.extend(NEXT);
     if habits.discards {
