@@ -98,8 +98,8 @@ fn show(file: &File, place: &Path) -> io::Result<()> {
 fn is_shared(mounts: &str) -> bool {
     // Of several on top of each other, the last one is seen. Its words: id, parent, device, root, place, options, and then
     // any number of tags up to a dash.
-    let roots = mounts.lines().filter(|line| line.split(' ').nth(4) == Some("/"));
-    roots.last().is_some_and(|line| {
+    let mut roots = mounts.lines().filter(|line| line.split(' ').nth(4) == Some("/"));
+    roots.next_back().is_some_and(|line| {
         let mut tags = line.split(' ').skip(6).take_while(|it| *it != "-");
         tags.any(|tag| tag.starts_with("shared:") || tag.starts_with("master:"))
     })

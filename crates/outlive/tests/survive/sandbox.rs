@@ -363,7 +363,8 @@ fn an_image_beside_the_key_of_the_ca_is_refused_with_the_remedy() {
     let life = std::time::Duration::from_secs(3600);
     keys::init(&keys, &Order { host: "hosta".into(), grant: Grant::ALL, life }).unwrap();
     let output = std::process::Command::new(crate::support::PROGRAM)
-        .args(["run", "--memory", "64M", "--disk", &format!("path={}", image.display()), "--keys"])
+        .args(["run", "--memory", "64M", "--exit-with-stdin", "--disk", &format!("path={}", image.display())])
+        .arg("--keys")
         .arg(&keys)
         .output()
         .unwrap();
