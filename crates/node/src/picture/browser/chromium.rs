@@ -163,12 +163,20 @@ impl Chromium {
         self.call("Emulation.setEmulatedMedia", json!({ "features": features }));
     }
 
-    /// Roles and names that a screen reader has.
-    pub(super) fn roles(&mut self) -> Vec<(String, String)> {
-        let tree = self.call("Accessibility.getFullAXTree", json!({}));
-        let text = |node: &Value, key: &str| node[key]["value"].as_str().unwrap_or_default().to_owned();
-        let nodes = tree["nodes"].as_array().unwrap().iter().filter(|it| it["ignored"] != true);
-        nodes.map(|it| (text(it, "role"), text(it, "name"))).collect()
+    /// Waits until a screen reader has something with this role, and a name that begins so.
+    pub(super) fn until_role(&mut self, role: &str, name: &str) {
+        let began = Instant::now();
+        loop {
+            let tree = self.call("Accessibility.getFullAXTree", json!({}));
+            let text = |node: &Value, key: &str| node[key]["value"].as_str().unwrap_or_default().to_owned();
+            let nodes = tree["nodes"].as_array().unwrap().iter().filter(|it| it["ignored"] != true);
+            let roles: Vec<_> = nodes.map(|it| (text(it, "role"), text(it, "name"))).collect();
+            if roles.iter().any(|it| it.0 == role && it.1.starts_with(name)) {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{role} {name}: {roles:?}");
+            thread::sleep(Duration::from_millis(200));
+        }
     }
 
     /// Writes a picture of the whole page.

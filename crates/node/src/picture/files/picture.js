@@ -118,7 +118,7 @@ function lost(why) {
     const unknown = known && why.status === 401;
     const what = unknown ? why.message : known ? `The node cannot be asked: ${why.message}` : "The node does not answer.";
     const old = seen === null ? "" : ` What you see is of ${clock(seen)}.`;
-    setText(link, `CONNECTION LOST. ${what}${old}${unknown ? "" : " It is tried again."}`);
+    setText(link, `CONNECTION LOST. ${what.replace(/\.?$/, ".")}${old}${unknown ? "" : " It is tried again."}`);
     setClass(link, "bad");
     document.body.classList.add("stale");
 }
