@@ -19,7 +19,7 @@ pub(crate) struct Package {
     serves: bool,
 }
 
-const NEEDED: [Package; 4] = [
+const NEEDED: [Package; 5] = [
     Package {
         name: "redis-tools",
         programs: &["redis-cli", "redis-benchmark"],
@@ -38,6 +38,12 @@ const NEEDED: [Package; 4] = [
         programs: &["prometheus", "promtool"],
         used_for: "metrics and alerts as users see them",
         serves: true,
+    },
+    Package {
+        name: "chromium",
+        programs: &["chromium"],
+        used_for: "the node's page in a real browser",
+        serves: false,
     },
 ];
 

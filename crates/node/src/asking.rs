@@ -62,10 +62,8 @@ struct Loss {
 /// # Errors
 /// The operating system's: nobody listens there, nobody answers in time, or the answer is not understood.
 pub(crate) fn ask(path: &Path) -> io::Result<Told> {
-    let (stream, pid) = connect(path)?;
-    // There is no word to come.
-    let _ = stream.shutdown(Shutdown::Write);
-    let all: Value = serde_json::from_slice(&read(&stream)?)?;
+    let (said, pid) = hear(path, PATIENCE, LONGEST)?;
+    let all: Value = serde_json::from_slice(&said)?;
     let Parts { role, protected, why, loss_of_this_host } = serde_json::from_value(all.clone())?;
     let runs = role == "primary";
     let says = |words: &str| why.as_ref().is_some_and(|it| it.starts_with(words));
@@ -74,6 +72,17 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     let counts = loss_of_this_host.is_some_and(|loss| !loss.survived);
     let takes_over = !runs && !protected && counts;
     Ok(Told { pid, runs, starts, decides, takes_over, protected, why, all })
+}
+
+/// What is said to whoever connects at `path`, and which process says it.
+///
+/// # Errors
+/// The operating system's: nobody listens there, or the answer has not ended in time.
+pub(crate) fn hear(path: &Path, patience: Duration, longest: usize) -> io::Result<(Vec<u8>, u32)> {
+    let (stream, pid) = connect(path)?;
+    // There is no word to come.
+    let _ = stream.shutdown(Shutdown::Write);
+    Ok((read(&stream, patience, longest)?, pid))
 }
 
 /// Which process listens at `path`, whether it answers or not.
@@ -96,10 +105,10 @@ fn connect(path: &Path) -> io::Result<(UnixStream, u32)> {
 }
 
 /// The whole answer. One that comes byte by byte has no more time than another.
-fn read(mut stream: &UnixStream) -> io::Result<Vec<u8>> {
-    let until = Instant::now() + PATIENCE;
+fn read(mut stream: &UnixStream, patience: Duration, longest: usize) -> io::Result<Vec<u8>> {
+    let until = Instant::now() + patience;
     let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
-    while bytes.len() < LONGEST {
+    while bytes.len() < longest {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(ErrorKind::TimedOut.into());

@@ -99,7 +99,7 @@ impl Client {
                 request = request.header("last-event-id", last);
             }
             let request = request.body(Full::default()).map_err(|it| self.broken(it))?;
-            let answer = self.begin(request).await?;
+            let answer = begin(&self.path, request).await?;
             let status = answer.status();
             let mut body = answer.into_body();
             if !status.is_success() {
@@ -125,7 +125,7 @@ impl Client {
     }
 
     fn broken(&self, why: impl ToString) -> ClientError {
-        ClientError::Broken { path: self.path.clone(), why: why.to_string() }
+        broken(&self.path, why)
     }
 
     fn ask(&self, method: &str, route: &str, body: Option<(&str, String)>) -> Result<Value, ClientError> {
@@ -154,21 +154,31 @@ impl Client {
         }
         let body = Full::new(Bytes::from(body.map(|(_, text)| text).unwrap_or_default()));
         let request = request.body(body).map_err(|it| self.broken(it))?;
-        let answer = self.begin(request).await?;
+        let answer = begin(&self.path, request).await?;
         let status = answer.status();
         let bytes =
             Limited::new(answer.into_body(), LONGEST).collect().await.map_err(|it| self.broken(it))?;
         Ok((status, bytes.to_bytes()))
     }
+}
 
-    /// Sends a request, and returns the answer as it begins.
-    async fn begin(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, ClientError> {
-        let stream = UnixStream::connect(&self.path).await.map_err(|it| unanswered(&self.path, it))?;
-        let (mut ask, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|it| self.broken(it))?;
-        tokio::spawn(connection);
-        ask.send_request(request).await.map_err(|it| self.broken(it))
-    }
+/// Sends a request to the node at `path`, and returns the answer as it begins.
+///
+/// # Errors
+/// See [`ClientError`]. What the node says is none.
+pub(crate) async fn begin(
+    path: &Path,
+    request: Request<Full<Bytes>>,
+) -> Result<Response<Incoming>, ClientError> {
+    let stream = UnixStream::connect(path).await.map_err(|it| unanswered(path, it))?;
+    let (mut ask, connection) =
+        http1::handshake(TokioIo::new(stream)).await.map_err(|it| broken(path, it))?;
+    tokio::spawn(connection);
+    ask.send_request(request).await.map_err(|it| broken(path, it))
+}
+
+fn broken(path: &Path, why: impl ToString) -> ClientError {
+    ClientError::Broken { path: path.to_owned(), why: why.to_string() }
 }
 
 fn unanswered(path: &Path, source: std::io::Error) -> ClientError {

@@ -126,6 +126,9 @@ pub enum NodeError {
     /// The request is not understood.
     #[error("{0}")]
     BadRequest(String),
+    /// A browser asks for a page that is somebody else's.
+    #[error("a web page of another origin gives no orders to this node")]
+    ForeignPage,
     /// No such route.
     #[error("there is nothing at {0}")]
     NoRoute(String),
@@ -167,6 +170,7 @@ impl NodeError {
             Self::NotStarted { .. } | Self::Failed { .. } | Self::Said(_) => (409, "failed"),
             Self::TooLong { .. } | Self::NoAnswer { .. } => (504, "too_long"),
             Self::BadRequest(_) => (400, "bad_request"),
+            Self::ForeignPage => (403, "foreign_page"),
             Self::NoRoute(_) => (404, "no_route"),
             Self::NoMethod(_) => (405, "no_method"),
             Self::System(..) => (500, "system"),
@@ -219,6 +223,7 @@ impl NodeError {
                 "look after the mounts of its images, logs and events; the order may still be carried out"
             }
             Self::BadRequest(_) => "docs/api/openapi.json has every request",
+            Self::ForeignPage => "give them on the node's own page, or with `outlive vm`",
             Self::NoRoute(_) | Self::NoMethod(_) => "docs/api/openapi.json has every route",
             Self::System(..) => "look at the node's log",
             // Each of these says it itself.

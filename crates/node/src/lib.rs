@@ -12,8 +12,9 @@
 //!   `words`: its remedies, where a node keeps it. `bounded`: looks at files that may never come back.
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
+//! - `figures`: the last minutes of each VM. `picture`: a page that shows all of this, from the API.
 //! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `sse`: its
-//!   stream of events, read.
+//!   stream of events, read. `page`: the way of a browser to it, `outlive node page`.
 //!
 //! Nothing here runs in, or is waited for by, a process that runs a guest.
 
@@ -29,6 +30,7 @@ mod drain;
 mod ended;
 mod error;
 mod feed;
+mod figures;
 mod files;
 mod jobs;
 mod keeper;
@@ -36,6 +38,8 @@ mod log;
 mod node;
 #[cfg(test)]
 mod node_tests;
+mod page;
+mod picture;
 mod process;
 mod program;
 mod records;

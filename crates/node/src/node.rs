@@ -18,6 +18,7 @@ use crate::definition::Folder;
 use crate::drain::{Mode, Modes};
 use crate::error::NodeError;
 use crate::feed::Feed;
+use crate::figures::Store;
 use crate::files::{lock, make_folder, protect_each};
 use crate::jobs::Jobs;
 use crate::keeper::{Kept, Order};
@@ -72,6 +73,7 @@ pub(crate) struct Shared {
     pub(crate) program: Program,
     pub(crate) records: Records,
     pub(crate) feed: Arc<Feed>,
+    pub(crate) figures: Store,
     /// The longest log, in bytes.
     pub(crate) log_max: u64,
 }
@@ -157,7 +159,8 @@ impl Node {
         let modes = Modes::open(places.state.join("mode.json"));
         let feed = Arc::new(Feed::new());
         let folder = Folder::new(places.definitions.clone(), host.to_owned());
-        let shared = Shared { places, program, records, feed: feed.clone(), log_max: log::MOST };
+        let figures = Store::new(feed.life());
+        let shared = Shared { places, program, records, feed: feed.clone(), figures, log_max: log::MOST };
         let node = Arc::new(Self {
             host: host.to_owned(),
             since: crate::view::now(),
@@ -183,6 +186,11 @@ impl Node {
     /// Events of this node.
     pub(crate) fn feed(&self) -> &Arc<Feed> {
         &self.shared.feed
+    }
+
+    /// The last minutes of its VMs.
+    pub(crate) fn figures(&self) -> &Store {
+        &self.shared.figures
     }
 
     /// The host.

@@ -107,7 +107,7 @@ impl World {
     }
 
     /// What the fake process of a VM is told: `role` (primary, standby), `turns` (the role after the next answer), `bare`
-    /// (unprotected), `why`, `last` (its loss would be the VM's), `mute` (no answer), `exit` (a code), `refuses` (its last words), or what the fake hand-over is
+    /// (unprotected), `says` (an object with more of its status), `figures` (what it has counted), `why`, `last` (its loss would be the VM's), `mute` (no answer), `exit` (a code), `refuses` (its last words), or what the fake hand-over is
     /// told: `stays`.
     pub(crate) fn tell(&self, vm: &str, what: &str, text: &str) {
         let file = self.folder.path().join(format!("{vm}.{what}"));
@@ -162,9 +162,14 @@ fn fake_process() {
         std::process::exit(2);
     }
     let (socket, events) = (PathBuf::from(value("--status")), PathBuf::from(value("--events")));
-    let _ = fs::remove_file(&socket);
-    let listener = UnixListener::bind(&socket).unwrap();
-    listener.set_nonblocking(true).unwrap();
+    let listen = |path: &Path| {
+        let _ = fs::remove_file(path);
+        let listener = UnixListener::bind(path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        listener
+    };
+    let metrics = listen(&socket.with_extension("sock.metrics"));
+    let listener = listen(&socket);
     // The node has started it in `/`.
     env::set_current_dir(Path::new(&socket).parent().unwrap().parent().unwrap()).unwrap();
     while socket.exists() {
@@ -176,6 +181,9 @@ fn fake_process() {
             fs::write(events, word).unwrap();
             std::process::exit(code.parse().unwrap());
         }
+        if let Ok((mut client, _)) = metrics.accept() {
+            let _ = client.write_all(told("figures").unwrap_or_default().as_bytes());
+        }
         if let Ok((mut client, _)) = listener.accept() {
             if told("mute").is_some() {
                 continue;
@@ -185,8 +193,11 @@ fn fake_process() {
                 fs::rename(format!("{vm}.turns"), format!("{vm}.role")).unwrap();
             }
             let protected = told("bare").is_none();
-            let status = serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": told("why"),
+            let mut status = serde_json::json!({ "vm": vm, "role": role, "protected": protected, "why": told("why"),
                 "loss_of_this_host": { "survived": told("last").is_none() } });
+            let more: serde_json::Map<_, _> =
+                serde_json::from_str(&told("says").unwrap_or_else(|| "{}".into())).unwrap();
+            status.as_object_mut().unwrap().extend(more);
             let _ = client.write_all(status.to_string().as_bytes());
         }
         thread::sleep(Duration::from_millis(2));

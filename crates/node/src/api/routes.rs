@@ -7,6 +7,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, Uri, header};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::de::DeserializeOwned;
@@ -19,6 +20,7 @@ use crate::definition;
 use crate::error::NodeError;
 use crate::jobs::Job;
 use crate::node::Node;
+use crate::picture;
 use crate::view::View;
 
 /// The longest body of a request, in bytes: a definition in JSON, with its escapes.
@@ -42,6 +44,7 @@ pub(super) fn routes(node: Arc<Node>) -> Router {
         .route("/v1/vms/{name}/stop", post(stop))
         .route("/v1/vms/{name}/hand-over", post(hand_over))
         .route("/v1/vms/{name}/log", get(log))
+        .route("/v1/figures", get(figures))
         .route("/v1/jobs", get(jobs))
         .route("/v1/jobs/{id}", get(job))
         .route("/v1/jobs/{id}/cancel", post(cancel))
@@ -52,6 +55,8 @@ pub(super) fn routes(node: Arc<Node>) -> Router {
             NodeError::NoMethod(format!("{} {}", request.method(), request.uri().path()))
         })
         .layer(DefaultBodyLimit::max(LONGEST))
+        .merge(picture::routes())
+        .layer(middleware::from_fn(picture::guard))
         .with_state(node)
 }
 
@@ -125,6 +130,15 @@ async fn log(State(node): Of, Path(name): Path<String>, uri: Uri) -> Answer {
     };
     let (text, next) = beside(move || node.log(&name, after, LOG)).await?;
     Ok(answer(StatusCode::OK, &json!({ "log": text, "next": next })))
+}
+
+async fn figures(State(node): Of, uri: Uri) -> Answer {
+    let place = match uri.query().map(|query| query.strip_prefix("after=")) {
+        None => None,
+        Some(Some(place)) => Some(place),
+        Some(None) => return Err(NodeError::BadRequest("figures have ?after=PLACE or nothing".into())),
+    };
+    Ok(answer(StatusCode::OK, &node.figures().after(place)))
 }
 
 /// What a drain may say.

@@ -66,6 +66,34 @@ impl Api {
         (path.clone(), operation)
     }
 
+    /// Lets a VM's process count some checkpoints, and waits for the point with them.
+    fn figures(&self, vm: &str, count: u64) -> Value {
+        let told = |count: u64| {
+            let pause =
+                json!({ "bounds": [100_000, 200_000], "counts": [0, count, 0], "sum": count * 150_000 });
+            let text = json!({ "format": 1, "role": "primary", "started": 1.5, "protected": true, "active": true,
+                "protection_losses": 0, "counted": { "takeovers": count },
+                "running": { "checkpoints": count, "pause": pause } });
+            self.world.tell(vm, "figures", &text.to_string());
+        };
+        told(0);
+        let mut place = String::new();
+        loop {
+            let (_, said) = self.ask("GET", &format!("/v1/figures{place}"), None);
+            assert_eq!(said["reset"], place.is_empty());
+            place = format!("?after={}", said["next"].as_str().unwrap());
+            let points = said["vms"][vm].as_array().into_iter().flatten();
+            // The first point says that it is heard from now on.
+            for point in points {
+                if point["checkpoints"] == count {
+                    return point.clone();
+                }
+                told(count);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Begins a job and waits for its end.
     fn job(&self, route: &str, body: Option<&str>) -> Value {
         let (status, mut job) = self.ask("POST", route, body.map(|it| ("application/json", it)));
@@ -219,6 +247,13 @@ fn the_server_is_as_its_description_says() {
     let next = api.ask("GET", &format!("/v1/vms/web/log?after={}", log["next"]), None).1;
     assert_eq!((&next["log"], &next["next"]), (&"".into(), &log["next"]));
     assert_eq!(code(&api.ask("GET", "/v1/vms/web/log?lines=7", None)), "bad_request");
+    let figures = api.figures("web", 3);
+    assert_eq!(
+        (&figures["role"], &figures["pause_us"]),
+        (&"primary".into(), &json!({ "mean": 150, "most": 200 }))
+    );
+    assert_eq!(figures["marks"], json!(["takeover"]));
+    assert_eq!(code(&api.ask("GET", "/v1/figures?before=7", None)), "bad_request");
     assert_eq!(api.job("/v1/vms/web/hand-over", None)["result"]["said"], "the standby has the VM");
     wait(&api.node, "web", |it| it.state == State::Standby);
     assert_eq!(code(&api.ask("POST", "/v1/vms/web/stop", None)), "is_standby");
@@ -267,7 +302,8 @@ fn what_is_not_there_is_said_as_everything_else_is() {
     for (method, route, status, code) in [
         ("GET", "/v2", 404, "no_route"),
         ("PATCH", "/v1/vms/web", 405, "no_method"),
-        ("GET", "/", 404, "no_route"),
+        ("GET", "/v1", 404, "no_route"),
+        ("GET", "/picture.wasm", 404, "no_route"),
     ] {
         let (said, _, body) = ask(&api.path(), method, route, None);
         let body: Value = serde_json::from_str(&body).unwrap();
@@ -275,6 +311,32 @@ fn what_is_not_there_is_said_as_everything_else_is() {
         let schema = json!({ "$ref": "#/components/schemas/Error" });
         fits(&api.document, &schema, &body).unwrap();
     }
+}
+
+/// A browser sends its certificate with whatever any page asks.
+#[test]
+fn a_page_of_another_origin_gives_no_orders() {
+    let api = Api::new();
+    api.node.define("web", "memory = '1G'").unwrap();
+    let say = |method: &str, origin: &str| {
+        let mut stream = UnixStream::connect(api.path()).unwrap();
+        let head = format!(
+            "{method} /v1/vms/web/start HTTP/1.1\r\nhost: hosta:8443\r\norigin: {origin}\r\nconnection: close\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    for method in ["POST", "PUT", "DELETE"] {
+        let answer = say(method, "https://evil.example");
+        assert!(answer.contains(" 403 ") && answer.contains("foreign_page"), "{answer}");
+    }
+    assert_eq!(api.node.get("web").unwrap().state, State::Stopped);
+    assert!(say("POST", "https://hosta:8443").contains(" 202 "));
+    let (status, kind, page) = ask(&api.path(), "GET", "/", None);
+    assert_eq!((status, kind.as_str()), (200, "text/html; charset=utf-8"));
+    assert!(page.contains("picture.js"));
 }
 
 /// The events after a place, as a client reads them: id, kind and data.

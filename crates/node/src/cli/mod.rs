@@ -2,6 +2,7 @@
 
 mod events;
 mod options;
+mod page;
 mod say;
 mod serve;
 mod table;
@@ -42,6 +43,7 @@ pub fn node(
             let body = json!({ "stop": stop, "wait_s": wait });
             say::conclude(job(api, "/v1/node/drain", Some(&body)))
         }
+        NodeCommand::Page { listen, socket, .. } => page::run(*listen, socket, service),
         NodeCommand::Undrain(api) => say::conclude(undrain(api)),
         NodeCommand::Events { after, api } => say::conclude(events::command(after.clone(), api)),
     }

@@ -1,5 +1,6 @@
 //! What the commands are given.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -57,6 +58,19 @@ pub enum NodeCommand {
         /// The node.
         #[command(flatten)]
         api: Api,
+    },
+    /// Show the VMs of this host in a browser, and give orders there, until this command is interrupted
+    #[command(after_help = PAGE_HELP)]
+    Page {
+        /// Where the browser asks: an address of this host alone. Port 0 is a free one
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7080")]
+        listen: SocketAddr,
+        /// The node's socket
+        #[arg(long, value_name = "PATH", default_value = API)]
+        socket: PathBuf,
+        /// End when standard input is closed
+        #[arg(long, hide = true)]
+        exit_with_stdin: bool,
     },
     /// End the maintenance; VMs stay where they are
     Undrain(Api),
@@ -205,6 +219,7 @@ Examples:
   outlive node events                what happens with its VMs, as it happens
   outlive node drain                 empty this host before its maintenance
   outlive node undrain
+  outlive node page                  the same in a browser: live figures of each VM, and buttons
 
 docs/node.md begins with a quick start. Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or
 definitions, or nobody answers.";
@@ -238,6 +253,16 @@ Examples:
   outlive node drain --stop          before the host stops, as systemd/outlive-node.service does
 
 Exit codes: 0 done; 1 a VM stays, or it was cancelled; 2 nobody answers.";
+
+const PAGE_HELP: &str = "\
+It prints a link that opens the page in one browser, once. The page can do what this command's user can, but defines no
+VMs. From another machine: ssh -L 7080:127.0.0.1:7080 HOST, and the link as it is.
+
+Examples:
+  outlive node page
+  outlive node page --listen 127.0.0.1:0      at a free port
+
+Exit codes: 0 interrupted; 2 wrong options, the port is taken, or no node answers.";
 
 const EVENTS_HELP: &str = "\
 With --json each event is a line with its id, which --after takes. It goes on when the node is started anew. If events are

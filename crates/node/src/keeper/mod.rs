@@ -20,6 +20,7 @@ use crate::asking::{Told, ask, listener};
 use crate::definition::{Definition, DefinitionError};
 use crate::drain::Mode;
 use crate::ended::End;
+use crate::figures::Meter;
 use crate::log;
 use crate::node::Shared;
 use crate::process::{Life, Process};
@@ -107,6 +108,7 @@ struct Keeper {
     plan: Plan,
     last_end: Option<End>,
     told: Option<Told>,
+    meter: Meter,
     foreign: Option<u32>,
     looks: u32,
     /// Whether the VM has a process is known.
@@ -157,6 +159,7 @@ impl Keeper {
             plan: Plan::default(),
             last_end: None,
             told: None,
+            meter: Meter::default(),
             foreign: None,
             looks: 0,
             has_looked: false,
@@ -185,7 +188,7 @@ impl Keeper {
             while self.source.is_none() && self.process.is_none() {
                 match self.last_order(orders) {
                     Some(order) => self.obey(order),
-                    None => return,
+                    None => return self.shared.figures.forget(&self.name),
                 }
             }
             self.show();
@@ -325,6 +328,11 @@ impl Keeper {
         if told.is_some() && !self.asked {
             self.carry_out();
         }
+        if let Some(told) = &told
+            && let Some(point) = self.meter.look(&self.socket(), told.pid)
+        {
+            self.shared.figures.keep(&self.name, point);
+        }
         // A process that does not answer once keeps its last answer for a while.
         let patience = self.told.is_some() && !self.looks.is_multiple_of(LOG_EVERY);
         if told.is_some() || !patience {
@@ -344,6 +352,7 @@ impl Keeper {
                 self.process = Some(process);
                 self.since = Instant::now();
                 (self.asked, self.told, self.foreign) = (false, None, None);
+                self.meter = Meter::default();
                 self.record.untold = None;
                 self.record.process = Some(Started { pid, boot: boot(), arguments });
                 self.keep_record();

@@ -124,6 +124,7 @@ fn a_definition_that_comes_back_is_not_lost() {
         program,
         records: Records::open(world.places().state.join("vms")).unwrap(),
         feed: Arc::new(Feed::new()),
+        figures: crate::figures::Store::new("x"),
         log_max: 1,
     });
     for pause in 0..300 {

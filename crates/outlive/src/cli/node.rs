@@ -20,7 +20,11 @@ pub(super) fn node(options: &NodeOptions) -> u8 {
         Ok(path) => program(path),
         Err(error) => return exit::usage(format!("cannot find this program: {error}; start it by its path")),
     };
-    let with_stdin = matches!(&options.command, NodeCommand::Run(serve) if serve.exit_with_stdin);
+    let with_stdin = match &options.command {
+        NodeCommand::Run(serve) => serve.exit_with_stdin,
+        NodeCommand::Page { exit_with_stdin, .. } => *exit_with_stdin,
+        _ => false,
+    };
     let service = || Ok(Service { stops: serving::stops(with_stdin)?, ready: notify::ready });
     cli::node(options, program, service)
 }
