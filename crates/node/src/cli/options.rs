@@ -86,8 +86,9 @@ pub enum NodeCommand {
     },
 }
 
-/// Where the node answers. It does not end like the sockets of VMs, which are `outlive status`'s and have any name.
-const API: &str = "/run/outlive/node.api";
+/// Where the node answers. It is in no directory that a VM's process may use: whoever connects here can have any
+/// command started.
+const API: &str = "/run/outlive-node/api";
 /// Where definitions are.
 const VMS: &str = "/etc/outlive/vms";
 
