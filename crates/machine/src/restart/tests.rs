@@ -24,6 +24,8 @@ use crate::capture::{After, InPause, SpillError};
 use crate::devices::port::{NoSink, PortEnd};
 use crate::devices::valve::OutputMode;
 use crate::devices::virtio::blk::DiskOptions;
+use crate::devices::virtio::net::tests::tap::in_namespace;
+use crate::devices::virtio::net::{MacAddr, NetConfig, OutputLimits, Tap};
 use crate::event::{PowerRequest, ResetWay};
 use crate::kvm::msrs::{MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
 use crate::kvm::{Host, HostError};
@@ -36,10 +38,14 @@ const VCPUS: u8 = 2;
 
 /// A machine with a guest that has not run, and devices on lines of both 8259s.
 fn booted(dir: &std::path::Path) -> Option<Machine> {
-    booted_from(dir, &LinuxBoot::new(bzimage(), vec![7; 5000], "quiet".into()).unwrap())
+    booted_from(dir, &plain(), None)
 }
 
-fn booted_from(dir: &std::path::Path, boot: &LinuxBoot) -> Option<Machine> {
+fn plain() -> LinuxBoot {
+    LinuxBoot::new(bzimage(), vec![7; 5000], "quiet".into()).unwrap()
+}
+
+fn booted_from(dir: &std::path::Path, boot: &LinuxBoot, net: Option<NetConfig>) -> Option<Machine> {
     let host = match Host::open() {
         Ok(host) => Arc::new(host),
         Err(HostError::Missing) => {
@@ -58,7 +64,7 @@ fn booted_from(dir: &std::path::Path, boot: &LinuxBoot) -> Option<Machine> {
         memory: 64 << 20,
         firmware_bytes: boot.firmware_bytes(),
         output: OutputMode::PassThrough,
-        net: None,
+        net,
         disks: disks.collect(),
         rng: true,
         console: Some(PortEnd::new(Arc::new(NoSink)).unwrap()),
@@ -268,7 +274,28 @@ fn spoil(machine: &mut Machine) {
 #[test]
 fn a_restarted_machine_is_a_new_one() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(mut machine) = booted(dir.path()) else { return };
+    let Some(machine) = booted(dir.path()) else { return };
+    is_new_after_restarts(machine);
+}
+
+/// A card that the guest has used, too.
+#[test]
+fn a_restarted_machine_with_a_card_is_a_new_one() {
+    in_namespace(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let net = NetConfig {
+            tap: Arc::new(Tap::open("restart0").unwrap()),
+            mac: MacAddr([2, 0, 0, 0, 0, 9]),
+            pairs: 1,
+            mtu: Some(1400),
+            limits: OutputLimits::default(),
+        };
+        let Some(machine) = booted_from(dir.path(), &plain(), Some(net)) else { return };
+        is_new_after_restarts(machine);
+    });
+}
+
+fn is_new_after_restarts(mut machine: Machine) {
     let new = saved(&mut machine);
     assert_eq!(differences(&new, &saved(&mut machine)), [], "a checkpoint changes nothing");
     for round in 0..3 {
@@ -369,7 +396,7 @@ fn of_disk(kernel: Vec<u8>, initrd: u8, bytes: usize) -> LinuxBoot {
 #[test]
 fn a_kernel_from_the_disk_is_started_and_kept() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(mut machine) = booted_from(dir.path(), &of_disk(bzimage(), 7, 5000)) else { return };
+    let Some(mut machine) = booted_from(dir.path(), &of_disk(bzimage(), 7, 5000), None) else { return };
     let kept =
         |machine: &Machine| LinuxBoot::read(machine.ram.memory(), machine.ram.firmware().unwrap()).unwrap();
     let new = of_disk(bzimage(), 8, 9000);
@@ -379,7 +406,7 @@ fn a_kernel_from_the_disk_is_started_and_kept() {
 
     // It equals a machine that was made with it.
     let other = tempfile::tempdir().unwrap();
-    let mut fresh = booted_from(other.path(), &new).unwrap();
+    let mut fresh = booted_from(other.path(), &new, None).unwrap();
     assert_eq!(differences(&saved(&mut machine), &saved(&mut fresh)), []);
 
     let kept_before = |machine: &mut Machine, boot: &LinuxBoot| {

@@ -37,7 +37,7 @@ pub mod tail;
 pub mod tap;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use control::Settings;
 pub use device::{MAX_PAIRS, Net, NetConfig, NetDevice, NetError};

@@ -10,7 +10,7 @@ mod output;
 mod pairs;
 mod pause;
 mod tail;
-mod tap;
+pub(crate) mod tap;
 mod tap_offload;
 mod traffic;
 

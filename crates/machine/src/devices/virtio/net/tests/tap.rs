@@ -15,7 +15,7 @@ use crate::devices::virtio::net::tap::{Tap, TapError, attach_error, open_error};
 const ETHERTYPE: u16 = 0x88b5;
 
 /// Runs `test` on a thread in a network namespace of its own, if the machine lets us.
-pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let ran = thread::spawn(move || {
         // SAFETY: changes the namespace of this thread only; no pointers are involved.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 || !std::path::Path::new("/dev/net/tun").exists()
