@@ -12,8 +12,8 @@
 //!   `words`: its remedies, where a node keeps it. `bounded`: looks at files that may never come back.
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
-//! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `sse`: its
-//!   stream of events, read.
+//! - [`api`]: REST on a socket, and over TLS for other hosts. [`remote`]: what the program says of keys and certificates.
+//! - [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `host`: which one; `sse`: its stream of events, read.
 //!
 //! Nothing here runs in, or is waited for by, a process that runs a guest.
 
@@ -30,6 +30,7 @@ mod ended;
 mod error;
 mod feed;
 mod files;
+mod host;
 mod jobs;
 mod keeper;
 mod log;
@@ -39,6 +40,7 @@ mod node_tests;
 mod process;
 mod program;
 mod records;
+pub mod remote;
 mod sse;
 #[cfg(test)]
 mod testing;
@@ -47,5 +49,6 @@ mod words;
 
 pub use asking::{BEING_STARTED, UNDECIDED};
 pub use error::NodeError;
+pub use host::Host;
 pub use node::{Node, Places, StartError};
 pub use program::{Judge, Program, Remark, Sense, one_line};

@@ -7,6 +7,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, Uri, header};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::de::DeserializeOwned;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::body::json as answer;
-use super::{OPENAPI, stream};
+use super::{OPENAPI, access, stream};
 use crate::definition;
 use crate::error::NodeError;
 use crate::jobs::Job;
@@ -51,6 +52,7 @@ pub(super) fn routes(node: Arc<Node>) -> Router {
         .method_not_allowed_fallback(|request: Request| async move {
             NodeError::NoMethod(format!("{} {}", request.method(), request.uri().path()))
         })
+        .layer(middleware::from_fn(access::check))
         .layer(DefaultBodyLimit::max(LONGEST))
         .with_state(node)
 }
@@ -185,7 +187,7 @@ async fn beside<T: Send + 'static>(
 }
 
 /// A request's body, or why it is refused, in the API's own words.
-struct Body(Result<Bytes, NodeError>);
+pub(super) struct Body(Result<Bytes, NodeError>);
 
 impl Body {
     /// No body is one without anything special.
