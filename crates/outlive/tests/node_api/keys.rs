@@ -1,5 +1,6 @@
 //! Keys that are renewed, revoked, missing or late, while a node runs.
 
+use std::cell::RefCell;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -36,10 +37,9 @@ fn new_keys_count_from_the_next_connection_on() {
 }
 
 fn wait_for(process: &mut Ends) -> Option<i32> {
-    let process = std::cell::RefCell::new(process);
-    wait_until("the command ends", || process.borrow_mut().0.try_wait().unwrap().is_some());
-    let code = process.borrow_mut().0.wait().unwrap().code();
-    code
+    let process = RefCell::new(&mut process.0);
+    wait_until("the command ends", || process.borrow_mut().try_wait().unwrap().is_some());
+    process.into_inner().wait().unwrap().code()
 }
 
 #[test]
