@@ -1,6 +1,9 @@
 //! The way of the commands to the node's API.
 
+use std::error::Error;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -11,10 +14,18 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls;
+use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::api::ErrorBody;
+use crate::host::Host;
 use crate::jobs::{Job, JobState};
+use crate::remote::Keys;
 use crate::sse::{Event, Reader};
 
 /// How long an answer may take. Long work is a job, and is asked for again.
@@ -23,38 +34,97 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LONGEST: usize = 16 << 20;
 /// How long a stream of events may be silent: longer than between two signs of a node.
 const SILENCE: Duration = Duration::from_secs(45);
-/// How often a job is asked for.
+/// How often a job is asked for: here, and over the network.
 const STEP: Duration = Duration::from_millis(100);
+const STEP_THERE: Duration = Duration::from_millis(500);
+/// How long another host may take until it is known.
+const CONNECT: Duration = Duration::from_secs(10);
+/// How often in a row a job of another host may not be heard of: it goes on when the network is broken.
+const MISSED: u32 = 20;
 
 /// Why a command has come to nothing.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClientError {
     /// Nobody is there.
     #[error("no node answers at {}: {source}; start it with `outlive node run`, or give its --socket", .path.display())]
-    Nobody { path: PathBuf, source: std::io::Error },
+    Nobody { path: PathBuf, source: io::Error },
     /// It is there, and not for this user.
     #[error("you may not ask the node at {}: ask as root, or as a member of the node's --socket-group", .0.display())]
     NotAllowed(PathBuf),
+    /// Nobody is at another host.
+    #[error(
+        "no node answers at {at}: {why}; start it there with `outlive node run --listen 0.0.0.0:{port}`, or say where it is \
+         with --host HOST:PORT"
+    )]
+    Unreachable { at: String, why: String, port: u16 },
+    /// The keys here are no good.
+    #[error("{0}; --keys or OUTLIVE_KEYS names another directory")]
+    OwnKeys(String),
+    /// Whoever is there cannot be trusted.
+    #[error("{at} is not trusted, and has been told nothing: {why}")]
+    Untrusted { at: String, why: String },
+    /// Another host is there.
+    #[error(
+        "{at} is host {name} by its certificate, and was told nothing; if {name} is meant, say --host {name}@{at}"
+    )]
+    OtherHost { at: String, name: String },
+    /// No host is there.
+    #[error(
+        "{at} shows the certificate of {name}, which is no host of VMs, and was told nothing; give --host the address of a \
+         host's node"
+    )]
+    NoHost { at: String, name: String },
+    /// The node does not want to know these keys.
+    #[error(
+        "the node at {0} does not accept these keys: its log says why; compare `outlive keys show` on both, and have them \
+         renewed where the CA is"
+    )]
+    NotAccepted(String),
     /// The answer cannot be used.
-    #[error("the node at {} cannot be asked: {why}; is it of another release?", .path.display())]
-    Broken { path: PathBuf, why: String },
+    #[error("the node at {at} cannot be asked: {why}; is it of another release?")]
+    Broken { at: String, why: String },
     /// The node says no.
     #[error("{0}")]
     Refused(ErrorBody),
 }
 
+impl ClientError {
+    /// Whether it will most likely be so the next time.
+    pub(crate) fn lasts(&self) -> bool {
+        !matches!(self, Self::Nobody { .. } | Self::Unreachable { .. } | Self::Broken { .. })
+    }
+}
+
+/// Where a node is.
+#[derive(Debug)]
+enum Place {
+    /// On this host.
+    Here(PathBuf),
+    /// On another one.
+    There(Host, Arc<dyn Keys>),
+}
+
 /// A node's API.
 #[derive(Debug)]
 pub(crate) struct Client {
-    path: PathBuf,
+    place: Place,
     runtime: tokio::runtime::Runtime,
 }
 
 impl Client {
-    pub(crate) fn new(path: &Path) -> Result<Self, ClientError> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|source| ClientError::Nobody { path: path.to_owned(), source })?;
-        Ok(Self { path: path.to_owned(), runtime })
+    /// At the socket of this host.
+    pub(crate) fn here(path: &Path) -> io::Result<Self> {
+        Self::new(Place::Here(path.to_owned()))
+    }
+
+    /// On another host.
+    pub(crate) fn there(host: &Host, keys: Arc<dyn Keys>) -> io::Result<Self> {
+        Self::new(Place::There(host.clone(), keys))
+    }
+
+    fn new(place: Place) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { place, runtime })
     }
 
     /// Asks for something.
@@ -74,14 +144,22 @@ impl Client {
 
     /// Waits for the end of a job. `tell` hears of each step.
     pub(crate) fn follow(&self, mut job: Job, tell: impl Fn(&Job)) -> Result<Job, ClientError> {
-        let mut told = None;
+        let (step, most) = match self.place {
+            Place::Here(_) => (STEP, 0),
+            Place::There(..) => (STEP_THERE, MISSED),
+        };
+        let (mut told, mut missed) = (None, 0);
         while job.state == JobState::Running {
             if told.as_ref() != Some(&job.progress) {
                 told = Some(job.progress.clone());
                 tell(&job);
             }
-            std::thread::sleep(STEP);
-            job = self.get(&format!("/v1/jobs/{}", job.id))?;
+            std::thread::sleep(step);
+            match self.get(&format!("/v1/jobs/{}", job.id)) {
+                Ok(now) => (job, missed) = (now, 0),
+                Err(why) if missed < most && !why.lasts() => missed += 1,
+                Err(why) => return Err(why),
+            }
         }
         Ok(job)
     }
@@ -99,7 +177,8 @@ impl Client {
                 request = request.header("last-event-id", last);
             }
             let request = request.body(Full::default()).map_err(|it| self.broken(it))?;
-            let answer = begin(&self.path, request).await?;
+            let answer = timeout(PATIENCE, self.place.begin(request)).await;
+            let answer = answer.map_err(|_| self.broken("it does not answer"))??;
             let status = answer.status();
             let mut body = answer.into_body();
             if !status.is_success() {
@@ -109,7 +188,7 @@ impl Client {
             }
             let mut reader = Reader::default();
             // A node that is silent for so long has gone, though nobody has said so.
-            while let Ok(Some(Ok(frame))) = tokio::time::timeout(SILENCE, body.frame()).await {
+            while let Ok(Some(Ok(frame))) = timeout(SILENCE, body.frame()).await {
                 let piece = frame.into_data().unwrap_or_default();
                 let events = reader.read(&piece).ok_or_else(|| self.broken("it sends no events"))?;
                 if !events.into_iter().all(&mut tell) {
@@ -125,11 +204,11 @@ impl Client {
     }
 
     fn broken(&self, why: impl ToString) -> ClientError {
-        broken(&self.path, why)
+        self.place.broken(why)
     }
 
     fn ask(&self, method: &str, route: &str, body: Option<(&str, String)>) -> Result<Value, ClientError> {
-        let answer = async { tokio::time::timeout(PATIENCE, self.talk(method, route, body)).await };
+        let answer = async { timeout(PATIENCE, self.talk(method, route, body)).await };
         let (status, bytes) =
             self.runtime.block_on(answer).map_err(|_| self.broken("it does not answer"))??;
         if status.is_success() {
@@ -154,7 +233,7 @@ impl Client {
         }
         let body = Full::new(Bytes::from(body.map(|(_, text)| text).unwrap_or_default()));
         let request = request.body(body).map_err(|it| self.broken(it))?;
-        let answer = begin(&self.path, request).await?;
+        let answer = self.place.begin(request).await?;
         let status = answer.status();
         let bytes =
             Limited::new(answer.into_body(), LONGEST).collect().await.map_err(|it| self.broken(it))?;
@@ -170,20 +249,101 @@ pub(crate) async fn begin(
     path: &Path,
     request: Request<Full<Bytes>>,
 ) -> Result<Response<Incoming>, ClientError> {
-    let stream = UnixStream::connect(path).await.map_err(|it| unanswered(path, it))?;
-    let (mut ask, connection) =
-        http1::handshake(TokioIo::new(stream)).await.map_err(|it| broken(path, it))?;
-    tokio::spawn(connection);
-    ask.send_request(request).await.map_err(|it| broken(path, it))
+    Place::Here(path.to_owned()).begin(request).await
 }
 
-fn broken(path: &Path, why: impl ToString) -> ClientError {
-    ClientError::Broken { path: path.to_owned(), why: why.to_string() }
+impl Place {
+    fn broken(&self, why: impl ToString) -> ClientError {
+        let at = match self {
+            Self::Here(path) => path.display().to_string(),
+            Self::There(host, _) => host.to_string(),
+        };
+        ClientError::Broken { at, why: why.to_string() }
+    }
+
+    /// Sends a request, and returns the answer as it begins.
+    async fn begin(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, ClientError> {
+        match self {
+            Self::Here(path) => {
+                let stream = UnixStream::connect(path).await.map_err(|it| unanswered(path, it))?;
+                over(stream, request).await.map_err(|it| self.broken(it))
+            }
+            Self::There(host, keys) => {
+                let late =
+                    || unreachable(host, format!("it has not answered within {} s", CONNECT.as_secs()));
+                let stream = timeout(CONNECT, connect(host, keys)).await.unwrap_or_else(|_| Err(late()))?;
+                // A client is done with the handshake before it hears what the node thinks of its certificate.
+                let refused = |it: hyper::Error| match is_refused(&it) {
+                    true => ClientError::NotAccepted(host.to_string()),
+                    false => self.broken(said(&it)),
+                };
+                over(stream, request).await.map_err(refused)
+            }
+        }
+    }
 }
 
-fn unanswered(path: &Path, source: std::io::Error) -> ClientError {
+async fn over(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    request: Request<Full<Bytes>>,
+) -> hyper::Result<Response<Incoming>> {
+    let (mut ask, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    // What ends it is heard by who asks.
+    let connection = tokio::spawn(connection);
+    match ask.send_request(request).await {
+        // That it has ended, which is no reason; the connection may have one.
+        Err(why) if why.is_canceled() || why.is_closed() => match connection.await {
+            Ok(Err(first)) => Err(first),
+            _ => Err(why),
+        },
+        answer => answer,
+    }
+}
+
+/// Finds the node of another host, and nobody else.
+async fn connect(host: &Host, keys: &Arc<dyn Keys>) -> Result<TlsStream<TcpStream>, ClientError> {
+    let keys = keys.clone();
+    let dial = tokio::task::spawn_blocking(move || keys.dial()).await;
+    let dial = dial.unwrap_or_else(|error| Err(error.to_string())).map_err(ClientError::OwnKeys)?;
+    let at = host.to_string();
+    let stream = TcpStream::connect(host.address()).await.map_err(|it| unreachable(host, it))?;
+    stream.set_nodelay(true).map_err(|it| unreachable(host, it))?;
+    // Certificates say who a host is, not where; the name is compared here.
+    let name = ServerName::try_from("node.outlive").map_err(|it| unreachable(host, it))?;
+    let shaken = TlsConnector::from(dial.config).connect(name, stream).await;
+    let (stream, end) = match shaken {
+        Ok(stream) => (Some(stream), Ok(())),
+        Err(error) => (None, Err(error)),
+    };
+    let peer = (dial.judge)(end).map_err(|why| ClientError::Untrusted { at: at.clone(), why })?;
+    match stream {
+        _ if !peer.is_host => Err(ClientError::NoHost { at, name: peer.name }),
+        _ if !host.is(&peer.name) => Err(ClientError::OtherHost { at, name: peer.name }),
+        Some(stream) => Ok(stream),
+        None => Err(unreachable(host, "it has gone")),
+    }
+}
+
+fn unreachable(host: &Host, why: impl ToString) -> ClientError {
+    ClientError::Unreachable { at: host.to_string(), why: why.to_string(), port: host.port() }
+}
+
+/// Whether the other end has said that it does not accept the certificate.
+fn is_refused(error: &hyper::Error) -> bool {
+    use rustls::AlertDescription::{AccessDenied, CertificateRequired};
+    let Some(source) = error.source().and_then(|it| it.downcast_ref::<io::Error>()) else { return false };
+    let tls = source.get_ref().and_then(|it| it.downcast_ref::<rustls::Error>());
+    matches!(tls, Some(rustls::Error::AlertReceived(AccessDenied | CertificateRequired)))
+}
+
+/// An error with its reason.
+fn said(error: &hyper::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), |why| format!("{error}: {why}"))
+}
+
+fn unanswered(path: &Path, source: io::Error) -> ClientError {
     match source.kind() {
-        std::io::ErrorKind::PermissionDenied => ClientError::NotAllowed(path.to_owned()),
+        io::ErrorKind::PermissionDenied => ClientError::NotAllowed(path.to_owned()),
         _ => ClientError::Nobody { path: path.to_owned(), source },
     }
 }

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::io;
 
 use crate::definition::DefinitionError;
+use crate::remote::Access;
 
 /// The code of a definition that cannot be used.
 pub(crate) const BAD_DEFINITION: &str = "bad_definition";
@@ -80,6 +81,19 @@ pub enum NodeError {
     /// Enough listen.
     #[error("{0} clients follow the events, which is the most at a time")]
     TooManyFollowers(usize),
+    /// Enough are connected.
+    #[error("{0} connections with these keys are open, which is the most at a time")]
+    TooManyClients(usize),
+    /// A certificate does not let somebody do this.
+    #[error("{who} may not do this ({what}): its certificate allows {}", .allowed.allows())]
+    Forbidden {
+        /// Whose it is.
+        who: String,
+        /// What was asked for.
+        what: String,
+        /// What it allows.
+        allowed: Access,
+    },
     /// Nothing can be taken back.
     #[error("the job {0} has ended, or cannot be cancelled")]
     CannotCancel(String),
@@ -164,7 +178,8 @@ impl NodeError {
             Self::Undecided(_) => (409, "undecided"),
             Self::NotRunning(_) => (409, "not_running"),
             Self::Foreign { .. } => (409, "foreign_process"),
-            Self::TooManyJobs(_) | Self::TooManyFollowers(_) => (429, "too_many"),
+            Self::TooManyJobs(_) | Self::TooManyFollowers(_) | Self::TooManyClients(_) => (429, "too_many"),
+            Self::Forbidden { .. } => (403, "forbidden"),
             Self::CannotCancel(_) => (409, "cannot_cancel"),
             Self::Cancelled => (409, "cancelled"),
             Self::NotStarted { .. } | Self::Failed { .. } | Self::Said(_) => (409, "failed"),
@@ -207,7 +222,13 @@ impl NodeError {
             }
             Self::NotRunning(vm) => return format!("`outlive vm show {vm}` says why").into(),
             Self::Foreign { .. } => "stop it where it was started, for example with systemctl",
-            Self::TooManyJobs(_) | Self::TooManyFollowers(_) => "try again when one has ended",
+            Self::TooManyJobs(_) | Self::TooManyFollowers(_) | Self::TooManyClients(_) => {
+                "try again when one has ended"
+            }
+            Self::Forbidden { .. } => {
+                "say it with the keys of an operator (`outlive keys operator NAME`, on the machine with the CA), or on \
+                 that host itself"
+            }
             Self::CannotCancel(_) => "wait for its end",
             Self::Cancelled => "say it again if it is wanted after all",
             Self::NotStarted { vm, .. } => {

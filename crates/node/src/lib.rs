@@ -13,8 +13,9 @@
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
 //! - `figures`: the last minutes of each VM. `picture`: a page that shows all of this, from the API.
-//! - [`api`]: REST on a socket. [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `sse`: its
-//!   stream of events, read. `page`: the way of a browser to it, `outlive node page`.
+//! - [`api`]: REST on a socket, and over TLS for other hosts. [`remote`]: what the program says of keys and certificates.
+//! - [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `host`: which one; `sse`: its stream of events, read.
+//!   `page`: the way of a browser to it, `outlive node page`.
 //!
 //! Nothing here runs in, or is waited for by, a process that runs a guest.
 
@@ -32,6 +33,7 @@ mod error;
 mod feed;
 mod figures;
 mod files;
+mod host;
 mod jobs;
 mod keeper;
 mod log;
@@ -43,6 +45,7 @@ mod picture;
 mod process;
 mod program;
 mod records;
+pub mod remote;
 mod sse;
 #[cfg(test)]
 mod testing;
@@ -51,5 +54,6 @@ mod words;
 
 pub use asking::{BEING_STARTED, UNDECIDED};
 pub use error::NodeError;
+pub use host::Host;
 pub use node::{Node, Places, StartError};
 pub use program::{Judge, Program, Remark, Sense, one_line};

@@ -129,6 +129,8 @@ pub struct Node {
     defining: Mutex<()>,
     pub(crate) jobs: Jobs,
     pub(crate) modes: Modes,
+    /// What is wrong with the node itself, by what it is about.
+    troubles: Mutex<BTreeMap<&'static str, String>>,
     _only: File,
 }
 
@@ -170,6 +172,7 @@ impl Node {
             defining: Mutex::default(),
             jobs: Jobs::new(feed),
             modes,
+            troubles: Mutex::default(),
             _only: only,
         });
         let seen = node.folder.seen().ok();
@@ -193,6 +196,29 @@ impl Node {
         &self.shared.figures
     }
 
+    /// Says what is wrong with something, or that it is right again. What is new goes to the log.
+    pub(crate) fn warn(&self, about: &'static str, trouble: Option<String>) {
+        let mut all = self.troubles();
+        let trouble = trouble.map(|why| format!("{about}: {why}"));
+        if all.get(about) == trouble.as_ref() {
+            return;
+        }
+        match trouble {
+            Some(why) => {
+                tracing::warn!("{why}");
+                all.insert(about, why);
+            }
+            None => {
+                tracing::info!("{about}: right again");
+                all.remove(about);
+            }
+        }
+    }
+
+    fn troubles(&self) -> MutexGuard<'_, BTreeMap<&'static str, String>> {
+        self.troubles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The host.
     pub(crate) fn view(&self) -> NodeView {
         let all = self.list();
@@ -207,7 +233,7 @@ impl Node {
             pid: std::process::id(),
             since: self.since.clone(),
             mode: self.modes.get(),
-            warnings: self.modes.damage().into_iter().collect(),
+            warnings: self.modes.damage().into_iter().chain(self.troubles().values().cloned()).collect(),
             vms,
             unprotected: bare.map(|it| it.name.clone()).collect(),
         }

@@ -1,10 +1,16 @@
-//! The API: REST and JSON over HTTP/1.1, on a socket of this host. `docs/api/openapi.json` describes it, and a test
-//! holds the server to it.
+//! The API: REST and JSON over HTTP/1.1, on a socket of this host, and for other hosts and operators over TLS.
+//! `docs/api/openapi.json` describes it, and a test holds the server to it.
+//!
+//! - `routes.rs`, `body.rs`, `stream.rs`: what is answered. `access.rs`: who may ask for what.
+//! - `remote.rs`: connections over TLS, and `crowd.rs`: room for few of them.
 //!
 //! Everything is bounded: connections, the time for a request's head, the length of a body, events that are kept, jobs.
 //! A client that does not read holds a connection and nothing else.
 
+mod access;
 mod body;
+mod crowd;
+mod remote;
 mod routes;
 mod stream;
 #[cfg(test)]
@@ -19,6 +25,10 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::fcntl::OFlag;
@@ -28,7 +38,9 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, oneshot};
 
+use access::Caller;
 pub use body::ErrorBody;
+pub use remote::{Port, serve_hosts};
 
 use crate::node::Node;
 
@@ -40,6 +52,9 @@ const WAITING: usize = 32;
 const HEAD: Duration = Duration::from_secs(5);
 /// The longest head of a request, in bytes.
 const LONGEST_HEAD: usize = 32 << 10;
+
+/// How long what waits for the disk may take at the end.
+const END: Duration = Duration::from_secs(5);
 
 /// The description of the API.
 pub const OPENAPI: &str = include_str!("../../../../docs/api/openapi.json");
@@ -73,18 +88,53 @@ pub enum ServeError {
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
+    thread: Option<Thread>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.thread.take());
+        // Somebody may have removed it before.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A thread with a runtime of its own. Dropping it ends all connections with it.
+#[derive(Debug)]
+struct Thread {
     end: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Drop for Server {
+impl Thread {
+    fn start(name: &str, serve: impl Future<Output = ()> + Send + 'static) -> Result<Self, ServeError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .max_blocking_threads(WAITING)
+            .enable_all()
+            .build()
+            .map_err(ServeError::Runtime)?;
+        let (end, ends) = oneshot::channel();
+        let run = move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = serve => {}
+                    _ = ends => {}
+                }
+            });
+            // What is being written may be finished, and a disk that hangs does not hold up the end.
+            runtime.shutdown_timeout(END);
+        };
+        let thread = thread::Builder::new().name(name.into()).spawn(run).map_err(ServeError::Runtime)?;
+        Ok(Self { end: Some(end), thread: Some(thread) })
+    }
+}
+
+impl Drop for Thread {
     fn drop(&mut self) {
         drop(self.end.take());
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the API's thread had panicked");
         }
-        // Somebody may have removed it before.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -107,24 +157,8 @@ pub fn serve(node: &Arc<Node>, path: &Path, group: Option<&str>) -> Result<Serve
     if let Some(group) = group {
         give_to(group, path).map_err(refused)?;
     }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .max_blocking_threads(WAITING)
-        .enable_all()
-        .build()
-        .map_err(ServeError::Runtime)?;
-    let routes = routes::routes(node.clone());
-    let (end, ends) = oneshot::channel();
-    let serve = move || {
-        // It ends all connections with it.
-        runtime.block_on(async {
-            tokio::select! {
-                () = accept(listener, routes) => {}
-                _ = ends => {}
-            }
-        });
-    };
-    let thread = thread::Builder::new().name("api".into()).spawn(serve).map_err(ServeError::Runtime)?;
-    Ok(Server { path: path.to_owned(), end: Some(end), thread: Some(thread) })
+    let thread = Thread::start("api", accept(listener, routes::routes(node.clone())))?;
+    Ok(Server { path: path.to_owned(), thread: Some(thread) })
 }
 
 /// There is no moment in which another user may connect.
@@ -189,13 +223,13 @@ async fn accept(listener: std::os::unix::net::UnixListener, routes: axum::Router
                 continue;
             }
         };
-        let service = TowerToHyperService::new(routes.clone());
+        let routes = TowerToHyperService::new(routes.clone());
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Caller::Here);
+            routes.call(request)
+        });
         tokio::spawn(async move {
-            let served = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD)
-                .max_buf_size(LONGEST_HEAD)
-                .serve_connection(TokioIo::new(client), service);
+            let served = connection().serve_connection(TokioIo::new(client), service);
             // A client that goes away is none of the node's business.
             if let Err(error) = served.await {
                 tracing::debug!(%error, "a client of the API has gone");
@@ -203,4 +237,11 @@ async fn accept(listener: std::os::unix::net::UnixListener, routes: axum::Router
             drop(place);
         });
     }
+}
+
+/// How a connection is served, from wherever it comes.
+fn connection() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(LONGEST_HEAD);
+    builder
 }

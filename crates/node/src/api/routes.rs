@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::body::json as answer;
-use super::{OPENAPI, stream};
+use super::{OPENAPI, access, stream};
 use crate::definition;
 use crate::error::NodeError;
 use crate::jobs::Job;
@@ -54,6 +54,7 @@ pub(super) fn routes(node: Arc<Node>) -> Router {
         .method_not_allowed_fallback(|request: Request| async move {
             NodeError::NoMethod(format!("{} {}", request.method(), request.uri().path()))
         })
+        .layer(middleware::from_fn(access::check))
         .layer(DefaultBodyLimit::max(LONGEST))
         .merge(picture::routes())
         .layer(middleware::from_fn(picture::guard))
@@ -199,7 +200,7 @@ async fn beside<T: Send + 'static>(
 }
 
 /// A request's body, or why it is refused, in the API's own words.
-struct Body(Result<Bytes, NodeError>);
+pub(super) struct Body(Result<Bytes, NodeError>);
 
 impl Body {
     /// No body is one without anything special.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::remote::{Access, Visitor};
 use crate::testing::{World, wait};
 use crate::view::State;
 
@@ -401,7 +402,7 @@ fn events_are_told_once_from_where_a_client_was() {
 #[test]
 fn a_client_goes_on_with_the_events_where_it_was() {
     let api = Api::new();
-    let client = crate::client::Client::new(&api.path()).unwrap();
+    let client = crate::client::Client::here(&api.path()).unwrap();
     let events = |last: Option<&str>, count: usize| {
         let mut seen = Vec::new();
         client
@@ -493,4 +494,60 @@ fn clients_that_never_end_their_words_are_sent_away() {
     let mut answer = String::new();
     let _ = (&stalled[0]).read_to_string(&mut answer);
     assert!(answer.contains(" 400 ") && answer.contains("has not come within"), "{answer}");
+}
+
+/// The operation of every route at which nothing else can be wrong, asked by somebody.
+async fn ask_as(routes: &axum::Router, caller: Option<Caller>, method: &str, route: &str) -> (u16, Value) {
+    let request = axum::extract::Request::builder().method(method).uri(route);
+    let mut request = request.body(axum::body::Body::empty()).unwrap();
+    if let Some(caller) = caller {
+        request.extensions_mut().insert(caller);
+    }
+    let answer = TowerToHyperService::new(routes.clone()).call(request).await.unwrap();
+    let status = answer.status().as_u16();
+    // Events never end.
+    let body = match answer.headers()["content-type"].to_str() {
+        Ok("application/json") => axum::body::to_bytes(answer.into_body(), 1 << 20).await.unwrap(),
+        _ => Default::default(),
+    };
+    (status, serde_json::from_slice(&body).unwrap_or_default())
+}
+
+/// Every operation that is described, and what its description says who may ask for it.
+#[tokio::test]
+async fn each_route_is_for_whom_its_description_says() {
+    let api = Api::new();
+    let routes = routes::routes(api.node.clone());
+    let visitor = |access| Visitor { name: "host hostb".into(), access };
+    let levels = [Access::Nothing, Access::Read, Access::HandOver, Access::Everything];
+    let schema = json!({ "$ref": "#/components/schemas/Error" });
+    for (path, operations) in api.document["paths"].as_object().unwrap() {
+        let route = path.replace("{name}", "no-vm").replace("{id}", "no-job");
+        for (method, operation) in operations.as_object().unwrap() {
+            let needs = match operation["x-outlive-access"].as_str().unwrap() {
+                "read" => Access::Read,
+                "hand-over" => Access::HandOver,
+                "everything" => Access::Everything,
+                other => panic!("{method} {path}: {other}"),
+            };
+            let method = method.to_uppercase();
+            for access in levels {
+                let there = Some(Caller::There(visitor(access)));
+                let (status, said) = ask_as(&routes, there, &method, &route).await;
+                let refused = status == 403;
+                assert_eq!(refused, access < needs, "{method} {path} by {access:?}: {status} {said}");
+                if refused {
+                    fits(&api.document, &schema, &said).unwrap();
+                    let operator = said["remedy"].as_str().unwrap().contains("`outlive keys operator");
+                    assert!(said["code"] == "forbidden" && operator, "{said}");
+                }
+            }
+            let (here, nobody) = (Some(Caller::Here), None);
+            assert_ne!(ask_as(&routes, here, &method, &route).await.0, 403, "{method} {path}");
+            assert_eq!(ask_as(&routes, nobody, &method, &route).await.0, 403, "{method} {path}");
+        }
+    }
+    // What is not there is not told to everybody either.
+    let nothing = Some(Caller::There(visitor(Access::Nothing)));
+    assert_eq!(ask_as(&routes, nothing, "GET", "/v2").await.0, 403);
 }

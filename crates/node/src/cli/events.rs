@@ -2,17 +2,15 @@
 
 use std::time::Duration;
 
-use super::client;
-use super::options::Api;
 use super::say::{Outcome, print_line};
-use crate::client::ClientError;
+use super::{Asked, client};
 use crate::sse::Event;
 
 /// How long a node that has gone is waited for between two tries.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// Follows the events. A node that is started anew is followed, too, and its first event is a `reset`.
-pub(super) fn command(mut last: Option<String>, api: &Api) -> Outcome {
+pub(super) fn command(mut last: Option<String>, api: &Asked<'_>) -> Outcome {
     let client = client(api)?;
     let (mut was_there, mut gone) = (false, false);
     loop {
@@ -28,8 +26,7 @@ pub(super) fn command(mut last: Option<String>, api: &Api) -> Outcome {
             return Err(why);
         }
         match ended {
-            Err(why @ (ClientError::Refused(_) | ClientError::NotAllowed(_))) => return Err(why.into()),
-            Err(why) if !was_there => return Err(why.into()),
+            Err(why) if why.lasts() || !was_there => return Err(why.into()),
             _ if !gone => eprintln!("outlive: the node has gone; it is waited for"),
             _ => {}
         }

@@ -19,6 +19,7 @@ use crate::client::Client;
 use crate::jobs::Job;
 use crate::node::NodeView;
 use crate::program::Program;
+use crate::remote::OpenKeys;
 
 /// Done.
 pub const OK: u8 = 0;
@@ -32,33 +33,65 @@ pub fn node(
     options: &NodeOptions,
     program: Program,
     service: impl FnOnce() -> std::io::Result<Service>,
+    keys: OpenKeys,
 ) -> u8 {
     match &options.command {
-        NodeCommand::Run(serve) => serve::run(serve, program, service),
+        NodeCommand::Run(serve) => serve::run(serve, program, service, keys),
         NodeCommand::Check { vms, host, json } => {
             say::conclude(serve::check(vms, host.as_deref(), *json, &program))
         }
-        NodeCommand::Status(api) => say::conclude(status(api)),
+        NodeCommand::Status(api) => say::conclude(status(&api.with(keys))),
         NodeCommand::Drain { stop, wait, api } => {
             let body = json!({ "stop": stop, "wait_s": wait });
-            say::conclude(job(api, "/v1/node/drain", Some(&body)))
+            say::conclude(job(&api.with(keys), "/v1/node/drain", Some(&body)))
         }
         NodeCommand::Page { listen, socket, .. } => page::run(*listen, socket, service),
-        NodeCommand::Undrain(api) => say::conclude(undrain(api)),
-        NodeCommand::Events { after, api } => say::conclude(events::command(after.clone(), api)),
+        NodeCommand::Undrain(api) => say::conclude(undrain(&api.with(keys))),
+        NodeCommand::Events { after, api } => say::conclude(events::command(after.clone(), &api.with(keys))),
     }
 }
 
 /// `outlive vm`: returns the exit code.
-pub fn vm(options: &VmOptions) -> u8 {
-    say::conclude(vm::command(options))
+pub fn vm(options: &VmOptions, keys: OpenKeys) -> u8 {
+    say::conclude(vm::command(options, keys))
 }
 
-fn client(api: &Api) -> Result<Client, Said> {
-    Ok(Client::new(&api.socket)?)
+/// Where a command asks, with what, and how it shows what it hears.
+struct Asked<'a> {
+    api: &'a Api,
+    json: bool,
+    keys: OpenKeys,
 }
 
-fn status(api: &Api) -> Outcome {
+impl Api {
+    fn with(&self, keys: OpenKeys) -> Asked<'_> {
+        Asked { api: self, json: self.json, keys }
+    }
+}
+
+/// The variables that stand for `--host` and `--keys`.
+const HOST: &str = "OUTLIVE_HOST";
+const KEYS: &str = "OUTLIVE_KEYS";
+
+fn client(asked: &Asked<'_>) -> Result<Client, Said> {
+    let api = asked.api;
+    let said = |name: &str| std::env::var(name).ok().filter(|it| !it.is_empty());
+    let of_variable = || match said(HOST) {
+        Some(text) if api.socket.is_none() => text.parse().map(Some).map_err(Said::Host),
+        _ => Ok(None),
+    };
+    let host = api.host.clone().map_or_else(of_variable, |host| Ok(Some(host)))?;
+    let client = match host {
+        Some(host) => {
+            let keys = api.keys.clone().or_else(|| said(KEYS).map(Into::into));
+            Client::there(&host, (asked.keys)(keys.as_deref()))
+        }
+        None => Client::here(api.socket.as_deref().unwrap_or(std::path::Path::new(options::API))),
+    };
+    client.map_err(Said::Runtime)
+}
+
+fn status(api: &Asked<'_>) -> Outcome {
     let node: NodeView = client(api)?.get("/v1/node")?;
     print(api.json, &node, |node| {
         let mut text = format!(
@@ -79,13 +112,13 @@ fn status(api: &Api) -> Outcome {
     })
 }
 
-fn undrain(api: &Api) -> Outcome {
+fn undrain(api: &Asked<'_>) -> Outcome {
     let node: NodeView = client(api)?.send("POST", "/v1/node/undrain", None)?;
     print(api.json, &node, |node| format!("host {} is {}\n", node.host, node.mode.name()))
 }
 
 /// Begins a job, follows it, and says what it has come to.
-fn job(api: &Api, route: &str, body: Option<&impl Serialize>) -> Outcome {
+fn job(api: &Asked<'_>, route: &str, body: Option<&impl Serialize>) -> Outcome {
     let client = client(api)?;
     // Plain data: this cannot fail.
     let text =

@@ -5,12 +5,22 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use crate::host::{Host, parse_listen};
+
 /// Where the node is asked, and how answers are shown.
 #[derive(Clone, Debug, Args)]
 pub struct Api {
-    /// The node's socket
-    #[arg(long, value_name = "PATH", default_value = API)]
-    pub socket: PathBuf,
+    /// The node's socket on this host [default: /run/outlive-node/api]
+    #[arg(long, value_name = "PATH", conflicts_with = "host")]
+    pub socket: Option<PathBuf>,
+
+    /// Ask the node of another host, over TLS [default: the variable OUTLIVE_HOST, or this host's; its port: 7020]
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub host: Option<Host>,
+
+    /// Directory with the keys for --host [default: the variable OUTLIVE_KEYS, or /etc/outlive/keys]
+    #[arg(long, value_name = "DIR")]
+    pub keys: Option<PathBuf>,
 
     /// For programs: the API's answer, as JSON
     #[arg(long)]
@@ -88,7 +98,7 @@ pub enum NodeCommand {
 
 /// Where the node answers. It is in no directory that a VM's process may use: whoever connects here can have any
 /// command started.
-const API: &str = "/run/outlive-node/api";
+pub(super) const API: &str = "/run/outlive-node/api";
 /// Where definitions are.
 const VMS: &str = "/etc/outlive/vms";
 
@@ -119,6 +129,15 @@ pub struct Serve {
     /// Group that may connect, too [default: only the user of this process]
     #[arg(long, value_name = "GROUP")]
     pub socket_group: Option<String>,
+
+    /// Address at which other hosts and operators may use the API, over TLS with certificates of both ends
+    /// [default: only the socket]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_listen)]
+    pub listen: Option<String>,
+
+    /// Directory with this host's keys, for --listen [default: /etc/outlive/keys]
+    #[arg(long, value_name = "DIR", requires = "listen")]
+    pub keys: Option<PathBuf>,
 
     /// Name of this host, for the definitions' [host.NAME] [default: the host's own]
     #[arg(long, value_name = "NAME")]
@@ -192,6 +211,15 @@ pub enum VmCommand {
 }
 
 impl VmCommand {
+    /// Which node it is for.
+    pub(super) fn api(&self) -> &Api {
+        match self {
+            Self::List(api) => api,
+            Self::Define { api, .. } | Self::Stop { api, .. } | Self::Logs { api, .. } => api,
+            Self::Show(one) | Self::Undefine(one) | Self::Start(one) | Self::HandOver(one) => &one.api,
+        }
+    }
+
     /// Which VM it is about.
     pub(super) fn name(&self) -> Option<&str> {
         match self {
@@ -221,6 +249,8 @@ Examples:
   outlive node drain                 empty this host before its maintenance
   outlive node undrain
   outlive node page                  the same in a browser: live figures of each VM, and buttons
+  outlive node drain --host hostb --keys ~/alice.keys
+                                     another host's node, with the keys of an operator (outlive keys operator alice)
 
 docs/node.md begins with a quick start. Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or
 definitions, or nobody answers.";
@@ -232,6 +262,7 @@ it again. So this process may be upgraded at any time.
 Examples:
   outlive node run
   outlive node run --socket-group operators --host hosta
+  outlive node run --listen 0.0.0.0:7020       other hosts, and operators with keys of outlive keys operator, too
 
 Exit codes: 0 told to stop; 2 wrong options, or a directory cannot be used.";
 
@@ -284,5 +315,7 @@ Examples:
   outlive vm logs web -n 20 --follow
   outlive vm hand-over web
   outlive vm stop web
+  outlive vm list --host hostb       what another host's node says; its --listen must be given
+  export OUTLIVE_HOST=hostb OUTLIVE_KEYS=$HOME/alice.keys; outlive vm start web
 
 Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or definitions, or nobody answers.";

@@ -28,7 +28,7 @@ fn serve(
 ) -> Result<(), Box<dyn std::error::Error>> {
     let Service { stops, .. } = service()?;
     // Whoever may not ask hears it now, and not in the browser.
-    let node: NodeView = Client::new(socket)?.get("/v1/node")?;
+    let node: NodeView = Client::here(socket)?.get("/v1/node")?;
     let page = page::serve(listen, socket)?;
     eprintln!("The VMs of host {}, until Ctrl-C. This link opens them in one browser, once:", node.host);
     print_line(&page.link)?;

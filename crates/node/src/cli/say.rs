@@ -23,6 +23,12 @@ pub(super) enum Said {
     /// No VM can have this name.
     #[error("'{0}' cannot be a VM's name: {NAMES}")]
     Name(String),
+    /// Nothing can be asked.
+    #[error("cannot ask anybody: {0}; let this user have more descriptors")]
+    Runtime(#[source] io::Error),
+    /// A variable names no host.
+    #[error("OUTLIVE_HOST: {0}")]
+    Host(String),
     /// A job has failed.
     #[error("{0}")]
     Failed(String),

@@ -13,6 +13,7 @@ use crate::api;
 use crate::definition::{Definition, DefinitionError, Folder};
 use crate::node::{Node, Places};
 use crate::program::Program;
+use crate::remote::OpenKeys;
 
 /// What the program has for a process that serves.
 pub struct Service {
@@ -23,8 +24,13 @@ pub struct Service {
 }
 
 /// Serves until it is told to stop. Returns the exit code.
-pub(super) fn run(options: &Serve, program: Program, service: impl FnOnce() -> io::Result<Service>) -> u8 {
-    match serve(options, program, service) {
+pub(super) fn run(
+    options: &Serve,
+    program: Program,
+    service: impl FnOnce() -> io::Result<Service>,
+    keys: OpenKeys,
+) -> u8 {
+    match serve(options, program, service, keys) {
         Ok(()) => OK,
         Err(why) => {
             eprintln!("outlive: {why}");
@@ -37,6 +43,7 @@ fn serve(
     options: &Serve,
     program: Program,
     service: impl FnOnce() -> io::Result<Service>,
+    keys: OpenKeys,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let Service { stops, ready } = service()?;
     let places = Places {
@@ -49,11 +56,16 @@ fn serve(
     let node = Node::start(&host, places, program)?;
     let server = api::serve(&node, &options.socket, options.socket_group.as_deref())?;
     tracing::info!("the node of host {host} answers at {}", options.socket.display());
+    let port = options
+        .listen
+        .as_deref()
+        .map(|address| api::serve_hosts(&node, address, keys(options.keys.as_deref())));
+    let port = port.transpose()?;
     ready();
     // It ends, too, if nobody can give the order any more.
     let why = stops.recv().unwrap_or("nobody can stop it any more");
     tracing::info!("the node ends ({why}), and its VMs run on");
-    drop(server);
+    drop((port, server));
     Ok(())
 }
 

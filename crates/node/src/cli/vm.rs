@@ -7,13 +7,14 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::options::{Api, One, VmCommand, VmOptions};
+use super::options::{One, VmCommand, VmOptions};
 use super::say::{Outcome, Said, print};
 use super::table::{table, width};
-use super::{client, job};
+use super::{Asked, client, job};
 use crate::client::ClientError;
 use crate::definition::{LONGEST, is_name};
 use crate::error::BAD_DEFINITION;
+use crate::remote::OpenKeys;
 use crate::view::View;
 
 #[derive(Deserialize, Serialize)]
@@ -24,28 +25,29 @@ struct Vms {
 /// The longest reason in a list, in characters. `outlive vm show` has all of it.
 const WHY: usize = 60;
 
-pub(super) fn command(options: &VmOptions) -> Outcome {
+pub(super) fn command(options: &VmOptions, keys: OpenKeys) -> Outcome {
     if let Some(name) = options.command.name().filter(|name| !is_name(name)) {
         return Err(Said::Name(name.to_owned()));
     }
+    let api = &options.command.api().with(keys);
     match &options.command {
-        VmCommand::List(api) => list(api),
-        VmCommand::Show(One { name, api }) => {
+        VmCommand::List(_) => list(api),
+        VmCommand::Show(One { name, .. }) => {
             let vm: View = client(api)?.get(&route(name, ""))?;
             print(api.json, &vm, show)
         }
-        VmCommand::Define { name, file, api } => define(name, file, api),
-        VmCommand::Undefine(One { name, api }) => {
+        VmCommand::Define { name, file, .. } => define(name, file, api),
+        VmCommand::Undefine(One { name, .. }) => {
             let _: Value = client(api)?.send("DELETE", &route(name, ""), None)?;
             print(api.json, &json!({}), |_| format!("VM {name} is not defined any more\n"))
         }
-        VmCommand::Start(One { name, api }) => job(api, &route(name, "/start"), None::<&()>),
-        VmCommand::Stop { name, now, only_standby, api } => {
+        VmCommand::Start(One { name, .. }) => job(api, &route(name, "/start"), None::<&()>),
+        VmCommand::Stop { name, now, only_standby, .. } => {
             let how = json!({ "now": now, "only_standby": only_standby });
             job(api, &route(name, "/stop"), Some(&how))
         }
-        VmCommand::HandOver(One { name, api }) => job(api, &route(name, "/hand-over"), None::<&()>),
-        VmCommand::Logs { name, lines, follow, api } => logs(name, *lines, *follow, api),
+        VmCommand::HandOver(One { name, .. }) => job(api, &route(name, "/hand-over"), None::<&()>),
+        VmCommand::Logs { name, lines, follow, .. } => logs(name, *lines, *follow, api),
     }
 }
 
@@ -62,7 +64,7 @@ fn route(name: &str, rest: &str) -> String {
     route + rest
 }
 
-fn list(api: &Api) -> Outcome {
+fn list(api: &Asked<'_>) -> Outcome {
     let all: Vms = client(api)?.get("/v1/vms")?;
     print(api.json, &all, |all| {
         let rows: Vec<_> = all.vms.iter().map(row).collect();
@@ -115,7 +117,7 @@ struct Defined {
     changed: bool,
 }
 
-fn define(name: &str, file: &Path, api: &Api) -> Outcome {
+fn define(name: &str, file: &Path, api: &Asked<'_>) -> Outcome {
     let shown = if file == Path::new("-") { "standard input".into() } else { file.display().to_string() };
     let text = read(file).map_err(|error| Said::Read(shown.clone(), error))?;
     let answer = client(api)?.send("PUT", &route(name, ""), Some(("application/toml", text)));
@@ -147,7 +149,7 @@ struct Log {
     next: u64,
 }
 
-fn logs(name: &str, lines: Option<usize>, follow: bool, api: &Api) -> Outcome {
+fn logs(name: &str, lines: Option<usize>, follow: bool, api: &Asked<'_>) -> Outcome {
     let client = client(api)?;
     let mut log: Log = client.get(&route(name, "/log"))?;
     if let Some(lines) = lines {

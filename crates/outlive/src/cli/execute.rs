@@ -49,7 +49,7 @@ impl Command {
             Self::GoOnAlone(options) => status::go_on_alone(options),
             Self::GiveUp(options) => status::give_up(options),
             Self::Node(options) => node::node(options),
-            Self::Vm(options) => outlive_node::cli::vm(options),
+            Self::Vm(options) => node::vm(options),
             Self::Arbiter(options) => arbiter::command(options),
             Self::Keys(options) => keys::command(options),
             Self::Image(options) => disk::command(options),

@@ -48,6 +48,21 @@ pub enum KeysCommand {
         #[command(flatten)]
         grant: GrantOptions,
     },
+    /// Make the keys of an operator, who then may use the API of every host's node over the network, for everything
+    Operator {
+        /// Name of the person or program, for logs; no host's
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// The directory with the CA
+        #[arg(long, value_name = "DIR", default_value = USUAL)]
+        keys: PathBuf,
+        /// Where to make the directory [default: NAME.keys]
+        #[arg(long, value_name = "DIR")]
+        to: Option<PathBuf>,
+        /// How long the certificate counts.
+        #[command(flatten)]
+        days: DaysOption,
+    },
     /// Renew this host's key and certificate; links that are open go on with the old ones
     Rotate {
         /// The directory with the CA
@@ -75,10 +90,10 @@ pub enum KeysCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Accept certificates no longer: those that were made here for a host, or one
+    /// Accept certificates no longer: those that were made here for a host or an operator, or one
     Revoke {
-        /// Name of the host, or the serial number of the certificate
-        #[arg(value_name = "HOST|SERIAL")]
+        /// Name of the host or operator, or the serial number of the certificate
+        #[arg(value_name = "NAME|SERIAL")]
         who: String,
         /// The directory
         #[arg(long, value_name = "DIR", default_value = USUAL)]
@@ -156,6 +171,7 @@ Examples:
   outlive keys issue --host hostb --vm 3f2a9c04d17be6508c5d2e9b41f6a703 --hold
                                                      a host that may only hold copies of one VM
   outlive keys issue --host third --arbiter          the machine on which outlive arbiter serve runs
+  outlive keys operator alice --days 90              alice may use the API of every host's node, for everything
   outlive keys show                                  names, rights, expiry, warnings
   outlive keys rotate                                a new key and certificate for this host
   outlive keys rotate --ca                           a new CA; docs/trust.md has the steps

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 use outlive_node::Program;
-use outlive_node::cli::{self, NodeCommand, NodeOptions, Service};
+use outlive_node::cli::{self, NodeCommand, NodeOptions, Service, VmOptions};
 
 use super::{RunOptions, definition};
+use crate::link::open_keys;
 use crate::{exit, notify, serving};
 
 fn program(path: impl Into<PathBuf>) -> Program {
@@ -26,7 +27,12 @@ pub(super) fn node(options: &NodeOptions) -> u8 {
         _ => false,
     };
     let service = || Ok(Service { stops: serving::stops(with_stdin)?, ready: notify::ready });
-    cli::node(options, program, service)
+    cli::node(options, program, service, open_keys)
+}
+
+/// `outlive vm`: returns the exit code.
+pub(super) fn vm(options: &VmOptions) -> u8 {
+    cli::vm(options, open_keys)
 }
 
 #[cfg(test)]

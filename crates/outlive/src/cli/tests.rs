@@ -203,3 +203,27 @@ fn a_guest_boots_from_one_of_its_disks_or_from_a_file() {
     assert!(run(&["--append", "quiet"]).is_err() && run(&["--kernel", "/k", "--append", "quiet"]).is_ok());
     assert_eq!(run(&["--kernel", "/k"]).unwrap().command_line(), "console=ttyS0");
 }
+
+#[test]
+fn a_node_is_asked_here_or_on_another_host() {
+    let parse = |words: &[&str]| Cli::try_parse_from(["outlive"].iter().chain(words)).map(drop);
+    for good in [
+        &["vm", "list", "--host", "hosta", "--keys", "/k"][..],
+        &["vm", "stop", "web", "--host", "hosta@[::1]:7021"],
+        &["node", "drain", "--host", "10.0.0.1"],
+        &["node", "run", "--listen", "0.0.0.0:7020", "--keys", "/k", "--host", "hosta"],
+        &["keys", "operator", "alice", "--days", "90"],
+    ] {
+        parse(good).unwrap_or_else(|why| panic!("{good:?}: {why}"));
+    }
+    for bad in [
+        &["vm", "list", "--host", "hosta", "--socket", "/s"][..],
+        &["vm", "list", "--host", "hosta:0"],
+        &["vm", "list", "--host", "::1"],
+        &["node", "run", "--listen", "7020"],
+        &["node", "run", "--keys", "/k"],
+        &["keys", "operator"],
+    ] {
+        parse(bad).expect_err(&bad.join(" "));
+    }
+}

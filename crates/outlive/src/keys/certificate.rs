@@ -7,14 +7,14 @@ use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 
 use super::grant::Grant;
 
-/// A certificate of a host or of a CA, read.
+/// A certificate of a host, of an operator or of a CA, read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Certificate {
-    /// The host that it belongs to; for a CA its name.
+    /// The host or operator that it belongs to; for a CA its name.
     pub name: String,
     /// The name of the CA that made it.
     pub ca: String,
-    /// What the host may do.
+    /// What it allows.
     pub grant: Grant,
     /// The serial number, as hexadecimal digits.
     pub serial: String,

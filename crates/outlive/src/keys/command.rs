@@ -36,6 +36,9 @@ pub fn command(options: &KeysOptions) -> u8 {
     let done = match &options.command {
         KeysCommand::Init { directory, host, grant } => init(directory, host.as_deref(), grant, &mut out),
         KeysCommand::Issue { host, keys, to, grant } => issue(keys, host, to.as_deref(), grant, &mut out),
+        KeysCommand::Operator { name, keys, to, days } => {
+            operator(keys, name, to.as_deref(), days.life(), &mut out)
+        }
         KeysCommand::Rotate { keys, ca: true, .. } => rotate_ca(keys, &mut out),
         KeysCommand::Rotate { keys, forget_old_cas: true, force, .. } => {
             forget_old_cas(keys, *force, &mut out)
@@ -60,7 +63,7 @@ fn grant(options: &GrantOptions) -> Grant {
     let vms = if ids.is_empty() { Vms::Any } else { Vms::Only(ids) };
     let both = options.send == options.hold;
     let give = |is: bool| if is || both { vms.clone() } else { Vms::NONE };
-    Grant { send: give(options.send), hold: give(options.hold), arbiter: options.arbiter }
+    Grant { send: give(options.send), hold: give(options.hold), arbiter: options.arbiter, ..Grant::NONE }
 }
 
 fn init(
@@ -103,15 +106,41 @@ fn issue(
         "copy its files and remove it here: ssh root@{host} mkdir -p -m 700 {there} && scp -p {to}/* \
          root@{host}:{there}/ && rm -r {to}"
     )?;
-    // The keys are made: what cannot be looked up now is no failure. This host's own ones come last.
+    who_waits(keys, host, out)
+}
+
+/// Says who must have a new CA before keys of it are used. The keys are made: what cannot be looked up now is no failure.
+/// This host's own ones come last.
+fn who_waits(keys: &Path, besides: &str, out: &mut dyn Write) -> Result<(), CommandError> {
     let own = load::load(keys).map(|loaded| loaded.host.name).unwrap_or_default();
-    let mut waiting = make::waiting_for_new_ca(keys, host).unwrap_or_default();
+    let mut waiting = make::waiting_for_new_ca(keys, besides).unwrap_or_default();
     waiting.retain(|name| *name != own);
     if !waiting.is_empty() {
         let (names, file) = (waiting.join(", "), keys.join(super::CAS));
         writeln!(out, "these keys are of a new CA: first copy {} to {names}", file.display())?;
     }
     Ok(())
+}
+
+fn operator(
+    keys: &Path,
+    name: &str,
+    to: Option<&Path>,
+    life: Duration,
+    out: &mut dyn Write,
+) -> Result<(), CommandError> {
+    let order = Order { host: name.to_owned(), grant: Grant::OPERATOR, life };
+    let usual = format!("{name}.keys");
+    let to = to.unwrap_or(Path::new(&usual));
+    let made = make::issue(keys, &order, to)?;
+    let to = to.display();
+    writeln!(out, "{to} has the keys of operator {}", Told(&made))?;
+    writeln!(
+        out,
+        "whoever has them may do everything with the VMs of every host whose node has --listen: move the directory to \
+         where only {name} can read it (mode 700, {name}'s own), and there: outlive vm list --host HOST --keys {to}"
+    )?;
+    who_waits(keys, name, out)
 }
 
 fn rotate_ca(keys: &Path, out: &mut dyn Write) -> Result<(), CommandError> {
@@ -178,6 +207,9 @@ struct Entry {
     /// It may serve an arbiter.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     arbiter: bool,
+    /// It may do everything at the API of every host's node.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    operate: bool,
 }
 
 impl Entry {
@@ -195,6 +227,7 @@ impl Entry {
             send: names(&about.grant.send),
             hold: names(&about.grant.hold),
             arbiter: about.grant.arbiter,
+            operate: about.grant.operate,
         }
     }
 }
@@ -229,7 +262,8 @@ fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError
         writeln!(out, "{}", serde_json::to_string(&shown).map_err(io::Error::other)?)?;
         return Ok(());
     }
-    writeln!(out, "host     {}", Told(&loaded.host))?;
+    let who = if loaded.host.grant.is_operators() { "operator" } else { "host" };
+    writeln!(out, "{who:<8} {}", Told(&loaded.host))?;
     for ca in &cas {
         writeln!(out, "CA       {}, until {}", ca.name, day(ca.until))?;
     }
@@ -254,10 +288,11 @@ fn warnings(keys: &Loaded, cas: &[Certificate]) -> Vec<String> {
     let mut all: Vec<String> =
         [&keys.host].into_iter().chain(cas).filter_map(|it| it.complaint(now)).collect();
     if keys.revoked.has(&keys.host.serial) {
-        all.push(format!("the certificate of this host, {}, is revoked", keys.host.name));
+        all.push(format!("the certificate here, of {}, is revoked", keys.host.name));
     }
-    // An arbiter needs neither.
-    let rights = [Right::Send, Right::Hold].into_iter().filter(|_| !keys.host.grant.arbiter);
+    // An arbiter and an operator need neither.
+    let needs = !keys.host.grant.arbiter && !keys.host.grant.is_operators();
+    let rights = [Right::Send, Right::Hold].into_iter().filter(|_| needs);
     for right in rights {
         let vms = if right == Right::Send { &keys.host.grant.send } else { &keys.host.grant.hold };
         if *vms == Vms::NONE {

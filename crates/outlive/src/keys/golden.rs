@@ -18,7 +18,7 @@ fn a_certificate_of_the_release_before_is_read() {
     let pem = golden::text("certificate.pem");
     let der = load::certificates(Path::new("certificate.pem"), pem.as_bytes()).unwrap().swap_remove(0);
     let read = Certificate::of_host(&der).unwrap();
-    let grant = Grant { send: Vms::NONE, hold: Vms::Only(vec![VmId(*b"0123456789abcdef")]), arbiter: false };
+    let grant = Grant { send: Vms::NONE, hold: Vms::Only(vec![VmId(*b"0123456789abcdef")]), ..Grant::NONE };
     assert_eq!(
         (&read.name[..], &read.serial[..], &read.grant),
         ("hostb", SERIAL, &grant),
@@ -31,7 +31,7 @@ fn a_certificate_of_the_release_before_is_read() {
 #[test]
 fn rights_are_written_as_the_release_before_reads_them() {
     let vm = VmId(*b"0123456789abcdef");
-    let grants = [Grant::ALL, Grant { send: Vms::NONE, hold: Vms::Only(vec![vm]), arbiter: false }];
+    let grants = [Grant::ALL, Grant { send: Vms::NONE, hold: Vms::Only(vec![vm]), ..Grant::NONE }];
     let names = grants.each_ref().map(Grant::to_names).concat();
     let golden = keeps("rights.txt", &format!("{}\n", names.join("\n")));
     let (any, one) = golden.split_at(golden.match_indices('\n').nth(1).unwrap().0);

@@ -1,7 +1,8 @@
-//! Which VMs a host may send to others, which it may hold for them, and whether it may be their arbiter.
+//! Which VMs a host may send to others, which it may hold for them, and whether it may be their arbiter; and whether
+//! somebody may operate the nodes of hosts.
 //!
 //! A certificate has each right as a name of kind URI: `outlive:send:any`, `outlive:hold:3f2a...` (a VM's id),
-//! `outlive:arbitrate:any`. So
+//! `outlive:arbitrate:any`, `outlive:operate:any`. So
 //! `openssl x509 -text` shows them, and no library that verifies certificates stumbles over an extension that it
 //! does not know.
 
@@ -13,6 +14,8 @@ use outlive_epoch::VmId;
 const SCHEME: &str = "outlive:";
 /// The right of an arbiter.
 const ARBITRATE: &str = "arbitrate";
+/// The right of an operator.
+const OPERATE: &str = "operate";
 
 /// What a host may do with a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +85,7 @@ impl fmt::Display for Vms {
     }
 }
 
-/// The rights of a host.
+/// The rights of a host, of an arbiter or of an operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// What it may send.
@@ -91,15 +94,20 @@ pub struct Grant {
     pub hold: Vms,
     /// Whether it may serve an arbiter. Hosts of VMs may not: one of them could win every generation.
     pub arbiter: bool,
+    /// Whether it may do everything at the API of every host's node. Hosts may not: what one of them can do to another
+    /// one's VMs would otherwise be more than the other rights say.
+    pub operate: bool,
 }
 
 impl Grant {
     /// Both rights to all VMs: what a host of a pair needs.
-    pub const ALL: Self = Self { send: Vms::Any, hold: Vms::Any, arbiter: false };
+    pub const ALL: Self = Self { send: Vms::Any, hold: Vms::Any, arbiter: false, operate: false };
     /// No right at all.
-    pub const NONE: Self = Self { send: Vms::NONE, hold: Vms::NONE, arbiter: false };
+    pub const NONE: Self = Self { send: Vms::NONE, hold: Vms::NONE, arbiter: false, operate: false };
     /// That of a third machine, which has no VMs.
-    pub const ARBITER: Self = Self { send: Vms::NONE, hold: Vms::NONE, arbiter: true };
+    pub const ARBITER: Self = Self { send: Vms::NONE, hold: Vms::NONE, arbiter: true, operate: false };
+    /// That of a person or a program, at no host.
+    pub const OPERATOR: Self = Self { send: Vms::NONE, hold: Vms::NONE, arbiter: false, operate: true };
 
     fn of(&self, right: Right) -> &Vms {
         match right {
@@ -111,6 +119,16 @@ impl Grant {
     /// Whether it has this right to this VM.
     pub fn allows(&self, right: Right, vm: &VmId) -> bool {
         self.of(right).has(vm)
+    }
+
+    /// Whether it is a host of VMs.
+    pub fn has_vms(&self) -> bool {
+        Right::BOTH.into_iter().any(|right| *self.of(right) != Vms::NONE)
+    }
+
+    /// Whether it is an operator's, and no machine's: nothing answers with it.
+    pub fn is_operators(&self) -> bool {
+        self.operate && !self.arbiter && !self.has_vms()
     }
 
     /// Whether it has any right to this VM.
@@ -130,7 +148,7 @@ impl Grant {
     /// the one that it has for other VMs. Both rights are to the same VMs there, so one may become wider.
     pub(crate) fn options_with(&self, right: Option<Right>, vm: &VmId) -> String {
         let has = |right| *self.of(right) != Vms::NONE;
-        let has_any = Right::BOTH.into_iter().any(has);
+        let has_any = self.has_vms();
         let wants = |it| has(it) || right.map_or(!has_any, |right| right == it || !has_any);
         let mut options = Vec::new();
         if Right::BOTH.into_iter().any(|right| *self.of(right) == Vms::Any) {
@@ -161,8 +179,9 @@ impl Grant {
             Vms::Any => vec![format!("{SCHEME}{right}:any")],
             Vms::Only(ids) => ids.iter().map(|id| format!("{SCHEME}{right}:{id}")).collect(),
         };
-        let arbiter = self.arbiter.then(|| format!("{SCHEME}{ARBITRATE}:any"));
-        Right::BOTH.into_iter().flat_map(names).chain(arbiter).collect()
+        let others = [(self.arbiter, ARBITRATE), (self.operate, OPERATE)].into_iter().filter(|(has, _)| *has);
+        let others = others.map(|(_, right)| format!("{SCHEME}{right}:any"));
+        Right::BOTH.into_iter().flat_map(names).chain(others).collect()
     }
 
     /// Reads the names of a certificate. What it does not know gives no right.
@@ -179,6 +198,10 @@ impl Grant {
                     grant.arbiter |= vm == "any";
                     continue;
                 }
+                OPERATE => {
+                    grant.operate |= vm == "any";
+                    continue;
+                }
                 _ => continue,
             };
             match (vm, vm.parse()) {
@@ -193,9 +216,12 @@ impl Grant {
 
 impl fmt::Display for Grant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.arbiter {
-            f.write_str("may be the arbiter")?;
-            if (&self.send, &self.hold) == (&Vms::NONE, &Vms::NONE) {
+        let others =
+            [(self.arbiter, "may be the arbiter"), (self.operate, "may operate the nodes of all hosts")];
+        let others: Vec<_> = others.into_iter().filter(|(has, _)| *has).map(|(_, what)| what).collect();
+        f.write_str(&others.join(", "))?;
+        if !others.is_empty() {
+            if !self.has_vms() {
                 return Ok(());
             }
             f.write_str(", ")?;
@@ -215,7 +241,7 @@ mod tests {
     #[test]
     fn rights_come_back_from_their_names_and_strange_names_give_none() {
         let (one, two) = (VmId([1; 16]), VmId([2; 16]));
-        let grant = Grant { send: Vms::Only(vec![one, two]), hold: Vms::Any, arbiter: false };
+        let grant = Grant { send: Vms::Only(vec![one, two]), hold: Vms::Any, ..Grant::NONE };
         let names = grant.to_names();
         assert_eq!(names.last().unwrap(), "outlive:hold:any");
         assert_eq!(Grant::from_names(names.iter().map(String::as_str)), grant);
@@ -228,6 +254,8 @@ mod tests {
             "https:send:any",
             "",
             "outlive:arbitrate:",
+            "outlive:operate:",
+            "outlive:operate:03030303030303030303030303030303",
         ];
         assert_eq!(Grant::from_names(strange.into_iter()), Grant::NONE);
     }
@@ -243,7 +271,7 @@ mod tests {
             (none.clone(), hold, format!("--vm {new}")),
             (Grant::ARBITER, None, format!("--vm {new} --arbiter")),
             (
-                Grant { send: only(&[one, two]), hold: only(&[one, two]), arbiter: false },
+                Grant { send: only(&[one, two]), hold: only(&[one, two]), ..Grant::NONE },
                 send,
                 format!("--vm {new} --vm {one} --vm {two}"),
             ),
@@ -251,7 +279,7 @@ mod tests {
             (Grant { hold: only(&[one]), ..none.clone() }, None, format!("--vm {new} --vm {one} --hold")),
             (Grant { hold: only(&[one]), ..none.clone() }, send, format!("--vm {new} --vm {one}")),
             (
-                Grant { send: only(&[two]), hold: only(&[one]), arbiter: false },
+                Grant { send: only(&[two]), hold: only(&[one]), ..Grant::NONE },
                 send,
                 format!("--vm {new} --vm {two} --vm {one}"),
             ),
@@ -275,5 +303,21 @@ mod tests {
             Grant { arbiter: true, ..Grant::ALL }.to_string(),
             "may be the arbiter, may send and hold any VM"
         );
+    }
+
+    /// No host is an operator, and an operator is no host.
+    #[test]
+    fn an_operator_is_no_host() {
+        let both = Grant { operate: true, ..Grant::ALL };
+        for grant in [Grant::OPERATOR, both.clone(), Grant { arbiter: true, ..both.clone() }] {
+            let names = grant.to_names();
+            assert_eq!(Grant::from_names(names.iter().map(String::as_str)), grant, "{names:?}");
+        }
+        assert_eq!(Grant::OPERATOR.to_names(), ["outlive:operate:any"]);
+        assert!(Grant::OPERATOR.is_operators() && !Grant::OPERATOR.has_vms());
+        assert!(!both.is_operators() && !Grant::ARBITER.is_operators() && !Grant::ALL.operate);
+        assert!(!Grant::OPERATOR.concerns(&VmId([1; 16])));
+        assert_eq!(Grant::OPERATOR.to_string(), "may operate the nodes of all hosts");
+        assert_eq!(both.to_string(), "may operate the nodes of all hosts, may send and hold any VM");
     }
 }

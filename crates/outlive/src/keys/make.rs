@@ -26,10 +26,10 @@ const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// How long before its making a certificate counts: clocks of hosts differ.
 const SKEW: Duration = Duration::from_secs(3600);
 
-/// What is to be made for a host.
+/// What is to be made for a host, or for an operator.
 #[derive(Clone, Debug)]
 pub struct Order {
-    /// The host's name.
+    /// Its name.
     pub host: String,
     /// What it may do.
     pub grant: Grant,
@@ -53,8 +53,18 @@ pub enum MakeError {
     #[error("{} is not here: certificates are made where the CA's private key is, with `outlive keys issue`", .0.display())]
     NoCa(PathBuf),
     /// No certificate can have it.
-    #[error("'{0}' cannot be a host's name: use letters, digits, '.' and '-'")]
+    #[error("'{0}' cannot be a host's name, or an operator's: use letters, digits, '.' and '-'")]
     Name(String),
+    /// One name would mean two things in logs, and for `revoke`.
+    #[error(
+        "{name} is the name of {whose} already, whose certificate counts: take another name, or `outlive keys revoke {name}` first"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Of what.
+        whose: &'static str,
+    },
     /// Nothing is known by that name.
     #[error(
         "no certificate of '{0}' was made here: give its serial number, which `outlive keys show` on its host has"
@@ -66,7 +76,8 @@ pub enum MakeError {
     /// Hosts would be shut out.
     #[error(
         "{hosts}: certificates of an old CA, which would count no longer: make new keys with `outlive keys issue --host \
-         NAME` and copy them there, or `outlive keys revoke NAME` for a host that is gone; --force does it all the same"
+         NAME` (for an operator `outlive keys operator NAME`) and copy them there, or `outlive keys revoke NAME` for one \
+         that is gone; --force does it all the same"
     )]
     HostsOfOldCa {
         /// Their names.
@@ -75,8 +86,8 @@ pub enum MakeError {
     /// Hosts would not know this one.
     #[error(
         "{hosts}: certificates of an old CA only, so perhaps not yet the new {}, without which this host's new key is \
-         refused there: make new keys for them first with `outlive keys issue --host NAME` and copy them there; --force \
-         if they all have the file", .file.display()
+         refused there: make new keys for them first with `outlive keys issue --host NAME` (for an operator \
+         `outlive keys operator NAME`) and copy them there; --force if they all have the file", .file.display()
     )]
     CaNotCopied {
         /// Their names.
@@ -143,7 +154,7 @@ pub fn init(directory: &Path, order: &Order) -> Result<Certificate, MakeError> {
     Ok(made.about)
 }
 
-/// Makes a directory for another host, to be copied there.
+/// Makes a directory for another host, or for an operator, to be copied there.
 ///
 /// # Errors
 /// See [`MakeError`].
@@ -153,6 +164,7 @@ pub fn issue(directory: &Path, order: &Order, to: &Path) -> Result<Certificate, 
     let cas = text(&directory.join(CAS))?;
     // A host that cannot refuse what was revoked before would accept it.
     let revoked = list(directory)?;
+    other_kind(directory, order)?;
     let made = ca.make(order)?;
     // First: one that is handed out and not known here could not be revoked by its host's name.
     let noted = note_issued(&ca::found(directory), &made)?;
@@ -160,6 +172,19 @@ pub fn issue(directory: &Path, order: &Order, to: &Path) -> Result<Certificate, 
         let _ = fs::remove_file(noted);
     })?;
     Ok(made.about)
+}
+
+/// Refuses a host the name of an operator, and the other way round, while that has a certificate that counts.
+fn other_kind(directory: &Path, order: &Order) -> Result<(), MakeError> {
+    let (now, is_operators) = (SystemTime::now(), order.grant.is_operators());
+    let (revoked, all) = (load::revoked(directory)?, issued(directory)?);
+    let counts = |it: &Certificate| !it.left(now).is_zero() && !revoked.has(&it.serial);
+    let taken = |it: &Certificate| it.name == order.host && it.grant.is_operators() != is_operators;
+    if !all.iter().any(|it| taken(it) && counts(it)) {
+        return Ok(());
+    }
+    let whose = if is_operators { "a host" } else { "an operator" };
+    Err(MakeError::NameTaken { name: order.host.clone(), whose })
 }
 
 /// Gives this host a new key and certificate, with the rights that it has. The first one of a new CA is given when all
@@ -322,9 +347,11 @@ impl Ca {
         params.serial_number = Some(serial()?);
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        // A host is a server where it waits and a client where it has the VM.
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        // A host is a server where it waits and a client where it has the VM. Nothing answers with an operator's.
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        if !order.grant.is_operators() {
+            params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
+        }
         params.use_authority_key_identifier_extension = true;
         set_span(&mut params, order.life);
         let certificate = params.signed_by(&key, &self.issuer)?;

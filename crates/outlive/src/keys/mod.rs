@@ -1,8 +1,8 @@
-//! Keys of the links: a private CA, certificates of hosts, and `outlive keys`.
+//! Keys of the links and of the node's API: a private CA, certificates of hosts and operators, and `outlive keys`.
 //!
 //! ```text
 //! ca.rs            where the CA's own files are
-//! certificate.rs   what a certificate says: which host, until when, which VMs it may send or hold
+//! certificate.rs   what a certificate says: which host or operator, until when, what it may do
 //! grant.rs         those rights, and how they are written in a certificate
 //! load.rs          what a link needs of a directory of keys, and who may read the directory
 //! make.rs          makes directories, certificates and CAs

@@ -28,7 +28,7 @@ fn a_directory_says_whose_it_is_and_what_it_allows() {
     let dir = tempfile::tempdir().unwrap();
     let (here, there) = (dir.path().join("a"), dir.path().join("b"));
     init(&here, &order("hosta")).unwrap();
-    let grant = Grant { send: Vms::NONE, hold: Vms::Only(vec![VmId([9; 16])]), arbiter: false };
+    let grant = Grant { send: Vms::NONE, hold: Vms::Only(vec![VmId([9; 16])]), ..Grant::NONE };
     let made = issue(&here, &Order { grant: grant.clone(), ..order("hostb") }, &there).unwrap();
     let (a, b) = (load(&here).unwrap(), load(&there).unwrap());
     assert_eq!((a.host.name.as_str(), b.host.name.as_str()), ("hosta", "hostb"));
@@ -279,4 +279,34 @@ fn who_names_no_keys_is_told_what_is_wrong_with_the_place() {
         assert!(told.contains("no permission") && !told.contains("keys init"), "{told}");
         assert!(made.contains("no permission") && !made.contains("is not here"), "{made}");
     }
+}
+
+#[test]
+fn an_operator_has_keys_of_its_own_and_no_host_has_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let [keys, alice, again] = ["keys", "alice", "again"].map(|name| dir.path().join(name));
+    let operator = |name: &str| Order { grant: Grant::OPERATOR, ..order(name) };
+    init(&keys, &order("hosta")).unwrap();
+    let made = issue(&keys, &operator("alice"), &alice).unwrap();
+    assert_eq!(
+        (files(&alice), load(&alice).unwrap().host),
+        ([CAS, HOST, REVOKED].map(String::from).to_vec(), made)
+    );
+    let pem = fs::read_to_string(alice.join(HOST)).unwrap();
+    let der = load::certificates(&alice.join(HOST), pem.as_bytes()).unwrap().swap_remove(0);
+    let (_, read) = x509_parser::parse_x509_certificate(&der).unwrap();
+    let usage = read.extended_key_usage().unwrap().unwrap().value;
+    assert!(usage.client_auth && !usage.server_auth, "nobody answers with it");
+    for (order, whose) in [(operator("hosta"), "a host"), (order("alice"), "an operator")] {
+        let refused = issue(&keys, &order, &again).unwrap_err();
+        assert!(
+            matches!(refused, MakeError::NameTaken { .. }) && refused.to_string().contains(whose),
+            "{refused}"
+        );
+    }
+    assert!(!again.exists());
+    // New keys of the same one, and of another one once the old ones count no longer.
+    issue(&keys, &operator("alice"), &again).unwrap();
+    assert_eq!(revoke(&keys, "alice").unwrap().len(), 2);
+    issue(&keys, &order("alice"), &dir.path().join("host")).unwrap();
 }

@@ -13,9 +13,11 @@
 //! - `tls.rs` is the other one, over the first; `verify.rs` judges certificates.
 //! - `security.rs` has what links are made with: keys, or nothing.
 //! - `dial.rs` makes a connection, from either end.
+//! - `api.rs` is TLS for the node's API, which has a runtime of its own: the same judgement of certificates.
 //! - `talk.rs` is a short conversation over TLS with somebody else than the other host of a pair.
 //! - `jobs.rs` has what the sender is told, `sender.rs` what a primary writes, `receiver.rs` what it reads; `tail.rs` copies of the guest's frames.
 
+mod api;
 mod dial;
 mod jobs;
 mod receiver;
@@ -35,6 +37,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::keys::Certificate;
+pub(crate) use api::open_keys;
 pub(crate) use dial::{Hangup, Listener, MayNot, NewConnection, dial, lasts, was_reached};
 pub(crate) use jobs::{CheckpointPart, Job, SenderReport, SentRound, Shipped};
 pub(crate) use receiver::{Agreed, Heard, receive};

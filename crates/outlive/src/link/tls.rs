@@ -23,7 +23,7 @@ use super::security::complain;
 use super::tcp::Tcp;
 use super::verify::Verifier;
 use super::{LinkKind, Transport};
-use crate::keys::{self, Certificate};
+use crate::keys::{self, Certificate, Loaded};
 
 /// How long both ends may take to know each other.
 const HANDSHAKE: Duration = Duration::from_secs(2);
@@ -73,15 +73,7 @@ impl Tls {
         let keys = keys::load(directory).map_err(denied)?;
         complain(&keys);
         let verifier = Verifier::new(&keys).map_err(denied)?;
-        let config = ClientConfig::builder_with_provider(verifier.provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(io::Error::other)?
-            .dangerous()
-            .with_custom_certificate_verifier(verifier.clone())
-            .with_client_auth_cert(keys.chain, keys.key);
-        let mut config = config.map_err(io::Error::other)?;
-        config.resumption = rustls::client::Resumption::disabled();
-        config.enable_sni = false;
+        let config = client_config(keys, &verifier).map_err(io::Error::other)?;
         // Certificates say what a host may do, not where it is.
         let name = ServerName::try_from("standby.outlive").map_err(io::Error::other)?;
         let session = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
@@ -96,15 +88,7 @@ impl Tls {
         let keys = keys::load(directory).map_err(denied)?;
         complain(&keys);
         let verifier = Verifier::new(&keys).map_err(denied)?;
-        let config = ServerConfig::builder_with_provider(verifier.provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(io::Error::other)?
-            .with_client_cert_verifier(verifier.clone())
-            .with_single_cert(keys.chain, keys.key);
-        let mut config = config.map_err(io::Error::other)?;
-        // Nobody resumes a session, so nothing of one can be replayed.
-        config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
+        let config = server_config(keys, &verifier).map_err(io::Error::other)?;
         let session = ServerConnection::new(Arc::new(config)).map_err(io::Error::other)?;
         Self::shake(tcp, session.into(), &verifier)
     }
@@ -121,14 +105,7 @@ impl Tls {
             Ok(())
         };
         let shaken = shake();
-        let peer = match (shaken, verifier.verdict()) {
-            (_, Some(Err(refused))) => Err(io::Error::new(ErrorKind::PermissionDenied, refused)),
-            (Err(error), _) => Err(explained(error)),
-            (Ok(()), Some(Ok(peer))) => Ok(peer),
-            // The library asks the verifier in every full handshake, and there are no others.
-            (Ok(()), None) => Err(io::Error::new(ErrorKind::PermissionDenied, "it has shown no certificate")),
-        };
-        let peer = peer.inspect_err(|_| stream.let_it_hear())?;
+        let peer = judged(shaken, verifier).inspect_err(|_| stream.let_it_hear())?;
         tcp.set_read_timeout(None)?;
         let incoming = Incoming {
             raw: vec![0; RAW].into(),
@@ -165,6 +142,43 @@ impl Tls {
             session.write_tls(&mut out.records)?;
         }
         Ok(())
+    }
+}
+
+/// What the end that connects brings along.
+pub(super) fn client_config(keys: Loaded, verifier: &Arc<Verifier>) -> Result<ClientConfig, rustls::Error> {
+    let config = ClientConfig::builder_with_provider(verifier.provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier.clone())
+        .with_client_auth_cert(keys.chain, keys.key);
+    let mut config = config?;
+    config.resumption = rustls::client::Resumption::disabled();
+    config.enable_sni = false;
+    Ok(config)
+}
+
+/// What the end that listens brings along.
+pub(super) fn server_config(keys: Loaded, verifier: &Arc<Verifier>) -> Result<ServerConfig, rustls::Error> {
+    let config = ServerConfig::builder_with_provider(verifier.provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier.clone())
+        .with_single_cert(keys.chain, keys.key);
+    let mut config = config?;
+    // Nobody resumes a session, so nothing of one can be replayed.
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
+}
+
+/// Who the other end is, or why it is refused, once a handshake has ended.
+pub(super) fn judged(shaken: io::Result<()>, verifier: &Verifier) -> io::Result<Certificate> {
+    match (shaken, verifier.verdict()) {
+        (_, Some(Err(refused))) => Err(io::Error::new(ErrorKind::PermissionDenied, refused)),
+        (Err(error), _) => Err(explained(error)),
+        (Ok(()), Some(Ok(peer))) => Ok(peer),
+        // The library asks the verifier in every full handshake, and there are no others.
+        (Ok(()), None) => Err(io::Error::new(ErrorKind::PermissionDenied, "it has shown no certificate")),
     }
 }
 
@@ -345,7 +359,7 @@ fn explained(error: io::Error) -> io::Error {
         }
         Some(rustls::Error::InvalidMessage(_)) => (
             ErrorKind::InvalidData,
-            "it does not speak TLS 1.3: give both hosts keys, or --insecure".to_owned(),
+            "it does not speak TLS 1.3: is the port another service's, or has one end no keys (--insecure)?".to_owned(),
         ),
         Some(rustls::Error::NoCertificatesPresented) => (
             ErrorKind::PermissionDenied,

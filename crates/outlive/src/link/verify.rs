@@ -20,16 +20,24 @@ use crate::keys::{Certificate, Loaded, Revoked};
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum Refused {
     /// Anybody can make one.
-    #[error("its certificate is of another CA: give both hosts keys of one CA (`outlive keys issue`)")]
+    #[error(
+        "its certificate is of another CA: give both ends keys of one CA (`outlive keys issue`, or `outlive keys \
+         operator`)"
+    )]
     OtherCa,
     /// It is over.
-    #[error("its certificate has expired: renew it with `outlive keys rotate` or `outlive keys issue`")]
+    #[error(
+        "its certificate has expired: renew it with `outlive keys rotate`, `outlive keys issue` or `outlive keys operator`"
+    )]
     Expired,
     /// It has not begun.
     #[error("its certificate does not count yet: set the clocks of both hosts")]
     TooEarly,
     /// It is on the list.
-    #[error("the certificate {serial} of {host} is revoked: give it a new one with `outlive keys issue`")]
+    #[error(
+        "the certificate {serial} of {host} is revoked: give it a new one with `outlive keys issue` or `outlive keys \
+         operator`"
+    )]
     Revoked { host: String, serial: String },
     /// Anything else.
     #[error("its certificate does not count: {0}")]
@@ -74,6 +82,13 @@ impl Verifier {
     /// What was found; `None` if the other end has shown nothing.
     pub(super) fn verdict(&self) -> Option<Result<Certificate, Refused>> {
         self.verdict.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether what a client has shown before counts now.
+    pub(super) fn counts(&self, shown: &[CertificateDer<'_>]) -> Option<Refused> {
+        let (first, others) = shown.split_first()?;
+        self.verify_client_cert(first, others, UnixTime::now()).err()?;
+        self.verdict()?.err()
     }
 
     fn judge(&self, certificate: &CertificateDer<'_>, chain: Result<(), Error>) -> Result<(), Error> {
