@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use clap_complete::ArgValueCompleter;
+
+use super::names;
 
 /// Where the node is asked, and how answers are shown.
 #[derive(Clone, Debug, Args)]
@@ -73,9 +76,9 @@ pub enum NodeCommand {
 }
 
 /// Where the node answers. It does not end like the sockets of VMs, which are `outlive status`'s and have any name.
-const API: &str = "/run/outlive/node.api";
+pub(super) const API: &str = "/run/outlive/node.api";
 /// Where definitions are.
-const VMS: &str = "/etc/outlive/vms";
+pub(super) const VMS: &str = "/etc/outlive/vms";
 
 /// `outlive node run`.
 #[derive(Clone, Debug, Args)]
@@ -133,6 +136,7 @@ pub enum VmCommand {
     /// Define a VM, or change its definition from its next start on
     Define {
         /// Name of the VM
+        #[arg(add = ArgValueCompleter::new(names::complete))]
         name: String,
         /// Its definition; - reads standard input
         file: PathBuf,
@@ -147,6 +151,7 @@ pub enum VmCommand {
     /// Shut a VM down, on the host where it runs. It stays stopped until it is started
     Stop {
         /// Name of the VM
+        #[arg(add = ArgValueCompleter::new(names::complete))]
         name: String,
         /// Do not wait for the guest
         #[arg(long)]
@@ -163,6 +168,7 @@ pub enum VmCommand {
     /// Show the end of the log of a VM's process
     Logs {
         /// Name of the VM
+        #[arg(add = ArgValueCompleter::new(names::complete))]
         name: String,
         /// Only the last lines
         #[arg(short = 'n', long, value_name = "N")]
@@ -191,6 +197,7 @@ impl VmCommand {
 #[derive(Clone, Debug, Args)]
 pub struct One {
     /// Name of the VM
+    #[arg(add = ArgValueCompleter::new(names::complete))]
     pub name: String,
     /// The node.
     #[command(flatten)]
@@ -206,8 +213,7 @@ Examples:
   outlive node drain                 empty this host before its maintenance
   outlive node undrain
 
-docs/node.md begins with a quick start. Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or
-definitions, or nobody answers.";
+docs/node.md begins with a quick start.";
 
 const RUN_HELP: &str = "\
 Each VM is a process of its own, outlive run. It goes on when this process is stopped or killed, and the next one finds
@@ -215,18 +221,14 @@ it again. So this process may be upgraded at any time.
 
 Examples:
   outlive node run
-  outlive node run --socket-group operators --host hosta
-
-Exit codes: 0 told to stop; 2 wrong options, or a directory cannot be used.";
+  outlive node run --socket-group operators --host hosta";
 
 const CHECK_HELP: &str = "\
 Examples:
   outlive node check
   outlive node check --vms . --host hostb      what host b would say to the definitions in this directory
 
-A warning is about something that this host lacks now: a file, a user, a bridge.
-
-Exit codes: 0 all can be used, also with warnings; 2 one cannot, and one line for each says why.";
+A warning is about something that this host lacks now: a file, a user, a bridge.";
 
 const DRAIN_HELP: &str = "\
 Each VM moves as with outlive hand-over: no reboot, no lost connection. If one does not go, the others stay where they
@@ -235,9 +237,7 @@ are, and the host is active again. Afterwards this host is the standby of its VM
 Examples:
   outlive node drain
   outlive node drain --wait 600      VMs may first be protected
-  outlive node drain --stop          before the host stops, as systemd/outlive-node.service does
-
-Exit codes: 0 done; 1 a VM stays, or it was cancelled; 2 nobody answers.";
+  outlive node drain --stop          before the host stops, as systemd/outlive-node.service does";
 
 const EVENTS_HELP: &str = "\
 With --json each event is a line with its id, which --after takes. It goes on when the node is started anew. If events are
@@ -245,9 +245,7 @@ lost, the line says so (reset): ask for the VMs again.
 
 Examples:
   outlive node events
-  outlive node events --json --after 19ad2c1f3a0-17
-
-Exit codes: 2 nobody answers.";
+  outlive node events --json --after 19ad2c1f3a0-17";
 
 const VM_HELP: &str = "\
 Examples:
@@ -257,6 +255,4 @@ Examples:
   outlive vm show web --json
   outlive vm logs web -n 20 --follow
   outlive vm hand-over web
-  outlive vm stop web
-
-Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or definitions, or nobody answers.";
+  outlive vm stop web";
