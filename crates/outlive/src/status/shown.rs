@@ -15,7 +15,8 @@ const LEAST: usize = 30;
 impl Status {
     /// The lines, folded to a terminal of this width; without one each fact is a line.
     pub(super) fn lines(&self, width: Option<usize>) -> String {
-        let mut text = format!("{}\n", self.verdict());
+        let room = width.map_or(usize::MAX, |it| it.saturating_sub(4).max(LEAST));
+        let mut text = folded(&self.verdict(), room).join("\n    ") + "\n";
         for (key, value) in self.facts() {
             let room = width.map_or(usize::MAX, |it| it.saturating_sub(COLUMN).max(LEAST));
             let mut head = format!("  {key}:");
