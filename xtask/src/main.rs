@@ -1,6 +1,6 @@
 //! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`,
 //! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask sim`, `cargo xtask model`,
-//! `cargo xtask mutants`, `cargo xtask fuzz`, `cargo xtask upgrade`, `cargo xtask nested`.
+//! `cargo xtask mutants`, `cargo xtask fuzz`, `cargo xtask upgrade`, `cargo xtask package`, `cargo xtask nested`.
 //!
 //! # Tests that cannot run
 //!
@@ -20,6 +20,7 @@ mod model;
 mod models;
 mod mutants;
 mod nested;
+mod package;
 mod packages;
 mod phases;
 mod releases;
@@ -55,6 +56,7 @@ Examples:
   cargo xtask fuzz --minutes 60        libFuzzer over all that guests, peers and files can bring
   cargo xtask sim --minutes 60         the simulator of the protocol, with new seeds
   cargo xtask upgrade                  the last release and this tree on one pair of hosts
+  cargo xtask package --test           the Debian package, and its life on a clean system
   cargo xtask nested dirty             dirty tracking on the kernels of four Debian releases, emulated
   cargo xtask nested shell             two emulated hosts with Linux guests to protect, and a prompt on each";
 
@@ -95,6 +97,9 @@ enum Command {
     /// Run the last release and this tree on one pair of hosts, and upgrade a protected pair
     #[command(after_help = upgrade::EXAMPLES)]
     Upgrade(upgrade::UpgradeOptions),
+    /// Make the Debian package, and try it on a clean system
+    #[command(after_help = package::EXAMPLES)]
+    Package(package::PackageOptions),
     /// Test on hosts with other kernels, in QEMU's software emulation
     Nested(nested::NestedOptions),
 }
@@ -124,6 +129,7 @@ fn main() -> ExitCode {
         Command::Model(options) => model::run(&workspace, &options),
         Command::Mutants(options) => mutants::run(&workspace, &options),
         Command::Upgrade(options) => upgrade::run(&workspace, &options),
+        Command::Package(options) => package::run(&workspace, &options),
         Command::Nested(options) => nested::run(&workspace, &options),
     };
     match result {

@@ -86,6 +86,13 @@ pub(crate) const FDISK: Package = Package {
     serves: false,
 };
 
+pub(crate) const BOOTSTRAP: Package = Package {
+    name: "mmdebstrap",
+    programs: &["mmdebstrap"],
+    used_for: "a clean system to install the package on",
+    serves: false,
+};
+
 pub(crate) const COMPILER: Package = Package {
     name: "g++",
     programs: &["c++"],
@@ -188,7 +195,7 @@ fn is_there(package: &Package, unpacked: &Unpacked) -> bool {
     package.programs.iter().all(|program| found(program, unpacked).is_some())
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 

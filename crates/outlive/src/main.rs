@@ -4,14 +4,18 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::error::ErrorKind;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use outlive::cli::Cli;
+use outlive::cli::{self, Cli};
 use outlive::{exit, logs};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    match cli::complete() {
+        Ok(false) => {}
+        Ok(true) => return ExitCode::SUCCESS,
+        Err(error) => return ExitCode::from(exit::usage(outlive_node::one_line(&error))),
+    }
+    let cli = match Cli::read() {
         Ok(cli) => cli,
         // Help and version are no errors, and a call without arguments gets the help.
         Err(answer)

@@ -5,7 +5,7 @@
 mod background;
 #[allow(dead_code, reason = "the proofs on hosts use it")]
 mod cluster;
-mod debian;
+pub(crate) mod debian;
 mod dirty;
 mod host;
 mod image;

@@ -1,6 +1,7 @@
 //! `outlive node` and `outlive vm`: the commands, as clients of the API.
 
 mod events;
+mod names;
 mod options;
 mod page;
 mod say;
@@ -10,6 +11,7 @@ mod vm;
 
 pub use options::{Api, NodeCommand, NodeOptions, Serve, VmCommand, VmOptions};
 pub use serve::Service;
+pub use table::width;
 
 use serde::Serialize;
 use serde_json::json;

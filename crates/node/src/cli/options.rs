@@ -4,6 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use clap_complete::ArgValueCompleter;
+
+use super::names;
 
 use crate::host::{Host, parse_listen};
 
@@ -100,7 +103,7 @@ pub enum NodeCommand {
 /// command started.
 pub(super) const API: &str = "/run/outlive-node/api";
 /// Where definitions are.
-const VMS: &str = "/etc/outlive/vms";
+pub(super) const VMS: &str = "/etc/outlive/vms";
 
 /// `outlive node run`.
 #[derive(Clone, Debug, Args)]
@@ -167,6 +170,7 @@ pub enum VmCommand {
     /// Define a VM, or change its definition from its next start on
     Define {
         /// Name of the VM
+        #[arg(add = ArgValueCompleter::new(names::complete))]
         name: String,
         /// Its definition; - reads standard input
         file: PathBuf,
@@ -181,6 +185,7 @@ pub enum VmCommand {
     /// Shut a VM down, on the host where it runs. It stays stopped until it is started
     Stop {
         /// Name of the VM
+        #[arg(add = ArgValueCompleter::new(names::complete))]
         name: String,
         /// Do not wait for the guest
         #[arg(long)]
@@ -197,6 +202,7 @@ pub enum VmCommand {
     /// Show the end of the log of a VM's process
     Logs {
         /// Name of the VM
+        #[arg(add = ArgValueCompleter::new(names::complete))]
         name: String,
         /// Only the last lines
         #[arg(short = 'n', long, value_name = "N")]
@@ -234,6 +240,7 @@ impl VmCommand {
 #[derive(Clone, Debug, Args)]
 pub struct One {
     /// Name of the VM
+    #[arg(add = ArgValueCompleter::new(names::complete))]
     pub name: String,
     /// The node.
     #[command(flatten)]
@@ -252,8 +259,7 @@ Examples:
   outlive node drain --host hostb --keys ~/alice.keys
                                      another host's node, with the keys of an operator (outlive keys operator alice)
 
-docs/node.md begins with a quick start. Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or
-definitions, or nobody answers.";
+docs/node.md begins with a quick start.";
 
 const RUN_HELP: &str = "\
 Each VM is a process of its own, outlive run. It goes on when this process is stopped or killed, and the next one finds
@@ -262,18 +268,14 @@ it again. So this process may be upgraded at any time.
 Examples:
   outlive node run
   outlive node run --socket-group operators --host hosta
-  outlive node run --listen 0.0.0.0:7020       other hosts, and operators with keys of outlive keys operator, too
-
-Exit codes: 0 told to stop; 2 wrong options, or a directory cannot be used.";
+  outlive node run --listen 0.0.0.0:7020       other hosts, and operators with keys of outlive keys operator, too";
 
 const CHECK_HELP: &str = "\
 Examples:
   outlive node check
   outlive node check --vms . --host hostb      what host b would say to the definitions in this directory
 
-A warning is about something that this host lacks now: a file, a user, a bridge.
-
-Exit codes: 0 all can be used, also with warnings; 2 one cannot, and one line for each says why.";
+A warning is about something that this host lacks now: a file, a user, a bridge.";
 
 const DRAIN_HELP: &str = "\
 Each VM moves as with outlive hand-over: no reboot, no lost connection. If one does not go, the others stay where they
@@ -282,9 +284,7 @@ are, and the host is active again. Afterwards this host is the standby of its VM
 Examples:
   outlive node drain
   outlive node drain --wait 600      VMs may first be protected
-  outlive node drain --stop          before the host stops, as systemd/outlive-node.service does
-
-Exit codes: 0 done; 1 a VM stays, or it was cancelled; 2 nobody answers.";
+  outlive node drain --stop          before the host stops, as systemd/outlive-node.service does";
 
 const PAGE_HELP: &str = "\
 It prints a link that opens the page in one browser, once. The page can do what this command's user can, but defines no
@@ -292,9 +292,7 @@ VMs. From another machine: ssh -L 7080:127.0.0.1:7080 HOST, and the link as it i
 
 Examples:
   outlive node page
-  outlive node page --listen 127.0.0.1:0      at a free port
-
-Exit codes: 0 interrupted; 2 wrong options, the port is taken, or no node answers.";
+  outlive node page --listen 127.0.0.1:0      at a free port";
 
 const EVENTS_HELP: &str = "\
 With --json each event is a line with its id, which --after takes. It goes on when the node is started anew. If events are
@@ -302,9 +300,7 @@ lost, the line says so (reset): ask for the VMs again.
 
 Examples:
   outlive node events
-  outlive node events --json --after 19ad2c1f3a0-17
-
-Exit codes: 2 nobody answers.";
+  outlive node events --json --after 19ad2c1f3a0-17";
 
 const VM_HELP: &str = "\
 Examples:
@@ -316,6 +312,4 @@ Examples:
   outlive vm hand-over web
   outlive vm stop web
   outlive vm list --host hostb       what another host's node says; its --listen must be given
-  export OUTLIVE_HOST=hostb OUTLIVE_KEYS=$HOME/alice.keys; outlive vm start web
-
-Exit codes: 0 done; 1 refused, or it has failed; 2 wrong options or definitions, or nobody answers.";
+  export OUTLIVE_HOST=hostb OUTLIVE_KEYS=$HOME/alice.keys; outlive vm start web";

@@ -5,14 +5,17 @@ const USUAL: usize = 100;
 /// The last column keeps this much.
 const LEAST: usize = 16;
 
-/// How wide the terminal is: what the shell says. `None`: nobody reads lines there.
-pub(super) fn width() -> Option<usize> {
+/// How wide the terminal of standard output is: what the shell says, or the terminal itself. `None`: nobody reads lines
+/// there.
+pub fn width() -> Option<usize> {
     use std::io::IsTerminal;
-    if !std::io::stdout().is_terminal() {
+    let out = std::io::stdout();
+    if !out.is_terminal() {
         return None;
     }
     let said = std::env::var("COLUMNS").ok().and_then(|it| it.parse().ok());
-    Some(said.filter(|it| *it >= 40).unwrap_or(USUAL))
+    let own = || rustix::termios::tcgetwinsize(out).ok().map(|size| size.ws_col.into());
+    Some(said.or_else(own).filter(|it| *it >= 40).unwrap_or(USUAL))
 }
 
 /// A table with a head. What does not fit is cut from the last column, and `…` says so.

@@ -4,8 +4,10 @@
 //! a moment and compares the pages that dirty tracking found with those that the guest wrote.
 
 mod kvm;
+mod link;
 mod memory;
 mod network;
+mod storage;
 mod system;
 mod trial;
 
@@ -109,7 +111,9 @@ pub fn run() -> Report {
         findings.push(trial::finding());
     }
     findings.extend(network::findings());
+    findings.extend(link::findings());
     findings.push(memory::finding());
+    findings.extend(storage::finding());
     findings.extend(system::findings());
     Report::new(findings)
 }

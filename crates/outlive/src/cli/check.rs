@@ -12,6 +12,4 @@ pub struct CheckOptions {
 const EXAMPLES: &str = "\
 Examples:
   outlive check             a table for people
-  outlive check --json      the same for programs
-
-Exit codes: 0 VMs can run here; 2 something essential is missing.";
+  outlive check --json      the same for programs";

@@ -116,10 +116,7 @@ Examples:
   outlive demo --arbiter etcd                   an etcd cluster says who goes on; own: outlive arbiter serve
   outlive demo --insecure                       the same without TLS between the hosts, to compare
   outlive demo --sandbox off                    the same with processes that keep their rights, to compare
-  outlive demo --seed 42                        kill at the same moments as another run with seed 42
-
-Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line
-says why); 130 ended by Ctrl-C.";
+  outlive demo --seed 42                        kill at the same moments as another run with seed 42";
 
 /// Sizes are passed on as they were written; the demo's processes parse them as the commands do.
 fn size(text: &str) -> Result<String, String> {

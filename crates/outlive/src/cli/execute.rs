@@ -8,11 +8,11 @@ use outlive_machine::{HostError, LockError};
 use outlive_node::{BEING_STARTED, UNDECIDED};
 use outlive_pair::{ExitReason, StandbyExit};
 
-use super::node;
 use super::part::{self, PartError};
 use super::sense::SenseError;
 use super::standby::ItsOwnStandby;
 use super::{ActiveOptions, Command, RunOptions, StandbyOptions};
+use super::{completions, man, node};
 use crate::arbiter::Site;
 use crate::disk::{Held, Part};
 use crate::events::{Event, Role};
@@ -55,6 +55,8 @@ impl Command {
             Self::Image(options) => disk::command(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
+            Self::Completions(options) => completions::command(options),
+            Self::Man(options) => man::command(options),
             Self::Sentinel { confined } => sentinel::command(*confined),
             Self::Steward => sandbox::command(),
         }

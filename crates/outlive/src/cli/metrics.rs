@@ -34,6 +34,4 @@ Examples:
   outlive metrics                                  of all VMs and standbys on this host
   outlive metrics --socket /run/outlive/web.sock   of one
   outlive metrics --listen                         for Prometheus on this host
-  outlive metrics > /var/lib/prometheus/node-exporter/outlive.prom     for node_exporter's textfile collector
-
-Exit codes: 0 done; 2 there is nobody to ask, or the address cannot be used.";
+  outlive metrics > /var/lib/prometheus/node-exporter/outlive.prom     for node_exporter's textfile collector";

@@ -3,20 +3,25 @@
 mod active;
 mod arbiter;
 mod check;
+mod completions;
 mod console;
 mod definition;
 mod demo;
 mod epochs;
 mod execute;
+pub mod exits;
 mod image;
 mod keys;
+mod man;
 mod metrics;
 mod node;
+mod page;
 mod part;
 mod run;
 mod sense;
 mod standby;
 mod status;
+mod tree;
 mod values;
 mod word;
 
@@ -28,16 +33,19 @@ use clap::{Parser, Subcommand};
 pub use active::{ActiveOptions, Switch, TrackerChoice};
 pub use arbiter::{ArbiterCommand, ArbiterOptions};
 pub use check::CheckOptions;
+pub use completions::{CompletionsOptions, Shell, complete};
 pub use console::ConsoleOptions;
 pub use demo::{DemoArbiter, DemoOptions};
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
+pub use man::ManOptions;
 pub use metrics::MetricsOptions;
 pub use outlive_node::cli::{NodeOptions, VmOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
+pub use tree::tree;
 pub use values::{BootFrom, ConsoleSpec, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time};
 pub use word::{HandOverOptions, WordOptions};
 
@@ -62,9 +70,6 @@ Examples:
   outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0
   outlive run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0 root=/dev/vda1' --disk path=server.img
   outlive run --standby hostb:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --ip 10.0.0.5/24
-
-Exit codes: 0 ended in order; 1 failed; 2 wrong options or something missing on this machine (one line says what to
-do); 3 the other side won the VM, this one has stopped.
 
 Log level: RUST_LOG=debug (error, warn, info, debug, trace). Logs go to standard error.";
 
@@ -103,6 +108,10 @@ pub enum Command {
     Demo(DemoOptions),
     /// Say whether this machine can run VMs, and what to do about each thing that is missing
     Check(CheckOptions),
+    /// Print what makes a shell complete the words of this program's command lines
+    Completions(CompletionsOptions),
+    /// Print the manual page, or write the pages of all commands to a directory
+    Man(ManOptions),
     /// End the links of a parent process that was killed
     #[command(hide = true)]
     Sentinel {

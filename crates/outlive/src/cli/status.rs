@@ -18,7 +18,10 @@ pub struct StatusOptions {
 }
 
 const STATUS_HELP: &str = "\
-Each line says whether the VM is protected, or why not, since when, how far behind its standby is, when the arbiter was
-last seen, and whether the loss of either host would be survived now.
+The first line of each process says whether its VM is protected, and whether the loss of either host would be survived
+now. The lines below say why not, since when, how far behind the standby is, and when the arbiter was last seen.
 
-Exit codes: 0 all are protected; 1 one is not, or does not answer; 2 there is nobody to ask.";
+Examples:
+  outlive status                                   all VMs and standbys of this host
+  outlive status --socket /run/outlive/web.sock    one of them
+  outlive status --json                            for programs";

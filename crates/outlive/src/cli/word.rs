@@ -35,9 +35,7 @@ goes on here. This process then waits as the standby (with --listen, or if it be
 
 Examples:
   outlive hand-over                                       the only VM that runs here
-  outlive hand-over --socket /run/outlive/web.sock        one of several; outlive status shows them
-
-Exit codes: 0 the standby has the VM; 2 refused, or nobody to speak with.";
+  outlive hand-over --socket /run/outlive/web.sock        one of several; outlive status shows them";
 
 const WORD_HELP: &str = "\
 Only for VMs whose hosts have --arbiter manual. When the two hosts have lost each other, the VM waits, and both logs say
@@ -49,4 +47,4 @@ Examples:
   outlive go-on-alone --generation 2     where the VM ran: it goes on there, without a standby
   outlive give-up --generation 2         at a host that still waits: the other one has it
 
-The process refuses while it sees the other host. Exit codes: 0 done; 2 refused, or nobody to speak with.";
+The process refuses while it sees the other host.";

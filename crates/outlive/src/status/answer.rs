@@ -1,6 +1,5 @@
-//! What `outlive status` tells: as JSON, and as a line.
+//! What `outlive status` tells, as JSON.
 
-use std::fmt::{self, Write as _};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -112,28 +111,6 @@ impl Audited {
     }
 }
 
-impl fmt::Display for Audited {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "audit: {} pages compared", self.pages)?;
-        if let Some(ms) = self.round_ended_ms_ago {
-            write!(f, ", all of them {} ago", span(ms))?;
-        }
-        if self.disk_bytes > 0 {
-            write!(f, "; {} MiB of disks", self.disk_bytes >> 20)?;
-        }
-        if let Some(ms) = self.disk_round_ended_ms_ago {
-            match self.disk_round_left_out {
-                0 => write!(f, ", all of it {} ago", span(ms))?,
-                bytes => write!(f, ", all but {} KiB {} ago", bytes >> 10, span(ms))?,
-            }
-        }
-        match self.differences {
-            0 => f.write_str(", no difference"),
-            count => write!(f, ", COPY DIFFERED {count} TIMES"),
-        }
-    }
-}
-
 /// What is known of the arbiter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArbiterSight {
@@ -208,75 +185,6 @@ pub(super) fn time(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
 }
 
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.vm.as_deref().unwrap_or("(no VM yet)"))?;
-        let peer = self.peer.as_deref().unwrap_or("another host");
-        match (self.role, self.protected) {
-            (Role::Primary, true) => write!(f, ": primary, protected by {peer}")?,
-            (Role::Standby, true) => write!(f, ": standby, protects the VM of {peer}")?,
-            (Role::Primary, false) => f.write_str(": primary, UNPROTECTED")?,
-            (Role::Standby, false) => f.write_str(": standby, UNPROTECTED")?,
-        }
-        write!(f, " since {}", self.since)?;
-        if let Some(why) = &self.why {
-            write!(f, ": {why}")?;
-        }
-        if self.link == Some(LinkKind::Plain) {
-            f.write_str("; LINK INSECURE: neither encrypted nor authenticated")?;
-        }
-        f.write_str(&self.progress())?;
-        if let Some(audit) = &self.audit {
-            write!(f, "; {audit}")?;
-        }
-        match &self.arbiter {
-            None => f.write_str("; no arbiter")?,
-            Some(ArbiterSight { is_operator: true, .. }) => f.write_str("; arbiter: an operator (manual)")?,
-            Some(ArbiterSight { lost: Some(why), seen_ms_ago, .. }) => {
-                write!(f, "; ARBITER LOST, {}: {why}", seen(*seen_ms_ago))?;
-            }
-            Some(ArbiterSight { seen_ms_ago, link, .. }) => {
-                write!(f, "; arbiter{} {}", way(*link), seen(*seen_ms_ago))?;
-            }
-        }
-        write!(f, "; loss of this host: {}", self.loss_of_this_host)?;
-        write!(f, "; loss of the other: {}", self.loss_of_other_host)
-    }
-}
-
-impl Status {
-    fn progress(&self) -> String {
-        let mut text = self.generation.map_or_else(String::new, |it| format!("; generation {it}"));
-        // Writing to a string does not fail.
-        if let Some(checkpoint) = self.checkpoint {
-            write!(text, "; checkpoint {checkpoint} committed").ok();
-            if let Some(ms) = self.committed_ms_ago {
-                write!(text, " {} ago", span(ms)).ok();
-            }
-        }
-        if let Some(count) = self.in_flight {
-            write!(text, ", {count} in flight").ok();
-            if let Some(bytes) = self.bytes_in_flight.filter(|&bytes| bytes > 0) {
-                write!(text, " ({} KiB)", bytes.div_ceil(1024)).ok();
-            }
-        }
-        text
-    }
-}
-
-/// The way to the arbiter, for people.
-fn way(link: Option<LinkKind>) -> &'static str {
-    match link {
-        None => "",
-        Some(LinkKind::Tls13) => " over TLS 1.3",
-        Some(LinkKind::Plain) => " over an INSECURE way",
-    }
-}
-
-fn seen(ms_ago: Option<u64>) -> String {
-    ms_ago.map_or_else(|| "not seen yet".to_owned(), |ms| format!("seen {} ago", span(ms)))
-}
-
 pub(super) fn span(ms: u64) -> String {
     // A long time needs no milliseconds.
     let ms = if ms >= 10_000 { ms / 1000 * 1000 } else { ms };
@@ -331,20 +239,39 @@ mod tests {
         let status = at(&standing, None);
         assert_eq!(
             status.to_string(),
-            "web: primary, UNPROTECTED since 1970-01-01T00:00:00Z: no --standby is given; generation 1; \
-             checkpoint 812 committed 3ms ago; no arbiter; loss of this host: NOT SURVIVED, all that is in \
-             the VM's memory would be lost; loss of the other: survived, the VM runs here and needs no \
-             other host"
+            format!(
+                "web: primary, UNPROTECTED; the loss of this host would NOT be survived now
+  why:                no --standby is given
+  since:              1970-01-01T00:00:00Z
+  process:            {}
+  generation:         1
+  checkpoint:         812, committed 3ms ago
+  arbiter:            none
+  loss of this host:  NOT SURVIVED, all that is in the VM's memory would be lost
+  loss of the other:  survived, the VM runs here and needs no other host",
+                std::process::id()
+            )
         );
         standing.peer("hostb:7000");
         standing.protected(1);
         let status = at(&standing, Some(&CLEAR));
         assert_eq!(
-            status.to_string(),
-            "web: primary, protected by hostb:7000 since 1970-01-01T00:00:00Z; generation 1; checkpoint 812 \
-             committed 3ms ago, 2 in flight (12 KiB); arbiter seen 1m 1s ago; loss of this host: survived, \
-             the standby takes over from the last checkpoint (about 3ms of its work is lost, none of it \
-             answered); loss of the other: survived, the VM goes on here, unprotected"
+            status.lines(Some(80)),
+            format!(
+                "web: primary, protected; the loss of either host would be survived now
+  since:              1970-01-01T00:00:00Z
+  process:            {}
+  standby:            hostb:7000
+  generation:         1
+  checkpoint:         812, committed 3ms ago
+  in flight:          2 (12 KiB)
+  arbiter:            seen 1m 1s ago
+  loss of this host:  survived, the standby takes over from the last checkpoint
+                      (about 3ms of its work is lost, none of it answered)
+  loss of the other:  survived, the VM goes on here, unprotected
+",
+                std::process::id()
+            )
         );
         standing.arbiter_at(Site::of("outlive:hostb:7010"));
         let status = at(&standing, Some(&CLEAR));
@@ -365,17 +292,23 @@ mod tests {
         assert!(
             status.protected && !status.loss_of_this_host.survived && !status.loss_of_other_host.survived
         );
-        assert!(status.to_string().contains("ARBITER LOST, seen 1m 1s ago: stale handle"), "{status}");
+        assert!(
+            status.to_string().contains("\n  arbiter:            LOST, seen 1m 1s ago: stale handle\n"),
+            "{status}"
+        );
         let person = Sight { is_a_person: true, ..CLEAR };
         let status = at(&standing, Some(&person));
         assert!(!status.loss_of_this_host.survived && !status.loss_of_other_host.survived);
         assert!(status.loss_of_this_host.what.starts_with("an operator must decide"), "{status}");
-        assert!(status.to_string().contains("; arbiter: an operator (manual); "), "{status}");
+        assert!(status.to_string().contains("\n  arbiter:            an operator (manual)\n"), "{status}");
         let sight = status.arbiter.as_ref().unwrap();
         assert!(sight.is_operator && sight.seen.is_none(), "nobody looks whether a person is awake");
         let served = Sight { link: Some(LinkKind::Tls13), ..CLEAR };
         let status = at(&standing, Some(&served));
-        assert!(status.to_string().contains("; arbiter over TLS 1.3 seen 1m 1s ago; "), "{status}");
+        assert!(
+            status.to_string().contains("\n  arbiter:            seen 1m 1s ago over TLS 1.3\n"),
+            "{status}"
+        );
         assert_eq!(serde_json::to_value(&status).unwrap()["arbiter"]["link"], "tls1.3");
         standing.unprotected("the standby was lost");
         standing.asking("asking the arbiter");
@@ -468,7 +401,7 @@ mod tests {
         let standing = Standing::new(Role::Standby, None, "no primary has come yet");
         let status = standing.status();
         assert!(!status.protected && status.checkpoint.is_none() && status.arbiter.is_none());
-        assert!(status.to_string().starts_with("(no VM yet): standby, UNPROTECTED since "), "{status}");
+        assert!(status.to_string().starts_with("(no VM yet): standby, UNPROTECTED; "), "{status}");
         standing.vm("web", "00ff", 4);
         standing.peer("10.0.0.1:555");
         standing.protected(4);
@@ -476,7 +409,7 @@ mod tests {
         let status = standing.status();
         assert_eq!((status.checkpoint, status.generation), (Some(77), Some(4)));
         assert!(status.loss_of_other_host.survived && status.loss_of_other_host.lost_ms.is_some());
-        assert!(status.to_string().contains("standby, protects the VM of 10.0.0.1:555"), "{status}");
+        assert!(status.to_string().contains("\n  primary:            10.0.0.1:555\n"), "{status}");
         standing.unprotected("the primary was lost");
         standing.asking("asking the arbiter");
         standing.won(5);
@@ -518,7 +451,7 @@ mod tests {
         let ago = |seconds| Some(now - Duration::from_secs(seconds));
         let mut progress = AuditProgress { pages: 7, round_ended: ago(3), ..AuditProgress::default() };
         let said = |progress| Audited::new(progress, now).unwrap().to_string();
-        let memory = format!("audit: 7 pages compared, all of them {} ago", span(3000));
+        let memory = format!("7 pages compared, all of them {} ago", span(3000));
         assert_eq!(said(progress), format!("{memory}, no difference"));
         (progress.disk_bytes, progress.disk_round_ended) = (5 << 20, ago(9));
         assert_eq!(

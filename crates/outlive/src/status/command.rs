@@ -24,7 +24,8 @@ pub fn command(options: &StatusOptions) -> u8 {
         None => all(&place::folders()),
     };
     let printed = answers.and_then(|answers| {
-        print(&answers, options.json, &mut io::stdout().lock()).map_err(StatusError::Print)?;
+        let width = outlive_node::cli::width();
+        print(&answers, options.json, width, &mut io::stdout().lock()).map_err(StatusError::Print)?;
         Ok(code(&answers))
     });
     printed.unwrap_or_else(exit::usage)
@@ -146,14 +147,16 @@ pub(super) fn ask(path: &Path) -> io::Result<Said> {
     }
 }
 
-fn print(answers: &[Answer], json: bool, out: &mut impl Write) -> io::Result<()> {
+/// For people, an empty line is between two processes.
+fn print(answers: &[Answer], json: bool, width: Option<usize>, out: &mut impl Write) -> io::Result<()> {
     if json {
         return writeln!(out, "{}", serde_json::to_string_pretty(answers)?);
     }
-    answers.iter().try_for_each(|answer| match &answer.said {
-        Said::Status(status) => writeln!(out, "{status}"),
-        Said::Nothing { error } => writeln!(out, "{}: {error}", answer.socket.display()),
-    })
+    let shown = |answer: &Answer| match &answer.said {
+        Said::Status(status) => status.lines(width),
+        Said::Nothing { error } => format!("{}: {error}\n", answer.socket.display()),
+    };
+    out.write_all(answers.iter().map(shown).collect::<Vec<_>>().join("\n").as_bytes())
 }
 
 #[cfg(test)]
@@ -187,12 +190,19 @@ mod tests {
         second.protected(1);
         assert_eq!(code(&all(&folders).unwrap()), exit::OK);
         let mut out = Vec::new();
-        print(&answers, false, &mut out).unwrap();
+        print(&answers, false, Some(80), &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
-        assert_eq!(text.lines().count(), 2, "{text}");
-        assert!(text.starts_with("a: primary, protected"), "{text}");
+        let heads: Vec<_> = text.split("\n\n").map(|it| it.lines().next().unwrap()).collect();
+        assert!(heads[0].starts_with("a: primary, protected; "), "{text}");
+        assert!(heads[1].starts_with("(no VM yet): standby, UNPROTECTED; ") && heads.len() == 2, "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        assert_eq!(
+            text.matches(&format!("\n  process:            {}\n", std::process::id())).count(),
+            2,
+            "{text}"
+        );
         let mut out = Vec::new();
-        print(&answers, true, &mut out).unwrap();
+        print(&answers, true, None, &mut out).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&out).unwrap();
         assert_eq!((&json[0]["vm"], &json[1]["protected"]), (&"a".into(), &false.into()));
         assert_eq!(json[1]["socket"], b.to_str().unwrap());

@@ -1,7 +1,7 @@
 //! `outlive status`: what a running primary or standby says of itself to whoever looks.
 //!
 //! - `standing`: what is known, kept by those who write log and events. `answer`: what follows from it, as
-//!   JSON and as a line.
+//!   JSON. `shown`: the same for people.
 //! - `survival`: what the loss of either host would mean.
 //! - `place`: where the socket is. `server`: the thread that answers there.
 //! - `command`: the other end, `outlive status`.
@@ -14,6 +14,7 @@ mod answer;
 mod command;
 mod place;
 mod server;
+mod shown;
 mod standing;
 mod survival;
 mod told;

@@ -144,9 +144,8 @@ fn a_worthless_copy_needs_no_arbiter() {
     let witnesses = Witnesses::start(&world, 2);
     let (arbiter, away) = (world.arbiter(), world.dir().join("away"));
     std::fs::rename(&arbiter, &away).unwrap();
-    let left = |words: &'static str| {
-        move |e: &Event| matches!(e, Event::Unprotected { why } if why.contains(words))
-    };
+    let left =
+        |words: &'static str| move |e: &Event| matches!(e, Event::Unprotected { why } if why.contains(words));
     proxy.flip(Way::ToStandby, Dice::new().below(1 << 40));
     active.wait_for("without its standby", left("refused what came over the link, and has handed its right"));
     witnesses.hear_all();

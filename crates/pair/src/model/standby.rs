@@ -3,7 +3,6 @@
 use crate::planted::Bug;
 use crate::{Link, LossReason, PrimaryEvent, StandbyAction as Action, StandbyEvent as Event, StandbyExit};
 
-
 use super::world::{Copy, Image, Msg, NOW, Work, World};
 
 impl World {

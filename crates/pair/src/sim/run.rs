@@ -115,7 +115,9 @@ pub(super) fn schedule_of(
     world.company = matches!(faults, Faults::Many | Faults::Power | Faults::Copies);
     world.disturbed = !matches!(faults, Faults::None | Faults::One | Faults::Many);
     let count = match faults {
-        Faults::None | Faults::Wedge | Faults::Stop | Faults::Worthless | Faults::Storage | Faults::Power => 0,
+        Faults::None | Faults::Wedge | Faults::Stop | Faults::Worthless | Faults::Storage | Faults::Power => {
+            0
+        }
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
         Faults::Copies => world.rng.range(0, 4),

@@ -133,7 +133,12 @@ impl Standby {
     }
 
     /// The link ends before the leave is sent. Returns whether it is the one over which that would go.
-    pub(super) fn lost_while_given_up(&mut self, link: Link, why: &LossReason, out: &mut Vec<Action>) -> bool {
+    pub(super) fn lost_while_given_up(
+        &mut self,
+        link: Link,
+        why: &LossReason,
+        out: &mut Vec<Action>,
+    ) -> bool {
         let State::GivingUp(given) = &self.state else { return false };
         if given.attached.link != link {
             return false;

@@ -66,10 +66,10 @@ fn a_base_that_is_not_acknowledged_yet_is_dismissed_too() {
     acked.acts(BASE);
     acked.acts(trouble());
     assert_eq!(acked.acts(ack(11, 0)), [Release { through: 11 }]);
-    assert_eq!(acked.acts(leaves(LeaveReason::Dismissed))[..2], [
-        Hangup { link: LINK },
-        ReleaseAll { generation: 4 }
-    ]);
+    assert_eq!(
+        acked.acts(leaves(LeaveReason::Dismissed))[..2],
+        [Hangup { link: LINK }, ReleaseAll { generation: 4 }]
+    );
 }
 
 /// The standby may be on its way to run the VM.

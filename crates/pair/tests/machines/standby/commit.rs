@@ -79,10 +79,7 @@ fn a_bad_stream_makes_the_standby_leave_not_take_over() {
     assert_eq!(base.acts(bad()), leaves(LeaveReason::BadStream), "there is no right to hand over");
     let mut copy = Host::protected();
     assert_eq!(copy.acts(bad()), [Release { link: LINK }]);
-    assert_eq!(
-        copy.acts(Released { link: LINK, result: Ok(()) }),
-        leaves(LeaveReason::BadStreamReleased)
-    );
+    assert_eq!(copy.acts(Released { link: LINK, result: Ok(()) }), leaves(LeaveReason::BadStreamReleased));
     for mut host in [base, copy] {
         assert_eq!(host.machine.status(), StandbyStatus::Discarding);
         assert_eq!(host.acts(lost()), []);
