@@ -350,14 +350,15 @@ fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), Beg
     logs::never_wait()?;
     hears_words(&options.active, Some(&options.arbiter))?;
     vm::lock_memory(options.active.lock_memory)?;
+    check_security(&options.active, Some(&options.listen))?;
+    options.active.security().may_hold(options.vm.as_deref())?;
+    let begun = stand_by(options, NO_PRIMARY)?;
     if options.active.standbys.is_empty() {
         tracing::warn!(
             "no --standby: once this host has taken the VM over, nobody protects it again; give the other host's address"
         );
     }
-    check_security(&options.active, Some(&options.listen))?;
-    options.active.security().may_hold(options.vm.as_deref())?;
-    stand_by(options, NO_PRIMARY)
+    Ok(begun)
 }
 
 /// The life of a process that has a VM or waits for one. After a takeover a standby is the VM's primary, and
