@@ -23,6 +23,7 @@ pub(crate) enum Bug {
     ClaimAfterLeave,
     DiffersAndClaims,
     ClaimsWhatIsGivenUp,
+    ThrownAwayUnasked,
     GivenUpBeforePromise,
     GoesOnUnanswered,
     ClaimNeverRepeated,

@@ -323,6 +323,8 @@ impl Primary {
             Event::StandbyReaches { link, reaches } => self.standby_reaches(link, reaches),
             Event::HandOver => self.hand_over(out),
             Event::OutputLeft => self.output_left(out),
+            Event::OutputStays => self.output_stays(out),
+            Event::SharedDisks { hang } => self.shared_disks(hang),
         }
         if !matches!(self.state, State::Guarding(..) | State::Arbitrating { .. } | State::Over { .. }) {
             // Nobody else can have the VM.

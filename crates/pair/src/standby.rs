@@ -345,7 +345,11 @@ impl Standby {
 
     /// No sign of life: whoever sends it may be alive where the thread that takes checkpoints is not.
     fn output_released(&mut self, link: Link, through: u64) {
-        if let Some(attached) = self.attached_mut(link) {
+        let attached = match &mut self.state {
+            State::GivingUp(given) if given.attached.link == link => Some(&mut given.attached),
+            _ => self.attached_mut(link),
+        };
+        if let Some(attached) = attached {
             attached.released = attached.released.max(through);
         }
     }

@@ -36,6 +36,9 @@ pub enum Kept {
     StandbyCutOff,
     /// The standby does not say whether its host reaches the clients' network.
     StandbySilent,
+    /// A disk that both hosts use does not answer: what it was told cannot be recalled, and would land after what the
+    /// new host writes.
+    SharedDiskHangs,
 }
 
 impl fmt::Display for Kept {
@@ -50,6 +53,9 @@ impl fmt::Display for Kept {
             Self::NotTaken => "its standby has not taken it over, only just now",
             Self::StandbyCutOff => "the standby's host is cut off from that network, too",
             Self::StandbySilent => "the standby does not say whether its host reaches that network",
+            Self::SharedDiskHangs => {
+                "a shared disk does not answer, and a write that hangs cannot be recalled"
+            }
         })
     }
 }
@@ -61,6 +67,8 @@ pub(super) struct Faults {
     /// A disk, whose guest waits for the decision; and whether it was the same on the last host.
     disk: Option<bool>,
     network: bool,
+    /// A disk that both hosts use does not answer.
+    shared: bool,
     /// Why the VM was last said to stay although its network is broken.
     said: Option<Kept>,
     /// Whether the standby's host reaches the clients, if it says so.
@@ -79,6 +87,7 @@ impl Faults {
         Self {
             disk: None,
             network: false,
+            shared: false,
             said: None,
             standby_reaches: None,
             came,
@@ -172,6 +181,9 @@ impl Primary {
         if self.guest_asked && !planted!(self.bug, GivenAwayWhileEnding) {
             return Verdict::Stay(Kept::Stopping);
         }
+        if self.faults.shared {
+            return Verdict::Stay(Kept::SharedDiskHangs);
+        }
         let rest = match what {
             Broken::Disk => self.config.timing.handback,
             Broken::Network => self.config.timing.handback * Timing::NETWORK_RESTS,
@@ -228,6 +240,21 @@ impl Primary {
         }
     }
 
+    /// Not all of the output has left, and what is still at a shared disk cannot be recalled. The guest goes on here, without
+    /// the standby, which has been told that nothing more would come.
+    pub(super) fn output_stays(&mut self, out: &mut Vec<Action>) {
+        let State::Guarding(attached, guard) = &mut self.state else { return };
+        let link = attached.link;
+        if guard.handing.take_if(|handing| *handing == Handing::Captured).is_some() {
+            out.push(Action::Keep { why: Kept::SharedDiskHangs });
+            self.dismiss(link, Kept::SharedDiskHangs.to_string(), out);
+        }
+    }
+
+    pub(super) fn shared_disks(&mut self, hang: bool) {
+        self.faults.shared = hang;
+    }
+
     /// The operator wants an end, and no hand-over any more. If the guest stands still already, its end waits until it
     /// is known who has it.
     pub(super) fn ends_instead(&mut self, out: &mut Vec<Action>) {
@@ -251,6 +278,7 @@ impl Primary {
             State::Guarding(_, Guard { handing: Some(_), .. } | Guard { dismissed: Some(_), .. }) => {
                 return Err(Kept::Undecided);
             }
+            State::Guarding(..) if self.faults.shared => return Err(Kept::SharedDiskHangs),
             State::Guarding(..) => {}
             _ => return Err(Kept::Unprotected),
         }

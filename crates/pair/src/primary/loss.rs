@@ -59,7 +59,7 @@ impl Primary {
     /// Something of this side's own has failed, and nothing is wrong with the standby: it would ask the arbiter as soon as
     /// the link closes, and half of the time win a VM that runs well here. So it is told that the VM goes on without it,
     /// and the link closes when it has handed its right over. If it does not, both sides ask.
-    fn dismiss(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
+    pub(super) fn dismiss(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
         let State::Guarding(_, guard) = &mut self.state else { return };
         out.push(Action::Note(Note::Dismissing { why: why.clone() }));
         guard.dismissed = Some(why);

@@ -174,6 +174,14 @@ pub enum PrimaryEvent {
     /// All output of the VM that is being handed over, and that is committed, has left. To be handed in once the
     /// checkpoint of [`Wanted::HandOver`] is committed: then the VM is the standby's.
     OutputLeft,
+    /// The opposite: a write to storage that both hosts use is still at the disk, which does not answer.
+    OutputStays,
+    /// A disk that both hosts use has not answered a request for some time, or answers again. If the VM went now, the
+    /// write could land after those of the new host.
+    SharedDisks {
+        /// Whether one hangs.
+        hang: bool,
+    },
     /// The operator wants the VM stopped.
     Stop {
         /// Whether the guest can be asked to shut itself down; it is asked the first time.

@@ -146,6 +146,7 @@ impl World {
             Kept::NotTaken => !p.gave,
             Kept::Stopping => !p.asked && runs,
             Kept::StandbyCutOff => p.standby_reaches != Some(false),
+            Kept::SharedDiskHangs => !p.writes_stay,
             Kept::JustTakenOver | Kept::StandbySilent => true,
         };
         if wrong {
@@ -168,6 +169,7 @@ impl World {
             Kept::Stopping => !p.asked,
             Kept::StandbyCutOff => p.standby_reaches != Some(false),
             Kept::StandbySilent => p.standby_reaches.is_some(),
+            Kept::SharedDiskHangs => true,
         };
         if wrong {
             self.truth.fail(format!("{life:?} keeps the VM with a broken {what:?} because of {why:?}"));

@@ -267,6 +267,7 @@ fn every_planted_mistake_is_found() {
         (Bug::RightThrownAway, Faults::Stop),
         (Bug::ClaimsWithinLease, Faults::Storage),
         (Bug::GivenToAStandbyThatLeaves, Faults::One),
+        (Bug::ThrownAwayUnasked, Faults::One),
         (Bug::EarlierClaimForgotten, Faults::Power),
     ];
     let of_progress = of_progress.into_iter().map(|bug| (bug, Faults::Wedge));

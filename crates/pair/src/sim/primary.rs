@@ -54,6 +54,8 @@ pub(super) struct PrimaryProcess {
     pub(super) gave: bool,
     /// Whether the disk's error, which is not decided yet, is the one that the VM had on its last host.
     pub(super) same_fault: bool,
+    /// What a shared disk was told before the hand-over is not answered.
+    pub(super) writes_stay: bool,
     /// Number of drains still to come.
     drains: u32,
     /// Whether a third party had reset the link over which generation + 1 became disputed.
@@ -115,6 +117,7 @@ impl World {
             asked: false,
             gave: false,
             same_fault: false,
+            writes_stay: false,
             drains: 0,
             excused: false,
         }));

@@ -237,7 +237,7 @@ impl World {
             Happening::VmStep(life) => self.vm_step(life),
             Happening::DiskFails(life) => self.disk_fails(life),
             Happening::SeesWinner(life) => self.sees_winner(life),
-            Happening::LetGo(life) => self.primary(life, PrimaryEvent::OutputLeft),
+            Happening::LetGo(life) => self.let_go(life),
             Happening::Reconnected { host } => self.reconnected(host),
             Happening::Counted { life, link, base } => self.counted(life, link, base),
             Happening::ShipPart { life, captured_for, ticket, node, left } => {
@@ -293,6 +293,15 @@ impl World {
             Happening::ResetAtStandby => self.reset_at_standby(),
             Happening::Heal => self.heal(),
         }
+    }
+
+    /// A shared disk may not have answered all that it was told.
+    fn let_go(&mut self, life: Life) {
+        let stays = self.disturbed && self.rng.one_in(8);
+        let Some(p) = self.primary_of(life) else { return };
+        p.writes_stay |= stays;
+        let event = if stays { PrimaryEvent::OutputStays } else { PrimaryEvent::OutputLeft };
+        self.primary(life, event);
     }
 
     fn deliver(&mut self, conn: usize, side: usize) {
@@ -521,6 +530,11 @@ impl World {
                     let link = self.conns[conn].primary_link;
                     let why = LossReason::Local("the tracker lost a page".into());
                     self.primary(life, PrimaryEvent::LinkLost { link, why });
+                    // Its trouble may have been the first sign of its death.
+                    if self.rng.one_in(3) {
+                        self.trouble_was_death = true;
+                        self.stop_process(life.0, true);
+                    }
                 }
             }
         }

@@ -120,6 +120,8 @@ impl World {
             }
             Effect::Release { link } => {
                 let delay = self.rng.range(10, 50_000) + self.slowness_of_disk(life.0);
+                // Where the primary's end comes with its last word, the disk is slower than the news of it.
+                let delay = delay + if self.trouble_was_death { 1_000 } else { 0 };
                 self.after(delay, Happening::Released { life, link });
             }
             Effect::Discard { link } => {

@@ -322,6 +322,8 @@ pub(super) struct World {
     pub(super) quick_restarts: bool,
     /// The owner is stopped just before a standby hands its right over.
     pub(super) stands_still_at_leave: bool,
+    /// A primary has died of what made it dismiss its standby.
+    pub(super) trouble_was_death: bool,
     /// The guest powers itself off when it has come this far.
     pub(super) guest_end: u32,
     pub(super) stats: Stats,
@@ -421,6 +423,7 @@ impl World {
             forks: 0,
             quick_restarts: false,
             stands_still_at_leave: false,
+            trouble_was_death: false,
             guest_end: u32::MAX,
             stats: Stats::default(),
             looks: 0,

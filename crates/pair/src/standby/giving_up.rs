@@ -1,14 +1,20 @@
 //! A copy that is worthless while its primary lives: the stream is damaged, something failed here, the copy is not the
 //! VM, or the primary goes on without it.
 //!
-//! Such a copy never runs, whatever becomes of the link. The primary could go on at once, but it must not have to ask
-//! the arbiter first: that may be out of reach, and the VM would stand still for a trouble of its standby. So what this
-//! process leaves of the copy says durably that it is given up, and then the standby leaves *with its right*. If that
-//! cannot be written in time, the standby leaves without it, and the primary asks.
+//! The primary could go on at once, but it must not have to ask the arbiter first: that may be out of reach, and the VM
+//! would stand still for a trouble of its standby. So what this process leaves of the copy says durably that it is given
+//! up, and then the standby leaves *with its right*. If that cannot be written in time, or the link ends before, nobody
+//! has heard it, and the primary asks:
+//!
+//! - A copy that has failed, or is not the VM, never runs, whatever becomes of the link.
+//! - One that is whole counts again: what made the primary dismiss it may have been the first sign of the primary's death.
+//!   The primary is let ahead at the arbiter, as it was alive.
+//!
+//! Until then:
 //!
 //! - Nothing is acknowledged, claimed or applied any more, and no heartbeat is sent: each would be a promise to take
 //!   over.
-//! - The link stays until the leave is sent, and nothing that comes over it counts.
+//! - The link stays until the leave is sent, and nothing that comes over it counts, but what is known to have left.
 
 use std::time::Duration;
 
@@ -16,7 +22,7 @@ use outlive_epoch::LeaveReason;
 
 use super::{Action, Attached, Committed, Note, RELEASE, Standby, StandbyExit, State};
 use crate::planted::planted;
-use crate::{Link, LossReason};
+use crate::{Link, LossReason, Timing};
 
 /// Why a copy is of no use.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -32,6 +38,11 @@ pub(super) enum Worthless {
 }
 
 impl Worthless {
+    /// Whether what was committed is the VM all the same.
+    fn is_whole(&self) -> bool {
+        matches!(self, Self::BadStream(_) | Self::Dismissed)
+    }
+
     fn leave(&self, right: bool) -> LeaveReason {
         match (self, right) {
             (Self::BadStream(_), false) => LeaveReason::BadStream,
@@ -62,6 +73,25 @@ pub(super) struct GivenUp {
 }
 
 impl GivenUp {
+    /// Whether this copy is the VM, and its primary has not ended.
+    fn may_still_run(&self) -> bool {
+        self.why.is_whole() && self.committed.is_some_and(|committed| committed.end.is_none())
+    }
+
+    /// Now it is found not to be the VM, or to have failed.
+    pub(super) fn gets_worse(&mut self, why: Worthless, out: &mut Vec<Action>) {
+        if !self.why.is_whole() {
+            return;
+        }
+        self.why = why;
+        // Nothing more comes of the checkpoint that was being applied.
+        if let Some(committed) = &mut self.committed
+            && std::mem::replace(&mut committed.applying, false)
+        {
+            out.push(Action::Release { link: self.attached.link });
+        }
+    }
+
     /// A checkpoint that was acknowledged before is whole in memory, and its writes are with the disks.
     pub(super) fn applied(&mut self, checkpoint: u64, out: &mut Vec<Action>) {
         let Some(committed) = &mut self.committed else { return };
@@ -110,6 +140,16 @@ impl Standby {
 
     /// The rest of the copy has said that it is given up, or has not.
     pub(super) fn given_up(&mut self, durable: bool, out: &mut Vec<Action>) {
+        match &self.state {
+            State::GivingUp(given) if !durable && given.may_still_run() => {
+                let why = LossReason::Local("that this copy is given up could not be written down".into());
+                self.counts_again(why, out);
+            }
+            _ => self.leave_what_is_given_up(durable, out),
+        }
+    }
+
+    pub(super) fn leave_what_is_given_up(&mut self, durable: bool, out: &mut Vec<Action>) {
         let State::GivingUp(given) = &self.state else { return };
         let (link, why, stop) = (given.attached.link, given.why.clone(), given.stop);
         out.push(Action::SendLeave { link, reason: why.leave(durable) });
@@ -147,10 +187,23 @@ impl Standby {
             self.claim_all_the_same(out);
             return true;
         }
+        if given.may_still_run() && !planted!(self.bug, ThrownAwayUnasked) {
+            self.counts_again(why.clone(), out);
+            return true;
+        }
         let silent = self.now - given.attached.heard;
         out.push(Action::Note(Note::LinkLost { why: why.clone(), silent, committed: false }));
-        self.given_up(false, out);
+        self.leave_what_is_given_up(false, out);
         true
+    }
+
+    /// Nobody has heard that this copy is given up, so it is a copy like any other whose link is lost.
+    fn counts_again(&mut self, why: LossReason, out: &mut Vec<Action>) {
+        let State::GivingUp(given) = std::mem::replace(&mut self.state, State::Over) else { return };
+        let GivenUp { attached, committed, stop, .. } = given;
+        let Some(committed) = committed else { return };
+        let ask_at = self.now + attached.timing.dead_after * Timing::GIVES_WAY;
+        self.settle((attached, committed), why, ask_at, stop, out);
     }
 
     pub(super) fn look_at_what_is_given_up(&mut self, out: &mut Vec<Action>) {

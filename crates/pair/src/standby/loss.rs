@@ -1,5 +1,7 @@
 //! From the loss of the link to the takeover, and every other way in which a standby ends.
 
+use std::time::Duration;
+
 use outlive_epoch::{EndReason, LeaveReason};
 
 use super::giving_up::Worthless;
@@ -23,41 +25,56 @@ impl Standby {
             return;
         }
         let Some(attached) = self.attached_mut(link) else { return };
-        let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
-        let released = attached.released;
+        let (heard, dead_after) = (attached.heard, attached.timing.dead_after);
         // A link that fails at this side says nothing about the primary: it may be stopped, with a lease that
         // still lasts, and would let output out when it continues. Nor does the end of a connection that
         // somebody else has reset; frames may then leave twice, but a write to storage that both sides use
         // must not land after this side's own.
         let storage = attached.shared_storage && !planted!(bug, ClaimsWithinLease);
         let ask_at = match why {
-            _ if storage => heard + attached.timing.dead_after,
-            LossReason::Local(_) => heard + attached.timing.dead_after,
+            _ if storage => heard + dead_after,
+            LossReason::Local(_) => heard + dead_after,
             _ => now,
         };
-        let next = attached.staged.front().map(|next| next.checkpoint);
-        let silent = self.now - heard;
-        let State::Committed { committed, releasing, .. } = &mut self.state else {
-            out.push(Action::Hangup { link });
-            out.push(Action::Note(Note::LinkLost { why, silent, committed: false }));
-            return self.discard(link, out);
-        };
+        match std::mem::replace(&mut self.state, State::Over) {
+            State::Committed { attached, committed, releasing } => {
+                self.settle((attached, committed), why, ask_at, releasing.is_some(), out);
+            }
+            state => {
+                self.state = state;
+                out.push(Action::Hangup { link });
+                out.push(Action::Note(Note::LinkLost { why, silent: now - heard, committed: false }));
+                self.discard(link, out);
+            }
+        }
+    }
+
+    /// The link of a whole copy is lost. This side makes itself ready, and then asks for the VM.
+    pub(super) fn settle(
+        &mut self,
+        (attached, mut committed): (Attached, Committed),
+        why: LossReason,
+        ask_at: Duration,
+        stop: bool,
+        out: &mut Vec<Action>,
+    ) {
+        let Attached { link, generation, released, timing, heard, ref staged, .. } = attached;
         out.push(Action::Hangup { link });
-        out.push(Action::Note(Note::LinkLost { why, silent, committed: true }));
+        out.push(Action::Note(Note::LinkLost { why, silent: self.now - heard, committed: true }));
         if let Some(reason) = committed.end
             && !planted!(self.bug, TakeOverAfterEnd)
         {
+            self.state = State::Committed { attached, committed, releasing: None };
             return self.exit(StandbyExit::Followed(reason), out);
         }
-        if let (true, Some(next)) = (planted!(self.bug, TakeOverFromUnacknowledged), next) {
-            (committed.checkpoint, committed.applying) = (next, false);
+        if let (true, Some(next)) = (planted!(self.bug, TakeOverFromUnacknowledged), staged.front()) {
+            (committed.checkpoint, committed.applying) = (next.checkpoint, false);
         }
-        let Committed { checkpoint, applying, .. } = *committed;
-        let stop = releasing.is_some();
+        let Committed { checkpoint, applying, .. } = committed;
         if stop {
             out.push(Action::Note(Note::StopWaits));
         }
-        let (committed, claim) = (*committed, Claim::new(generation + 1, ask_at, retry));
+        let claim = Claim::new(generation + 1, ask_at, timing.retry);
         self.state = State::Settling { link, claim, committed, released, stop };
         if !applying || planted!(self.bug, TakeOverBeforeApplied) {
             out.push(Action::Settle { link, checkpoint });
@@ -138,7 +155,7 @@ impl Standby {
                 }
             }
             State::GivingUp(given) if !given.stop => given.stop = true,
-            State::GivingUp(_) => self.given_up(false, out),
+            State::GivingUp(_) => self.leave_what_is_given_up(false, out),
             // Nobody could start from anything here, and this side could not ask for anything.
             State::Base(_) => self.leave(LeaveReason::Released, StandbyExit::Stopped, out),
             // The second stop waits for nothing.
@@ -190,7 +207,7 @@ impl Standby {
             State::Claiming { claim, failed, .. } if claim.is_open() => {
                 failed.get_or_insert(why);
             }
-            State::GivingUp(_) => {}
+            State::GivingUp(given) => given.gets_worse(Worthless::Failed(why), out),
             State::Committed { .. } => self.give_up(Worthless::Failed(why), out),
             _ => self.leave(LeaveReason::Failed, StandbyExit::Failed(why), out),
         }
@@ -202,9 +219,12 @@ impl Standby {
     /// and the disks are as of the last commit. A VM that goes on with wrong memory harms what was acknowledged,
     /// and nobody sees it.
     pub(super) fn differs(&mut self, from: Link, why: String, out: &mut Vec<Action>) {
-        match &self.state {
+        match &mut self.state {
             State::Base(attached) | State::Committed { attached, .. } if attached.link == from => {
                 self.give_up(Worthless::Differs(why), out);
+            }
+            State::GivingUp(given) if given.attached.link == from => {
+                given.gets_worse(Worthless::Differs(why), out);
             }
             _ => self.failed(from, why, out),
         }

@@ -105,6 +105,20 @@ fn a_failure_waits_while_it_is_not_known_whether_a_standby_has_the_vm() {
     assert!(won.contains(&Endure { what: Broken::Disk, why: Kept::Unprotected }), "{won:?}");
 }
 
+/// A write that hangs cannot be recalled, and could land after the new host's.
+#[test]
+fn a_vm_with_a_shared_disk_that_hangs_stays() {
+    let why = Kept::SharedDiskHangs;
+    let mut host = settled();
+    host.acts(reaches(true));
+    assert_eq!(host.acts(PrimaryEvent::SharedDisks { hang: true }), []);
+    assert_eq!(host.acts(DISK), [Endure { what: Broken::Disk, why }]);
+    assert_eq!(host.acts(NETWORK), [Endure { what: Broken::Network, why }]);
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why }]);
+    let goes = host.acts(PrimaryEvent::SharedDisks { hang: false });
+    assert!(goes.contains(&GiveAway { what: Broken::Network }), "as soon as it answers: {goes:?}");
+}
+
 #[test]
 fn soon_after_a_takeover_the_vm_stays() {
     let mut host = Host::protected();

@@ -94,3 +94,21 @@ fn what_breaks_meanwhile_sends_the_vm_to_nobody() {
     assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: outlive_pair::Kept::Undecided }]);
     assert_eq!(host.acts(Broken { what: outlive_pair::Broken::Disk, again: false }), []);
 }
+
+/// What was written to a disk that both hosts use cannot be recalled: the guest goes on here.
+#[test]
+fn a_vm_whose_writes_hang_is_not_let_go() {
+    let mut host = Host::protected();
+    host.acts(PrimaryEvent::HandOver);
+    assert_eq!(host.acts(PrimaryEvent::OutputStays), [], "the guest runs");
+    host.acts(Captured { link: LINK, base: false, stays: true });
+    host.acts(ack(12, host.now));
+    assert!(!host.machine.guest_may_run());
+    let keep = PrimaryAction::Keep { why: Kept::SharedDiskHangs };
+    assert_eq!(host.acts(PrimaryEvent::OutputStays), [keep, Dismiss { link: LINK }]);
+    assert_eq!(host.acts(PrimaryEvent::OutputLeft), [], "too late");
+    assert!(!host.machine.guest_may_run(), "the standby may still go on with it");
+    host.acts(leaves(LeaveReason::Dismissed));
+    assert!(host.machine.guest_may_run());
+    assert_eq!(host.machine.output(), OutputMode::PassThrough);
+}

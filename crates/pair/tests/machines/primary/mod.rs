@@ -11,7 +11,7 @@ use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
 use outlive_pair::PrimaryAction::{self, *};
 use outlive_pair::PrimaryEvent::{self, *};
 use outlive_pair::{
-    ClaimResult, ExitReason, Link, LossReason, OutputMode, Primary, PrimaryConfig, PrimaryNote,
+    ClaimResult, ExitReason, Kept, Link, LossReason, OutputMode, Primary, PrimaryConfig, PrimaryNote,
     PrimaryStatus, Ticket, Wanted,
 };
 

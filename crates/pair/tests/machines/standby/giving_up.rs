@@ -1,4 +1,5 @@
-//! A copy that is worthless while its primary lives: its right is handed over, and it never runs.
+//! A copy that is worthless while its primary lives: its right is handed over. If that was not heard, a copy that is whole
+//! counts again, and any other one never runs.
 
 use super::*;
 
@@ -29,6 +30,15 @@ fn kinds() -> [(Trouble, LeaveReason, LeaveReason, StandbyAction); 3] {
     ]
 }
 
+/// Those whose copy has failed, or is not the VM.
+fn never_runs() -> impl Iterator<Item = (Trouble, LeaveReason, LeaveReason, StandbyAction)> {
+    kinds().into_iter().skip(1)
+}
+
+/// Those whose copy is whole.
+const WHOLE: [Trouble; 2] =
+    [|| BadStream { link: LINK, why: "checksum".into() }, || Dismissed { link: LINK }];
+
 fn released(result: Result<(), String>) -> StandbyEvent {
     Released { link: LINK, result }
 }
@@ -39,18 +49,18 @@ fn leaves(reason: LeaveReason, then: StandbyAction) -> [StandbyAction; 3] {
 
 #[test]
 fn the_right_goes_with_the_leave_once_it_is_written_down() {
-    for (trouble, without, with, then) in kinds() {
+    for (trouble, _, with, then) in kinds() {
         let mut host = Host::protected();
         assert_eq!(host.acts(trouble()), [Release { link: LINK }]);
-        assert_eq!(host.acts(released(Ok(()))), leaves(with, then.clone()));
-
-        let mut no_room = Host::protected();
-        no_room.acts(trouble());
+        assert_eq!(host.acts(released(Ok(()))), leaves(with, then));
+    }
+    for (trouble, without, _, then) in never_runs() {
+        let mut host = Host::protected();
+        host.acts(trouble());
         let why = "no room".to_owned();
-        let told = no_room.on(released(Err(why.clone())));
+        let told = host.on(released(Err(why.clone())));
         assert!(told.contains(&Note(StandbyNote::NotReleased { why })), "{told:?}");
-        let [leave, hangup, then] = leaves(without, then);
-        for action in [leave, hangup, then] {
+        for action in leaves(without, then) {
             assert!(told.contains(&action), "{told:?} lacks {action:?}");
         }
     }
@@ -59,7 +69,7 @@ fn the_right_goes_with_the_leave_once_it_is_written_down() {
 /// The guest's output is held all the while, so a disk that does not answer is not waited for.
 #[test]
 fn what_cannot_be_written_down_in_time_is_left_to_the_arbiter() {
-    for (trouble, without, _, then) in kinds() {
+    for (trouble, without, _, then) in never_runs() {
         let mut host = Host::protected();
         host.acts(trouble());
         let until = host.machine.next_deadline().expect("a deadline");
@@ -69,6 +79,76 @@ fn what_cannot_be_written_down_in_time_is_left_to_the_arbiter() {
         host.now += 1;
         assert_eq!(host.acts(Tick), leaves(without, then));
         assert_eq!(host.acts(released(Ok(()))), [], "too late");
+    }
+}
+
+/// Nobody has heard that it is given up, whichever way that came.
+#[test]
+fn a_whole_copy_counts_again_if_its_primary_is_gone() {
+    let ends: [fn(&mut Host) -> StandbyEvent; 3] = [
+        |_| lost(),
+        |_| released(Err("no room".into())),
+        |host| {
+            host.now += 1000;
+            Tick
+        },
+    ];
+    for (trouble, end) in WHOLE.into_iter().flat_map(|trouble| ends.map(|end| (trouble, end))) {
+        let mut host = Host::protected();
+        assert_eq!(host.acts(trouble()), [Release { link: LINK }]);
+        let end = end(&mut host);
+        assert_eq!(host.acts(end.clone()), [Hangup { link: LINK }, Settle { link: LINK, checkpoint: 11 }]);
+        assert_eq!(host.acts(released(Ok(()))), [], "too late");
+        assert_eq!(host.acts(Settled { link: LINK, checkpoint: 11 }), [], "the primary is let ahead");
+        host.now += 3999;
+        assert_eq!(host.acts(Tick), [], "{end:?}");
+        host.now += 1;
+        assert_eq!(host.acts(Tick), [Claim { generation: 5 }], "{end:?}");
+    }
+}
+
+/// What its primary has let out meanwhile is not repeated.
+#[test]
+fn a_whole_copy_that_counts_again_knows_what_has_left() {
+    let mut host = Host::protected();
+    host.acts(Dismissed { link: LINK });
+    host.acts(OutputReleased { link: LINK, through: 11 });
+    host.acts(lost());
+    host.acts(Settled { link: LINK, checkpoint: 11 });
+    host.now += 4000;
+    host.acts(Tick);
+    let takes = host.acts(Claimed { generation: 5, result: ClaimResult::Won });
+    let [TakeOver { tail, .. }] = &takes[..] else { panic!("{takes:?}") };
+    assert_eq!(*tail, TailUse::at(11, 11));
+}
+
+/// What was acknowledged is applied first, and a stop is not forgotten.
+#[test]
+fn a_whole_copy_counts_again_once_it_is_applied() {
+    let mut host = Host::protected();
+    host.acts(staged(12, PLAIN));
+    host.acts(Dismissed { link: LINK });
+    host.acts(Stop);
+    let told = host.on(lost());
+    assert!(told.contains(&Note(StandbyNote::StopWaits)), "{told:?}");
+    assert_eq!(host.acts(applied(12)), [Settle { link: LINK, checkpoint: 12 }]);
+}
+
+/// What befalls it meanwhile is not forgotten.
+#[test]
+fn a_whole_copy_that_fails_while_it_is_given_up_never_runs() {
+    for whole in WHOLE {
+        for (trouble, without, _, then) in never_runs() {
+            let mut host = Host::protected();
+            host.acts(whole());
+            assert_eq!(host.acts(trouble()), []);
+            assert_eq!(host.acts(lost()), leaves(without, then.clone()));
+            let mut busy = Host::protected();
+            busy.acts(staged(12, PLAIN));
+            assert_eq!(busy.acts(whole()), []);
+            assert_eq!(busy.acts(trouble()), [Release { link: LINK }]);
+            assert_eq!(busy.acts(lost()), leaves(without, then));
+        }
     }
 }
 
@@ -94,8 +174,8 @@ fn nothing_that_comes_counts_any_more() {
 
 /// It was worthless before, so it does not become the VM because the primary dies.
 #[test]
-fn a_copy_that_is_given_up_is_not_taken_over() {
-    for (trouble, without, _, then) in kinds() {
+fn a_copy_that_has_failed_or_differs_is_not_taken_over() {
+    for (trouble, without, _, then) in never_runs() {
         let mut host = Host::protected();
         host.acts(trouble());
         assert_eq!(host.acts(lost()), leaves(without, then));
