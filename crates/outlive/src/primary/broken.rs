@@ -47,6 +47,7 @@ impl Coordinator {
     pub(super) fn disk_fault(&mut self, why: String, again: bool) {
         self.faults.disk = why;
         let again = self.is_the_same(again, SAME_FAULT);
+        self.look_at_shared_now();
         self.with.driver.handle(PrimaryEvent::Broken { what: Broken::Disk, again });
     }
 
@@ -70,6 +71,7 @@ impl Coordinator {
     /// flight is issued again, so storage that is behind both hosts' images would not answer the second one
     /// either.
     pub(super) fn look_at_disks(&mut self) {
+        self.look_at_shared();
         let Some(limit) = self.with.disk_timeout else { return };
         if self.faults.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
             return;
@@ -122,6 +124,7 @@ impl Coordinator {
             Some(Err(why)) => {
                 tracing::warn!("this host is cut off from the clients' network: {why}");
                 self.faults.network = why.to_string();
+                self.look_at_shared_now();
                 self.with.driver.handle(PrimaryEvent::Broken { what, again: false });
             }
             // What nobody can tell moves no VM.

@@ -1,6 +1,6 @@
 //! When an epoch ends, and the pause in which its checkpoint is taken.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outlive_machine::{After as Then, CaptureError, CaptureReport, InPause, Outgoing, SpillError, VcpuError};
 use outlive_pair::policy::{
@@ -199,11 +199,38 @@ impl Coordinator {
             return;
         }
         if let Some(link) = self.protection.as_ref().map(|protection| protection.link) {
-            let why = LossReason::Local(error.to_string());
-            self.with.driver.handle(PrimaryEvent::LinkLost { link, why });
+            self.trouble = Some(Trouble { link, why: error.to_string(), since: Instant::now() });
         }
         self.end_protection();
         self.resume();
+    }
+
+    /// Tells of a checkpoint that has failed, once the guest has run again. The standby gives its copy up then, and
+    /// whatever kept KVM from taking a checkpoint may keep it from running the guest: then the VM belongs there.
+    pub(super) fn tell_trouble(&mut self) {
+        if self.over.is_some() {
+            return;
+        }
+        if let Some(Trouble { link, why, .. }) = self.trouble.take_if(|it| it.due() == Duration::ZERO) {
+            self.with.driver.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
+        }
+    }
+}
+
+/// A checkpoint has failed because of this host.
+pub(super) struct Trouble {
+    link: Link,
+    why: String,
+    since: Instant,
+}
+
+impl Trouble {
+    /// How long the guest runs before the standby hears of it. Entering a vCPU takes microseconds.
+    const RUNS: Duration = Duration::from_millis(5);
+
+    /// How much longer that is.
+    pub(super) fn due(&self) -> Duration {
+        Self::RUNS.saturating_sub(self.since.elapsed())
     }
 }
 

@@ -26,7 +26,7 @@ use outlive_pair::{ExitReason, KeptMemory, Link, PrimaryEvent, PrimaryNote, Prim
 
 use super::base::Base;
 use super::broken::Faults;
-use super::capture::{Due, FullLogs};
+use super::capture::{Due, FullLogs, Trouble};
 use super::disks;
 use super::driver::SharedDriver;
 use super::hand_over::UnderWay;
@@ -39,6 +39,7 @@ use super::pool::Pool;
 use super::restarts::Restarts;
 use super::rivals::Rivals;
 use super::self_check::SelfCheck;
+use super::shared_disks::SharedDisks;
 use super::stats::Totals;
 use super::strays::GuardedStrays;
 use crate::arbiter::Watch;
@@ -83,6 +84,8 @@ pub(super) struct Setup {
     pub(super) stop_within: Duration,
     /// After how long a disk that does not answer counts as broken, if it ever does.
     pub(super) disk_timeout: Option<Duration>,
+    /// A new host makes sure that this one writes nothing more, before it goes on.
+    pub(super) fences: bool,
     /// When an epoch ends.
     pub(super) policy: Policy,
     /// How many pages a buffer has room for.
@@ -148,6 +151,10 @@ pub(super) struct Coordinator {
     pub(super) faults: Faults,
     /// An operator moves the VM to its standby.
     pub(super) hand_over: Option<UnderWay>,
+    /// The disks that both hosts use.
+    pub(super) shared: SharedDisks,
+    /// A checkpoint has failed, and the standby does not know yet.
+    pub(super) trouble: Option<Trouble>,
     restarts: Restarts,
     /// When the guest that was asked to shut down is stopped.
     stop_due: Option<Instant>,
@@ -170,6 +177,8 @@ impl Coordinator {
             blamed: false,
             faults: Faults::default(),
             hand_over: None,
+            shared: SharedDisks::default(),
+            trouble: None,
             restarts: Restarts::of(with.machine.restarts()),
             stop_due: None,
             notes: Notes::new(with.events.clone(), with.totals.clone(), with.standing.clone()),
@@ -212,9 +221,11 @@ impl Coordinator {
         if self.with.wants_protection {
             self.notes.remind();
         }
+        self.look_at_leaving();
         if let Err(error) = self.capture_if_due() {
             self.capture_failed(&error);
         }
+        self.tell_trouble();
         self.over.take().map(|why| self.give_up(&why))
     }
 
@@ -236,8 +247,13 @@ impl Coordinator {
         let until_restart = due.map(|due| due.saturating_duration_since(Instant::now()));
         let until_read = self.with.own_kernel.due().map(|due| due.saturating_duration_since(Instant::now()));
         let until_stop = self.stop_due.map(|due| due.saturating_duration_since(Instant::now()));
-        let timeout =
-            [until, until_restart, until_read, until_stop, look].into_iter().flatten().min().unwrap_or(IDLE);
+        let until_told = self.trouble.as_ref().map(Trouble::due);
+        let leaving = self.shared.due();
+        let timeout = [until, until_restart, until_read, until_stop, look, until_told, leaving]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(IDLE);
         self.with.inbox.next_within(timeout)
     }
 

@@ -125,6 +125,7 @@ impl Coordinator {
             return;
         }
         self.hand_over = Some(UnderWay { asked, began: Instant::now(), strays: None });
+        self.look_at_shared_now();
         self.with.driver.handle(PrimaryEvent::HandOver);
     }
 
@@ -141,6 +142,11 @@ impl Coordinator {
     /// The standby has all of it. What is committed leaves first: it would be lost with the VM here.
     pub(super) fn let_vm_go(&mut self) {
         self.with.driver.finish_output();
+        self.output_leaves();
+    }
+
+    /// All of it has left.
+    pub(super) fn vm_has_left(&mut self) {
         // From here on frames for the guest come too late for this host, and its queues are nobody's.
         let strays = self.send_strays_after();
         if let Some(under_way) = &mut self.hand_over {
@@ -153,20 +159,27 @@ impl Coordinator {
     pub(super) fn keeps(&mut self, why: Kept) {
         tracing::warn!("an operator wants to hand the VM over, and it stays here: {why}");
         self.with.events.emit(Event::HandOver { kept: Some(why.to_string()) });
-        if let Some(UnderWay { asked, .. }) = self.hand_over.take() {
-            let _ = asked.answer.send(Err(HandOverError::Keeps(why)));
+        if let Some(under_way) = self.hand_over.take() {
+            let _ = self.undo(under_way).answer.send(Err(HandOverError::Keeps(why)));
         }
     }
 
     /// The VM goes on here.
     pub(super) fn not_handed_over(&mut self) {
-        // What has followed is lost, and this host's own card has the queues again.
-        let Some(UnderWay { asked, strays, .. }) = self.hand_over.take() else { return };
-        strays.iter().for_each(Following::stop);
-        self.with.rivals.iter().for_each(|rivals| rivals.hurry(false));
+        let Some(under_way) = self.hand_over.take() else { return };
+        let asked = self.undo(under_way);
         let why = HandOverError::NotTaken;
         tracing::warn!("{why}");
         self.with.events.emit(Event::HandOver { kept: Some(why.to_string()) });
         let _ = asked.answer.send(Err(why));
+    }
+
+    /// What was begun for a hand-over that is not taken.
+    fn undo(&mut self, under_way: UnderWay) -> Asked {
+        // What has followed is lost, and this host's own card has the queues again.
+        under_way.strays.iter().for_each(Following::stop);
+        self.shared.forget_hand_over();
+        self.with.rivals.iter().for_each(|rivals| rivals.hurry(false));
+        under_way.asked
     }
 }

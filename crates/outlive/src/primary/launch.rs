@@ -259,6 +259,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         stop_budget: options.dead_after,
         stop_within: options.stop_within,
         disk_timeout: options.disk_timeout.0,
+        fences: options.fence.is_some(),
         policy: capture::policy(ending, options.max_dirty),
         staging_pages: options.max_dirty * 2,
         longest_pause: options.max_pause,

@@ -25,6 +25,7 @@ mod reminder;
 mod restarts;
 mod rivals;
 mod self_check;
+mod shared_disks;
 mod stats;
 mod strays;
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::process::Command;
 use nix::fcntl::{FallocateFlags, fallocate};
 use outlive::events::{Event, Part};
 
+use crate::hand_over::hand_over;
 use crate::support::{Process, Side, Small, WRITTEN, World, wait_until, writer_kernel};
 
 const SIZE: u64 = 24 << 20;
@@ -195,6 +196,9 @@ fn a_shared_disk_that_does_not_answer_moves_nothing_and_is_told_of() {
     let told = |e: &Event| matches!(e, Event::HostFault { part: Part::Disk, why, kept: Some(kept) } if why.contains("shared disk 0") && kept.contains("cannot be recalled"));
     active.wait_for("told of the disk", told);
     assert!(!standby.took_over() && !active.ended());
+    // Nor does it go on an operator's word.
+    let (code, said) = hand_over(&active);
+    assert!(code == Some(1) && said.contains("a write that hangs cannot be recalled"), "{code:?}: {said}");
     drop(thaws);
     active.wait_for("told that it answers", |e| matches!(e, Event::HostMended { part: Part::Disk }));
     writing.wait_written(Side::A);

@@ -123,6 +123,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         took_over: None,
         last_host_ended: false,
         disk_timeout: None,
+        fences: false,
         wants_protection: false,
         stop_budget: Duration::from_secs(20),
         stop_within: Duration::from_secs(60),
