@@ -620,7 +620,8 @@ mod tests {
             [libc::SYS_setxattr, libc::SYS_lsetxattr, libc::SYS_fsetxattr, SETXATTRAT],
             [libc::SYS_removexattr, libc::SYS_lremovexattr, libc::SYS_fremovexattr, REMOVEXATTRAT],
         ];
-        let others = [libc::SYS_mknod, libc::SYS_mknodat, libc::SYS_truncate, libc::SYS_quotactl, FILE_SETATTR];
+        let others =
+            [libc::SYS_mknod, libc::SYS_mknodat, libc::SYS_truncate, libc::SYS_quotactl, FILE_SETATTR];
         let all = [modes, owners, times].into_iter().chain(attributes).flatten().chain(others);
         for (role, number) in Role::ALL.into_iter().flat_map(|role| all.clone().map(move |it| (role, it))) {
             assert!(role.calls().iter().all(|call| call.0 != number), "{role:?} {number}");

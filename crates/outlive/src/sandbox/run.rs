@@ -89,7 +89,11 @@ impl Own {
     ///
     /// # Errors
     /// See [`NotHidden`]. The directory is as it was then.
-    pub(super) fn hide(&self, directory: &Path, needed: impl Iterator<Item = PathBuf>) -> Result<(), NotHidden> {
+    pub(super) fn hide(
+        &self,
+        directory: &Path,
+        needed: impl Iterator<Item = PathBuf>,
+    ) -> Result<(), NotHidden> {
         let mut kept = kept(directory, needed);
         if kept.remove(directory) {
             // Nothing in it was asked for besides.

@@ -89,11 +89,15 @@ mod tests {
         for folder in ["node/vms", "node/locks", "node/events/web", "web"] {
             fs::create_dir_all(whole.join(folder)).unwrap();
         }
-        let states = States::of([state.clone(), whole.join("nowhere"), whole.join("node/../node")].into_iter());
+        let states =
+            States::of([state.clone(), whole.join("nowhere"), whole.join("node/../node")].into_iter());
         assert_eq!(states.0, [state.clone()]);
         for place in [Path::new("/"), &whole, &state, &state.join("vms"), &state.join("locks")] {
             let why = states.check(place, Some(&NotHidden::NotShared)).unwrap_err().to_string();
-            assert!(why.contains("make-rshared") && why.contains("of their own") && !why.contains('\n'), "{why}");
+            assert!(
+                why.contains("make-rshared") && why.contains("of their own") && !why.contains('\n'),
+                "{why}"
+            );
         }
         for place in ["web", "node/events/web", "no-such-place"] {
             states.check(&whole.join(place), None).unwrap();

@@ -8,9 +8,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
 use nix::libc::{
-    AF_PACKET, AF_UNIX, AF_VSOCK, AT_FDCWD, CLONE_NEWUSER, O_RDONLY, O_WRONLY, SOCK_RAW, SOCK_STREAM, SYS_bpf,
-    SYS_execve, SYS_fchmod, SYS_fchmodat, SYS_fork, SYS_ioctl, SYS_kill, SYS_mount, SYS_ptrace, SYS_setuid,
-    SYS_setxattr, SYS_socket, SYS_unshare, SYS_utimensat,
+    AF_PACKET, AF_UNIX, AF_VSOCK, AT_FDCWD, CLONE_NEWUSER, O_RDONLY, O_WRONLY, SOCK_RAW, SOCK_STREAM,
+    SYS_bpf, SYS_execve, SYS_fchmod, SYS_fchmodat, SYS_fork, SYS_ioctl, SYS_kill, SYS_mount, SYS_ptrace,
+    SYS_setuid, SYS_setxattr, SYS_socket, SYS_unshare, SYS_utimensat,
 };
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -45,7 +45,7 @@ const SIGNAL: Forbidden = (SYS_kill, [1, 0, 0]);
 const NETWORK: Forbidden = (SYS_socket, [nix::libc::AF_INET as u64, 1, 0]);
 
 /// `OUTLIVE_TEST_SANDBOX=0` takes the hosts of all tests out of the sandbox, to compare.
-fn confined_world() -> Option<World> {
+pub(crate) fn confined_world() -> Option<World> {
     if !World::is_confined() {
         println!("skipped: hosts in the sandbox (OUTLIVE_TEST_SANDBOX=0)");
         return None;
