@@ -237,6 +237,9 @@ const LIBRARY: Call = Call(
 /// Of Linux; libc has no names for them.
 const F_SETSIG: u64 = 10;
 const F_SETOWN_EX: u64 = 15;
+const F_SETLEASE: u64 = 1024;
+const F_NOTIFY: u64 = 1026;
+const F_SET_RW_HINT: u64 = 1036;
 
 /// Memory, time, locks, an end: what any thread does.
 const ANY: &[Call] = &[
@@ -294,7 +297,8 @@ const ANY: &[Call] = &[
     free(libc::SYS_getrusage),
     free(libc::SYS_sysinfo),
     free(libc::SYS_uname),
-    // By a descriptor's owner and signal, a process is sent signals without `kill`.
+    // By a descriptor's owner and signal, a process is sent signals without `kill`. By a lease the owner of a file that is open
+    // to read keeps others waiting, and a hint is the file's for all.
     Call(
         libc::SYS_fcntl,
         &[
@@ -302,6 +306,9 @@ const ANY: &[Call] = &[
             Test::IsNot(1, libc::F_SETOWN as u64),
             Test::IsNot(1, F_SETSIG),
             Test::IsNot(1, F_SETOWN_EX),
+            Test::IsNot(1, F_SETLEASE),
+            Test::IsNot(1, F_NOTIFY),
+            Test::IsNot(1, F_SET_RW_HINT),
         ],
     ),
     Call(libc::SYS_fcntl, &[Test::Is(1, libc::F_SETFL as u64), Test::Lacks(2, libc::O_ASYNC as u64)]),
@@ -594,7 +601,8 @@ mod tests {
             {
                 assert!(!allows(role, SYS_ioctl, [3, request, 0]), "{role:?} {request:#x}");
             }
-            for command in [libc::F_SETOWN as u64, F_SETSIG, F_SETOWN_EX] {
+            let of_file = [F_SETLEASE, F_NOTIFY, F_SET_RW_HINT];
+            for command in [libc::F_SETOWN as u64, F_SETSIG, F_SETOWN_EX].into_iter().chain(of_file) {
                 assert!(!allows(role, libc::SYS_fcntl, [3, command, 9]), "{role:?} {command}");
             }
             let set_flags = |flags| allows(role, libc::SYS_fcntl, [3, libc::F_SETFL as u64, flags]);
