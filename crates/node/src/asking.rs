@@ -17,6 +17,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The longest answer, in bytes.
 const LONGEST: usize = 64 << 10;
 
+/// How deeply an answer may be nested. It is a part of the node's own answers, and whoever reads those has a limit, too (128):
+/// one process would keep all VMs of the host from being listed.
+const DEEPEST: usize = 32;
+
 /// How a process begins to say why it protects nothing, while it asks the arbiter which host starts the VM.
 pub const UNDECIDED: &str = "it is not decided yet which host starts the VM";
 /// How it begins while the VM is its own and does not run yet.
@@ -63,7 +67,14 @@ struct Loss {
 /// The operating system's: nobody listens there, nobody answers in time, or the answer is not understood.
 pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     let (said, pid) = hear(path, PATIENCE, LONGEST)?;
+    if is_deeper(&said, DEEPEST) {
+        return Err(io::Error::new(ErrorKind::InvalidData, "its answer is nested too deeply"));
+    }
     let all: Value = serde_json::from_slice(&said)?;
+    // As it is told to others: a short number may be a long one then.
+    if all.to_string().len() > LONGEST {
+        return Err(io::Error::new(ErrorKind::InvalidData, "its answer is too long"));
+    }
     let Parts { role, protected, why, loss_of_this_host } = serde_json::from_value(all.clone())?;
     let runs = role == "primary";
     let says = |words: &str| why.as_ref().is_some_and(|it| it.starts_with(words));
@@ -72,6 +83,26 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     let counts = loss_of_this_host.is_some_and(|loss| !loss.survived);
     let takes_over = !runs && !protected && counts;
     Ok(Told { pid, runs, starts, decides, takes_over, protected, why, all })
+}
+
+/// Whether a text is nested more deeply, if it is JSON.
+fn is_deeper(text: &[u8], deepest: usize) -> bool {
+    let (mut depth, mut within, mut escaped) = (0_usize, false, false);
+    for byte in text {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if within => escaped = true,
+            b'"' => within = !within,
+            _ if within => {}
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > deepest {
+            return true;
+        }
+    }
+    false
 }
 
 /// What is said to whoever connects at `path`, and which process says it.
@@ -130,6 +161,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn brackets_in_a_text_nest_nothing() {
+        let text = format!(r#"{{"why":"{}\"{}"}}"#, "[".repeat(200), "{".repeat(200));
+        assert!(!is_deeper(text.as_bytes(), 1) && is_deeper(b"[[]]", 1) && !is_deeper(b"[[],[],{}]", 2));
+    }
+
+    #[test]
     fn answers_are_bounded_and_checked() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
@@ -137,12 +174,19 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let server = std::thread::spawn(move || {
             let endless = "[".repeat(LONGEST * 2);
+            let of = |more: &str| format!(r#"{{"role":"primary","protected":true,"why":null,"new":{more}}}"#);
+            let nested = |depth: usize| of(&format!("{}{}", "[".repeat(depth), "]".repeat(depth)));
+            let (deep, deepest) = (nested(DEEPEST), nested(DEEPEST - 1));
+            let grows = of(&format!("[{}0]", "1e15,".repeat(LONGEST / 6)));
             for answer in [
                 r#"{"role":"primary","protected":true,"why":null,"new":1}"#,
                 r#"{"role":"standby","protected":false,"why":"w"}"#,
+                &deepest,
                 r#"{"role":1}"#,
                 "",
                 &endless,
+                &deep,
+                &grows,
             ] {
                 let mut client = listener.accept().unwrap().0;
                 // The client stops reading a long answer.
@@ -153,7 +197,8 @@ mod tests {
         assert!(told.runs && told.protected && told.pid == std::process::id() && told.all["new"] == 1);
         let told = ask(&path).unwrap();
         assert!(!told.runs && !told.protected && told.why.as_deref() == Some("w"));
-        for _ in 0..3 {
+        ask(&path).unwrap();
+        for _ in 0..5 {
             ask(&path).unwrap_err();
         }
         server.join().unwrap();

@@ -7,6 +7,7 @@ use std::process::ExitStatus;
 
 use serde::{Deserialize, Serialize};
 
+use crate::terminal::shown_in_line;
 use crate::{bounded, files, log};
 
 /// How much of a file of events is read to find its last line.
@@ -54,7 +55,9 @@ impl End {
             (None, Some(_)) => "was killed",
             (None, None) => "ended, and left no word how",
         };
-        Self { code, signal, what: reason.unwrap_or_else(|| what.to_owned()), at: crate::view::now() }
+        // The process's own words: they go to the node's log, too.
+        let what = reason.map_or_else(|| what.to_owned(), |said| shown_in_line(&said).into_owned());
+        Self { code, signal, what, at: crate::view::now() }
     }
 
     /// The guest was shut down, or somebody asked for the end.
@@ -118,5 +121,8 @@ mod tests {
         std::fs::write(log.0, "outlive: of an earlier process\noutlive: no image; give another\n").unwrap();
         let refused = End::of_child(ExitStatus::from_raw(2 << 8), 9, &events, log);
         assert_eq!(refused.what, "no image; give another");
+        let evil = r#"{"event":"ended","reason":"\u001b[2J\nall is well\u009b","code":1,"pid":7}"#;
+        std::fs::write(&events, format!("{evil}\n")).unwrap();
+        assert_eq!(End::of_adopted(7, &events).what, "?[2J all is well?");
     }
 }

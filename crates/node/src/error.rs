@@ -143,6 +143,9 @@ pub enum NodeError {
     /// A browser asks for a page that is somebody else's.
     #[error("a web page of another origin gives no orders to this node")]
     ForeignPage,
+    /// A browser asks at the socket of this host, under a name that may be somebody else's.
+    #[error("a web page asks at this node's socket under a name that may be another host's")]
+    ForeignName,
     /// No such route.
     #[error("there is nothing at {0}")]
     NoRoute(String),
@@ -185,7 +188,7 @@ impl NodeError {
             Self::NotStarted { .. } | Self::Failed { .. } | Self::Said(_) => (409, "failed"),
             Self::TooLong { .. } | Self::NoAnswer { .. } => (504, "too_long"),
             Self::BadRequest(_) => (400, "bad_request"),
-            Self::ForeignPage => (403, "foreign_page"),
+            Self::ForeignPage | Self::ForeignName => (403, "foreign_page"),
             Self::NoRoute(_) => (404, "no_route"),
             Self::NoMethod(_) => (405, "no_method"),
             Self::System(..) => (500, "system"),
@@ -245,6 +248,7 @@ impl NodeError {
             }
             Self::BadRequest(_) => "docs/api/openapi.json has every request",
             Self::ForeignPage => "give them on the node's own page, or with `outlive vm`",
+            Self::ForeignName => "ask with the name localhost, 127.0.0.1 or [::1]",
             Self::NoRoute(_) | Self::NoMethod(_) => "docs/api/openapi.json has every route",
             Self::System(..) => "look at the node's log",
             // Each of these says it itself.

@@ -9,8 +9,28 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 /// How many events are kept.
 pub(crate) const KEPT: usize = 1024;
-/// The most clients that follow at a time; other clients of the API still find a connection.
-pub(crate) const FOLLOWERS: usize = 32;
+
+/// From where a client follows. Each has room of its own: those from elsewhere keep nobody out who is here, and hosts keep no
+/// operator out. Other clients of the API still find a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Follower {
+    /// The socket of this host.
+    Here,
+    /// Another host.
+    Host,
+    /// An operator, from elsewhere.
+    Operator,
+}
+
+impl Follower {
+    /// The most that follow at a time.
+    pub(crate) fn most(self) -> usize {
+        match self {
+            Self::Here => 32,
+            Self::Host | Self::Operator => 16,
+        }
+    }
+}
 
 /// One event.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,7 +56,8 @@ pub(crate) struct Feed {
     life: String,
     kept: Mutex<VecDeque<Arc<Entry>>>,
     newest: watch::Sender<u64>,
-    room: Arc<Semaphore>,
+    /// For those here, of hosts and of operators.
+    rooms: [Arc<Semaphore>; 3],
 }
 
 /// Events after a place in the feed.
@@ -58,7 +79,8 @@ impl Feed {
             life: format!("{:x}", began.as_millis()),
             kept: Mutex::default(),
             newest: watch::Sender::new(0),
-            room: Arc::new(Semaphore::new(FOLLOWERS)),
+            rooms: [Follower::Here, Follower::Host, Follower::Operator]
+                .map(|it| Arc::new(Semaphore::new(it.most()))),
         }
     }
 
@@ -68,8 +90,8 @@ impl Feed {
     }
 
     /// A place for one who follows, if there is one.
-    pub(crate) fn followers(&self) -> Option<OwnedSemaphorePermit> {
-        self.room.clone().try_acquire_owned().ok()
+    pub(crate) fn followers(&self, from: Follower) -> Option<OwnedSemaphorePermit> {
+        self.rooms[from as usize].clone().try_acquire_owned().ok()
     }
 
     /// Tells everybody.
@@ -127,6 +149,18 @@ impl Feed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn those_from_elsewhere_keep_nobody_out_who_is_here() {
+        let feed = Feed::new();
+        let all = |from| std::iter::from_fn(|| feed.followers(from)).take(100).collect::<Vec<_>>();
+        let hosts = all(Follower::Host);
+        let operators = all(Follower::Operator);
+        assert_eq!((hosts.len(), operators.len()), (Follower::Host.most(), Follower::Operator.most()));
+        assert_eq!(all(Follower::Here).len(), Follower::Here.most());
+        drop(hosts);
+        assert!(feed.followers(Follower::Operator).is_none() && feed.followers(Follower::Host).is_some());
+    }
 
     #[test]
     fn a_place_is_found_again_or_known_to_be_lost() {

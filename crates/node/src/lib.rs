@@ -9,15 +9,15 @@
 //!   they are, and its options.
 //! - `records`: desired state and process of each VM, on disk. `process`: one process, from its start or adoption to its
 //!   end. `ended`: how it ended. `log`: its output, bounded. `asking`: what it says at the socket of `outlive status`.
-//!   `words`: its remedies, where a node keeps it. `bounded`: looks at files that may never come back.
+//!   `events`: the place of what it tells. `words`: its remedies, where a node keeps it. `bounded`: looks at files that may never come back.
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
 //! - `figures`: the last minutes of each VM. `picture`: a page that shows all of this, from the API.
 //! - [`api`]: REST on a socket, and over TLS for other hosts. [`remote`]: what the program says of keys and certificates.
 //! - [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `host`: which one; `sse`: its stream of events, read.
-//!   `page`: the way of a browser to it, `outlive node page`.
+//!   `page`: the way of a browser to it, `outlive node page`. `terminal`: texts of others, as they are printed.
 //!
-//! Nothing here runs in, or is waited for by, a process that runs a guest.
+//! Nothing here is waited for by a process that runs a guest, and nothing but `terminal` runs in one.
 
 #![forbid(unsafe_code)]
 
@@ -30,6 +30,7 @@ pub mod definition;
 mod drain;
 mod ended;
 mod error;
+mod events;
 mod feed;
 mod figures;
 mod files;
@@ -47,6 +48,7 @@ mod program;
 mod records;
 pub mod remote;
 mod sse;
+mod terminal;
 #[cfg(test)]
 mod testing;
 mod view;
@@ -55,5 +57,6 @@ mod words;
 pub use asking::{BEING_STARTED, UNDECIDED};
 pub use error::NodeError;
 pub use host::Host;
-pub use node::{Node, Places, StartError};
+pub use node::{Node, Places, STATE, STATE_VARIABLE, StartError};
 pub use program::{Judge, Program, Remark, Sense, one_line};
+pub use terminal::{shown, shown_in_line};

@@ -32,12 +32,18 @@ const ANSWERS: Duration = Duration::from_secs(10);
 /// How often a job looks.
 const STEP: Duration = Duration::from_millis(50);
 
+/// Where a node notes things down if nothing else is said.
+pub const STATE: &str = "/var/lib/outlive/node";
+/// The variable that tells the node's processes where it does: none of them may write there.
+pub const STATE_VARIABLE: &str = "OUTLIVE_NODE_STATE";
+
 /// Where a node has its files.
 #[derive(Clone, Debug)]
 pub struct Places {
     /// Definitions.
     pub definitions: PathBuf,
-    /// What is desired, which processes there are, and their locks. Only the node writes there. It must survive a restart of the host.
+    /// What is desired, which processes there are, and their locks. Only the node writes there, but for the events of each VM,
+    /// which have a directory of their own. It must survive a restart of the host.
     pub state: PathBuf,
     /// Sockets of the VMs. It need not.
     pub run: PathBuf,
@@ -58,6 +64,15 @@ impl Places {
 
     fn locks(&self) -> PathBuf {
         self.state.join("locks")
+    }
+
+    /// Where its process tells what happens, if the definition does not say it. The directory is that VM's alone.
+    pub(crate) fn events_of(&self, vm: &str) -> PathBuf {
+        self.events().join(vm).join("events")
+    }
+
+    fn events(&self) -> PathBuf {
+        self.state.join("events")
     }
 
     /// Where its output goes.
@@ -140,11 +155,12 @@ impl Node {
     /// # Errors
     /// See [`StartError`]. A bad definition is none: its VM says what is wrong.
     pub fn start(host: &str, places: Places, program: Program) -> Result<Arc<Self>, StartError> {
-        let (vms, locks) = (places.state.join("vms"), places.locks());
+        let (vms, locks, events) = (places.state.join("vms"), places.locks(), places.events());
         for (path, option) in [
             (&places.definitions, "--vms"),
             (&vms, "--state"),
             (&locks, "--state"),
+            (&events, "--state"),
             (&places.run, "--run"),
             (&places.logs, "--logs"),
         ] {

@@ -15,6 +15,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::files;
+use crate::node::STATE_VARIABLE;
 
 /// What a service manager tells the node, and is not meant for its children.
 const OF_NODE: [&str; 6] =
@@ -54,13 +55,14 @@ pub(crate) enum Life {
 }
 
 impl Process {
-    /// Starts a process. `None`: an earlier one has not let go of the lock yet.
+    /// Starts a process, which learns where the node's state is. `None`: an earlier one has not let go of the lock yet.
     ///
     /// # Errors
     /// The operating system's.
     pub(crate) fn start(
         program: &Path,
         arguments: &[String],
+        state: &Path,
         lock: &Path,
         log: File,
     ) -> io::Result<Option<Self>> {
@@ -71,6 +73,7 @@ impl Process {
         for name in OF_NODE {
             command.env_remove(name);
         }
+        command.env(STATE_VARIABLE, state);
         // What is meant for the node's terminal does not reach the VM.
         Ok(Some(Self::Child(command.process_group(0).current_dir("/").spawn()?)))
     }
@@ -210,8 +213,10 @@ mod tests {
             "echo \"$@\" \"$NOTIFY_SOCKET\"; trap 'exit 7' TERM; while :; do sleep 0.01; done",
         );
         assert!(Process::find(&lock).unwrap().is_none());
-        let start =
-            || Process::start(&program, &["--name=a b".into()], &lock, crate::log::open(&log).unwrap());
+        let start = || {
+            let log = crate::log::open(&log).unwrap();
+            Process::start(&program, &["--name=a b".into()], folder.path(), &lock, log)
+        };
         let mut child = start().unwrap().unwrap();
         assert!(start().unwrap().is_none(), "two processes");
         let mut found = Process::find(&lock).unwrap().expect("it lives");

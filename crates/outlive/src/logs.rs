@@ -66,7 +66,7 @@ pub(crate) fn never_wait() -> Result<(), LogError> {
 /// Prints a line for people, not for the log. If standard error is closed, nobody wants it.
 pub(crate) fn say(line: &str) {
     // In one write, so that it does not mix with other lines.
-    StandardError.write_all(format!("{line}\n").as_bytes()).ok();
+    StandardError.write_all(format!("{}\n", outlive_node::shown(line)).as_bytes()).ok();
 }
 
 /// Waits for the last lines to be written, but not for long.

@@ -2,16 +2,18 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, OFlag};
-use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::{AccessFlags, faccessat, geteuid};
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{AccessFlags, faccessat};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::sandbox::{Foreign, foreign, was_made};
@@ -26,6 +28,16 @@ enum For {
     Owner,
     /// Whoever can reach its directory.
     All,
+}
+
+impl For {
+    /// The rights that the file does not have: of all that there are, 0600 or 0666 remain.
+    fn mask(self) -> Mode {
+        Mode::from_bits_truncate(match self {
+            Self::Owner => 0o177,
+            Self::All => 0o111,
+        })
+    }
 }
 
 /// A listening socket that only its owner may use, unless it was made for all. Dropping it removes the file.
@@ -154,14 +166,7 @@ impl Listener {
         }
         make_room(path, &address)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(refused)?;
-        // The file takes the socket's mode, so there is no moment at which others may connect.
-        let owner = Mode::S_IRUSR | Mode::S_IWUSR;
-        fchmod(&socket, owner).map_err(|error| refused(error.into()))?;
-        socket.bind(&address).map_err(refused)?;
-        if whom == For::All {
-            // Not before: the user's mask would take it away.
-            open_to_all(path).map_err(refused)?;
-        }
+        bind_with_mode(whom, &socket, &address).map_err(refused)?;
         let file = identity(path).map_err(refused)?;
         let listener = Self {
             socket: UnixListener::from(OwnedFd::from(socket)),
@@ -211,20 +216,32 @@ fn connect_to(address: &SockAddr) -> io::Result<UnixStream> {
     Ok(UnixStream::from(OwnedFd::from(socket)))
 }
 
-/// Lets everybody connect. In a directory that others may write to, somebody may have put a link in the place of the
-/// socket since it was made: what is opened here is looked at, and is what is changed.
-fn open_to_all(path: &Path) -> io::Result<()> {
-    let file =
-        File::options().read(true).custom_flags((OFlag::O_PATH | OFlag::O_NOFOLLOW).bits()).open(path)?;
-    let found = file.metadata()?;
-    if !found.file_type().is_socket() || found.uid() != geteuid().as_raw() {
-        return Err(io::Error::new(
-            ErrorKind::PermissionDenied,
-            "somebody else has put something in its place",
-        ));
-    }
-    // A descriptor that only names a file changes it by this way alone.
-    fs::set_permissions(format!("/proc/self/fd/{}", file.as_raw_fd()), fs::Permissions::from_mode(0o666))
+/// Binds, so that the file has its mode from the first moment on. A thread that could change the mode of a file later could
+/// change that of each file of its user, so in the sandbox none may: the mask says it.
+///
+/// A mask is the whole process's, and other threads make files meanwhile. So a thread with a mask of its own does it.
+fn bind_with_mode(whom: For, socket: &Socket, address: &SockAddr) -> io::Result<()> {
+    let bind = || {
+        match unshare(CloneFlags::CLONE_FS) {
+            Ok(()) => {
+                umask(whom.mask());
+                socket.bind(address)
+            }
+            // Where that is forbidden (a container's filter), others may get files that are closed to all but their owner for
+            // that moment, and none that is open to more.
+            Err(_) if whom == For::Owner => {
+                let before = umask(Mode::S_IRWXG | Mode::S_IRWXO);
+                let bound = socket.bind(address);
+                umask(before);
+                bound
+            }
+            Err(error) => Err(error.into()),
+        }
+    };
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("bind".into()).spawn_scoped(scope, bind)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that binds has panicked")))
+    })
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
@@ -256,7 +273,7 @@ fn make_directory(path: &Path) -> Result<(Option<MadeDirectory>, Option<Flock<Fi
             Err((again, Errno::EWOULDBLOCK)) => file = again,
             Err(_) => return Ok((made, None)),
         }
-        std::thread::sleep(LOCK_TRIES.1);
+        thread::sleep(LOCK_TRIES.1);
     }
     Ok((made, None))
 }
@@ -279,23 +296,19 @@ fn make_room(path: &Path, address: &SockAddr) -> Result<(), BindError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
-    /// Somebody else may write to the directory, and is quick.
+    /// Whatever the mask of the process is. (The sandbox lets nobody change a mode later.)
     #[test]
-    fn only_the_socket_itself_is_opened_to_all() {
+    fn a_socket_has_its_mode_from_the_first_moment_on() {
         let there = tempfile::tempdir().unwrap();
-        let (secret, link) = (there.path().join("secret"), there.path().join("link"));
-        fs::write(&secret, "x").unwrap();
-        fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
-        std::os::unix::fs::symlink(&secret, &link).unwrap();
-        for place in [&secret, &link] {
-            assert!(open_to_all(place).is_err(), "{}", place.display());
-        }
-        assert_eq!(fs::metadata(&secret).unwrap().permissions().mode() & 0o777, 0o600);
-        let socket = there.path().join("socket");
-        let _listener = Listener::bind_for_all(&socket).unwrap();
-        assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o666);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let (own, all) = (there.path().join("own"), there.path().join("all"));
+        let _own = Listener::bind(&own).unwrap();
+        let _all = Listener::bind_for_all(&all).unwrap();
+        assert_eq!((mode(&own), mode(&all)), (0o600, 0o666));
     }
 
     #[test]

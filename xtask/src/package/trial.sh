@@ -96,15 +96,27 @@ has "$(cat /fake/told)" "stop outlive-node.service"
 step "purge"
 mkdir -p /srv /var/lib/outlive/node /var/log/outlive /etc/outlive/keys /etc/outlive/keys-ca /var/lib/outlive-arbiter
 touch /srv/web.img /var/lib/outlive/db.img /var/lib/outlive/node/web.json /etc/outlive/keys-ca/key
+# A CA where release 0.2.0 had it, where somebody has put it, and under another name; and certificates, which are no keys.
+mkdir -p /etc/outlive/old.keys /etc/outlive/site-ca /etc/outlive/more /etc/outlive/etcd
+pem() { printf -- '-----BEGIN %s-----\nAA==\n-----END %s-----\n' "$1" "$1"; }
+for key in old.keys/ca.pem site-ca/ca.pem more/our-ca.key; do pem 'PRIVATE KEY' >"/etc/outlive/$key"; done
+pem CERTIFICATE >/etc/outlive/etcd/etcd-ca.pem
+pem CERTIFICATE >/etc/outlive/keys/ca.crt
+pem 'PRIVATE KEY' >/etc/outlive/keys/host.pem
 echo 'disk = ["path=/srv/web.img,thin", "path=/srv/missing.img"]' >>/etc/outlive/vms/web.toml
 said=$(PATH=/fake:$PATH dpkg -P outlive 2>&1)
 echo "$said"
-for kept in /srv/web.img /var/lib/outlive/db.img /etc/outlive/keys-ca /var/lib/outlive-arbiter; do
+for key in old.keys/ca.pem site-ca/ca.pem more/our-ca.key; do
+    [ -s "/etc/outlive/$key" ] || fail "the CA's key /etc/outlive/$key is gone"
+done
+for kept in /srv/web.img /var/lib/outlive/db.img /etc/outlive/keys-ca /var/lib/outlive-arbiter \
+    /etc/outlive/old.keys /etc/outlive/site-ca /etc/outlive/more; do
     [ -e "$kept" ] || fail "$kept is gone"
     has "$said" "$kept"
 done
 case "$said" in *missing.img*) fail "an image is named that is not there" ;; esac
-for gone in /etc/outlive/node.conf /etc/outlive/vms /etc/outlive/keys /var/lib/outlive/node /var/log/outlive; do
+for gone in /etc/outlive/node.conf /etc/outlive/vms /etc/outlive/keys /etc/outlive/etcd /var/lib/outlive/node \
+    /var/log/outlive; do
     [ ! -e "$gone" ] || fail "$gone is still there"
 done
 echo "the package is good"

@@ -7,15 +7,27 @@ use axum::response::{IntoResponse, Response};
 
 use super::routes::Body;
 use crate::error::NodeError;
+use crate::feed::Follower;
 use crate::remote::{Access, Visitor};
 
 /// Where a request comes from. One without it is refused.
 #[derive(Clone, Debug)]
-pub(super) enum Caller {
+pub(crate) enum Caller {
     /// From the socket of this host: its file says who may connect.
     Here,
     /// From the network.
     There(Visitor),
+}
+
+impl Caller {
+    /// Where there is room for it to follow the events.
+    pub(super) fn follows(&self) -> Follower {
+        match self {
+            Self::Here => Follower::Here,
+            Self::There(visitor) if visitor.access == Access::Everything => Follower::Operator,
+            Self::There(_) => Follower::Host,
+        }
+    }
 }
 
 /// What a request needs. What is not known here needs everything, also a route that is new.
@@ -53,7 +65,7 @@ fn judge(visitor: &Visitor, request: &Request) -> Result<(), NodeError> {
     Ok(())
 }
 
-fn forbidden(request: &Request, who: &str, allowed: Access) -> NodeError {
+pub(super) fn forbidden(request: &Request, who: &str, allowed: Access) -> NodeError {
     let what = format!("{} {}", request.method(), request.uri().path());
     NodeError::Forbidden { who: who.into(), what, allowed }
 }

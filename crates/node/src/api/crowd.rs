@@ -7,12 +7,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::AbortHandle;
 
+use crate::remote::{Access, Visitor};
+
 /// How many strangers there may be.
 const STRANGERS: usize = 64;
 /// How many of one address.
 const OF_ADDRESS: usize = 16;
 /// How many known clients there may be.
 const KNOWN: usize = 64;
+/// How many of these only operators take: a host that fills the rest keeps no operator out.
+const OF_OPERATORS: usize = 16;
 /// How many of one name.
 pub(super) const OF_NAME: usize = 16;
 
@@ -71,11 +75,12 @@ pub(super) struct Place {
 }
 
 impl Guests {
-    /// A place for a client of this name, if there is one.
-    pub(super) fn seat(self: &Arc<Self>, name: &str) -> Option<Place> {
+    /// A place for this client, if there is one.
+    pub(super) fn seat(self: &Arc<Self>, Visitor { name, access }: &Visitor) -> Option<Place> {
+        let most = if *access == Access::Everything { KNOWN } else { KNOWN - OF_OPERATORS };
         let mut all = lock(&self.0);
         let of_name = all.get(name).copied().unwrap_or_default();
-        if of_name >= OF_NAME || all.values().sum::<usize>() >= KNOWN {
+        if of_name >= OF_NAME || all.values().sum::<usize>() >= most {
             return None;
         }
         all.insert(name.to_owned(), of_name + 1);
@@ -142,13 +147,29 @@ mod tests {
     #[test]
     fn one_name_does_not_take_all_places() {
         let guests = Arc::new(Guests::default());
-        let alice: Vec<_> = (0..OF_NAME).map(|_| guests.seat("operator alice").unwrap()).collect();
-        assert!(guests.seat("operator alice").is_none());
-        let others: Vec<_> = (OF_NAME..KNOWN).map(|it| guests.seat(&format!("host {it}")).unwrap()).collect();
-        assert!(guests.seat("host z").is_none());
+        let seat = |name: &str, access| guests.seat(&Visitor { name: name.into(), access });
+        let operator = |name: &str| seat(name, Access::Everything);
+        let alice: Vec<_> = (0..OF_NAME).map(|_| operator("operator alice").unwrap()).collect();
+        assert!(operator("operator alice").is_none());
+        let others: Vec<_> =
+            (OF_NAME..KNOWN).map(|it| operator(&format!("operator {it}")).unwrap()).collect();
+        assert!(operator("operator z").is_none());
         drop(alice);
-        guests.seat("host z").unwrap();
+        operator("operator z").unwrap();
         drop(others);
         assert!(lock(&guests.0).is_empty());
+    }
+
+    #[test]
+    fn hosts_leave_room_for_operators() {
+        let guests = Arc::new(Guests::default());
+        let seat = |name: String, access| guests.seat(&Visitor { name, access });
+        let many = (0..KNOWN).map_while(|it| seat(format!("host {it}"), Access::HandOver));
+        let hosts: Vec<_> = many.collect();
+        assert_eq!(hosts.len(), KNOWN - OF_OPERATORS);
+        assert!(seat("host z".into(), Access::Read).is_none());
+        let alice: Vec<_> =
+            std::iter::from_fn(|| seat("operator alice".into(), Access::Everything)).collect();
+        assert_eq!(alice.len(), OF_NAME);
     }
 }

@@ -38,7 +38,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, oneshot};
 
-use access::Caller;
+pub(crate) use access::Caller;
 pub use body::ErrorBody;
 pub use remote::{Port, serve_hosts};
 

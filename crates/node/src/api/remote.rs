@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::{self, FromRequest};
 use axum::response::IntoResponse;
 use hyper::Request;
 use hyper::body::Incoming;
@@ -24,12 +25,13 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use super::access::Caller;
+use super::access::{Caller, forbidden};
 use super::crowd::{Guests, OF_NAME, Strangers};
+use super::routes::Body;
 use super::{HEAD, ServeError, Thread, connection, routes};
 use crate::error::NodeError;
 use crate::node::Node;
-use crate::remote::{Keys, Visitor};
+use crate::remote::{Access, Keys, Visitor};
 
 /// How long a stranger may take to show a certificate.
 const HANDSHAKE: Duration = Duration::from_secs(2);
@@ -177,18 +179,15 @@ impl Hall {
     /// Answers its requests, until it goes, is silent or counts no longer.
     async fn serve(&self, client: TlsStream<TcpStream>, from: IpAddr, visitor: Visitor, number: u64) {
         let name = visitor.name.clone();
-        let Some(_place) = self.guests.seat(&name) else {
+        if visitor.access == Access::Nothing {
+            self.complain(|| format!("{name} ({from}) may do nothing here, and is told so"));
+            return self.send_away(client, |request| forbidden(request, &name, Access::Nothing)).await;
+        }
+        let Some(_place) = self.guests.seat(&visitor) else {
             self.complain(|| {
-                format!("{OF_NAME} connections of {name} are open; one from {from} is sent away")
+                format!("{OF_NAME} connections of {name}, or too many in all, are open; one from {from} is sent away")
             });
-            // It is among the strangers for that long.
-            let full = service_fn(async |_: Request<Incoming>| {
-                Ok::<_, std::convert::Infallible>(NodeError::TooManyClients(OF_NAME).into_response())
-            });
-            let served = connection().keep_alive(false).serve_connection(TokioIo::new(client), full);
-            // Nothing is owed to it.
-            let _ = timeout(HEAD, served).await;
-            return;
+            return self.send_away(client, |_| NodeError::TooManyClients(OF_NAME)).await;
         };
         self.strangers.leave(number);
         let shown = client.get_ref().1.peer_certificates().unwrap_or_default();
@@ -209,6 +208,20 @@ impl Hall {
                 tracing::warn!("a connection of {name} ({from}) at the API is ended: {why}");
             }
         }
+    }
+
+    /// Answers one request with this. The client takes no place of those who are known: it is among the strangers for so long.
+    async fn send_away(&self, client: TlsStream<TcpStream>, why: impl Fn(&extract::Request) -> NodeError) {
+        let answer = service_fn(async |request: Request<Incoming>| {
+            let request = request.map(axum::body::Body::new);
+            let why = why(&request);
+            // Whoever still sends a body when the connection is closed may not hear the answer.
+            let Ok(_) = Body::from_request(request, &()).await;
+            Ok::<_, std::convert::Infallible>(why.into_response())
+        });
+        let served = connection().keep_alive(false).serve_connection(TokioIo::new(client), answer);
+        // Nothing is owed to it.
+        let _ = timeout(HEAD, served).await;
     }
 
     /// Waits until what was shown counts no longer, and says why.

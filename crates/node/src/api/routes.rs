@@ -3,17 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::access::Caller;
 use super::body::json as answer;
 use super::{OPENAPI, access, stream};
 use crate::definition;
@@ -177,9 +178,9 @@ async fn cancel(State(node): Of, Path(id): Path<String>) -> Answer {
     Ok(answer(StatusCode::ACCEPTED, &node.jobs.cancel(&id)?))
 }
 
-async fn events(State(node): Of, headers: HeaderMap) -> Answer {
+async fn events(State(node): Of, Extension(caller): Extension<Caller>, headers: HeaderMap) -> Answer {
     let last = headers.get("last-event-id").and_then(|it| it.to_str().ok());
-    stream::events(node.feed().clone(), last)
+    stream::events(node.feed().clone(), caller.follows(), last)
 }
 
 async fn openapi() -> Response {

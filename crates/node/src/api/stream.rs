@@ -10,16 +10,16 @@ use http_body_util::channel::Channel;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::error::NodeError;
-use crate::feed::{FOLLOWERS, Feed};
+use crate::feed::{Feed, Follower};
 
 /// How often a client hears something, so that one that has gone is noticed.
 const SIGN: Duration = Duration::from_secs(15);
 
 /// Answers with all events after `last`, or with those that come from now on. Where some are lost the first event is
 /// `reset`: the client asks for everything anew.
-pub(super) fn events(feed: Arc<Feed>, last: Option<&str>) -> Result<Response, NodeError> {
+pub(super) fn events(feed: Arc<Feed>, caller: Follower, last: Option<&str>) -> Result<Response, NodeError> {
     // It is given back when the client goes.
-    let place = feed.followers().ok_or(NodeError::TooManyFollowers(FOLLOWERS))?;
+    let place = feed.followers(caller).ok_or(NodeError::TooManyFollowers(caller.most()))?;
     let from = last.map(|last| feed.number(last));
     let (sender, body) = Channel::<Bytes>::new(1);
     tokio::spawn(follow(feed, from, sender, place));

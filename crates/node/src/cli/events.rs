@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::say::{Outcome, print_line};
 use super::{Asked, client};
 use crate::sse::Event;
+use crate::terminal::shown_in_line;
 
 /// How long a node that has gone is waited for between two tries.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -47,7 +48,7 @@ fn line(event: &Event, json: bool) -> Option<String> {
     }
     let text = |key: &str| event.data[key].as_str().unwrap_or_default();
     let vm = event.data["vm"].as_str().map_or_else(String::new, |vm| format!("{vm}: "));
-    Some(format!("{}  {vm}{}", text("time"), text("text")))
+    Some(shown_in_line(&format!("{}  {vm}{}", text("time"), text("text"))).into_owned())
 }
 
 #[cfg(test)]
@@ -64,6 +65,9 @@ mod tests {
         let web = event(Some("vm_state"), data.clone());
         assert_eq!(line(&web, false).as_deref(), Some("now  web: running"));
         assert_eq!(line(&web, true), Some(data.to_string()));
+        let evil = json!({ "time": "now", "vm": "web", "text": "ended: \x1b[2J\nnow  db: running" });
+        let evil = line(&event(Some("vm_state"), evil), false);
+        assert_eq!(evil.as_deref(), Some("now  web: ended: ?[2J now  db: running"));
         let reset = event(Some("reset"), json!({}));
         assert_eq!(line(&reset, true).as_deref(), Some(r#"{"id":"x-1","kind":"reset"}"#));
         assert_eq!(line(&event(None, json!(null)), false), None);

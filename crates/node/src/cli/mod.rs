@@ -128,7 +128,7 @@ fn job(api: &Asked<'_>, route: &str, body: Option<&impl Serialize>) -> Outcome {
     let job: Job = client.send("POST", route, text)?;
     let job = client.follow(job, |job| {
         if !api.json && !job.progress.now.is_empty() {
-            eprintln!("{}", job.progress.now);
+            say::warn(&job.progress.now);
         }
     })?;
     say::job(api.json, job)

@@ -114,7 +114,7 @@ pub struct Serve {
     pub vms: PathBuf,
 
     /// Directory for what is desired of each VM. It must survive a restart of the host
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/outlive/node")]
+    #[arg(long, value_name = "DIR", default_value = crate::STATE)]
     pub state: PathBuf,
 
     /// Directory for sockets and locks of the VMs

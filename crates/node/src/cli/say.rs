@@ -10,6 +10,7 @@ use crate::api::ErrorBody;
 use crate::client::ClientError;
 use crate::error::{BAD_DEFINITION, BAD_NAME, NAMES};
 use crate::jobs::{Job, JobState};
+use crate::terminal::{shown, shown_in_line};
 
 /// Why a command says no.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +52,7 @@ pub(super) type Outcome = Result<(), Said>;
 /// Returns the exit code, after the one line that goes with it.
 pub(super) fn conclude(outcome: Outcome) -> u8 {
     let Err(why) = outcome else { return OK };
-    eprintln!("outlive: {why}");
+    warn(&format!("outlive: {why}"));
     match why {
         Said::Client(ClientError::Refused(error)) if ![BAD_DEFINITION, BAD_NAME].contains(&&*error.code) => {
             FAILED
@@ -67,12 +68,17 @@ pub(super) fn print<T: Serialize>(json: bool, it: &T, text: impl FnOnce(&T) -> S
         // Plain data: this cannot fail.
         serde_json::to_string_pretty(it).expect("an answer is plain data") + "\n"
     } else {
-        text(it)
+        shown(&text(it)).into_owned()
     };
     io::stdout().lock().write_all(text.as_bytes()).map_err(Said::Print)
 }
 
-/// Prints a line at once.
+/// A line for standard error, whoever has said it.
+pub(super) fn warn(line: &str) {
+    eprintln!("{}", shown_in_line(line));
+}
+
+/// Prints a line at once, as it is.
 pub(super) fn print_line(line: &str) -> Outcome {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(Said::Print)
@@ -113,6 +119,13 @@ fn result(result: Option<&Value>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_process_says_of_its_end_has_no_control_characters() {
+        let said = serde_json::json!({ "said": "the standby has\x1b[2J the VM\u{9b}\n", "took_ms": 5 });
+        let shown = shown(&result(Some(&said))).into_owned();
+        assert_eq!(shown, "the standby has?[2J the VM?\n (5 ms)\n");
+    }
 
     #[test]
     fn bad_input_has_its_own_exit_code_and_no_second_remedy() {

@@ -7,7 +7,7 @@ use std::sync::mpsc::Receiver;
 use serde::Serialize;
 
 use super::options::Serve;
-use super::say::{Outcome, Said, print};
+use super::say::{Outcome, Said, print, warn};
 use super::{OK, USAGE};
 use crate::api;
 use crate::definition::{Definition, DefinitionError, Folder};
@@ -106,8 +106,8 @@ pub(super) fn check(vms: &Path, name: Option<&str>, json: bool, program: &Progra
         print(true, &all, |_| String::new())?;
     } else {
         for it in &all {
-            it.error.iter().for_each(|why| eprintln!("outlive: {why}"));
-            it.warnings.iter().for_each(|why| eprintln!("outlive: warning: {why}"));
+            it.error.iter().for_each(|why| warn(&format!("outlive: {why}")));
+            it.warnings.iter().for_each(|why| warn(&format!("outlive: warning: {why}")));
         }
         if bad == 0 {
             print(false, &all, |all| format!("{} definitions can be used\n", all.len()))?;

@@ -1,5 +1,7 @@
 //! Tables that fit a terminal.
 
+use crate::terminal::shown_in_line;
+
 /// As wide as a terminal is when nobody knows.
 const USUAL: usize = 100;
 /// The last column keeps this much.
@@ -20,6 +22,9 @@ pub fn width() -> Option<usize> {
 
 /// A table with a head. What does not fit is cut from the last column, and `…` says so.
 pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]], width: Option<usize>) -> String {
+    // A cell is part of one line.
+    let rows: Vec<[String; N]> =
+        rows.iter().map(|row| row.each_ref().map(|cell| shown_in_line(cell).into_owned())).collect();
     let wide = |at: usize| {
         let cells = rows.iter().map(|row| row[at].chars().count());
         cells.chain([head[at].len()]).max().unwrap_or_default()
@@ -41,7 +46,7 @@ pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]], width
         line.trim_end().to_owned() + "\n"
     };
     let mut text = line(head);
-    for row in rows {
+    for row in &rows {
         text += &line(std::array::from_fn(|at| &*row[at]));
     }
     text
@@ -50,6 +55,12 @@ pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]], width
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cell_is_part_of_its_line() {
+        let text = table(["NAME", "WHY"], &[["web".into(), "x\ndb  running\x1b[A\u{202e}".into()]], None);
+        assert_eq!(text, "NAME  WHY\nweb   x db  running?[A?\n");
+    }
 
     #[test]
     fn the_last_column_gives_way() {

@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::options::{One, VmCommand, VmOptions};
-use super::say::{Outcome, Said, print};
+use super::say::{Outcome, Said, print, warn};
 use super::table::{table, width};
 use super::{Asked, client, job};
 use crate::client::ClientError;
 use crate::definition::{LONGEST, is_name};
 use crate::error::BAD_DEFINITION;
 use crate::remote::OpenKeys;
+use crate::terminal::shown_in_line;
 use crate::view::View;
 
 #[derive(Deserialize, Serialize)]
@@ -87,7 +88,7 @@ fn show(vm: &View) -> String {
     let mut text = format!("{}: {}, {protected}, since {}\n", vm.name, vm.state.name(), vm.since);
     let mut line = |name: &str, value: Option<String>| {
         if let Some(value) = value {
-            text += &format!("  {name:<12} {value}\n");
+            text += &format!("  {name:<12} {}\n", shown_in_line(&value));
         }
     };
     let adopted = if vm.adopted { " (started by an earlier node)" } else { "" };
@@ -127,7 +128,7 @@ fn define(name: &str, file: &Path, api: &Asked<'_>) -> Outcome {
         why => why.into(),
     })?;
     if !api.json {
-        defined.vm.warnings.iter().for_each(|why| eprintln!("outlive: warning: {shown}: {why}"));
+        defined.vm.warnings.iter().for_each(|why| warn(&format!("outlive: warning: {shown}: {why}")));
     }
     print(api.json, &defined, |Defined { vm, changed }| {
         let is = if *changed { "is defined" } else { "is defined so already: nothing was changed" };
@@ -203,6 +204,8 @@ mod tests {
         let [.., why] = row(&vm);
         assert!(why.chars().count() == WHY && why.ends_with('…'), "{why}");
         assert!(show(&vm).contains(&"x".repeat(100)));
+        let vm = View { why: Some("so\n  loss here    none\x1b[A".into()), ..vm };
+        assert!(show(&vm).contains("so   loss here    none?[A\n"), "{}", show(&vm));
     }
 
     #[test]

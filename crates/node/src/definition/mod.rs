@@ -5,7 +5,7 @@
 //! memory = "2G"
 //! vcpus = 2
 //! boot = "disk"
-//! disk = ["path=/var/lib/outlive/web.img"]
+//! disk = ["path=/var/lib/outlive/web/web.img"]
 //! arbiter = "outlive:third:7010"
 //! listen = "0.0.0.0:7000"
 //!

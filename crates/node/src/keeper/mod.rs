@@ -20,6 +20,7 @@ use crate::asking::{Told, ask, listener};
 use crate::definition::{Definition, DefinitionError};
 use crate::drain::Mode;
 use crate::ended::End;
+use crate::events;
 use crate::figures::Meter;
 use crate::log;
 use crate::node::Shared;
@@ -342,8 +343,11 @@ impl Keeper {
 
     fn start(&mut self, arguments: Vec<String>) {
         self.log_from = std::fs::metadata(self.log()).map_or(0, |it| it.len());
-        let started = log::open(&self.log())
-            .and_then(|log| Process::start(&self.shared.program.path, &arguments, &self.lock(), log));
+        let (program, state) = (&self.shared.program.path, &self.shared.places.state);
+        let started = self
+            .make_events()
+            .and_then(|()| log::open(&self.log()))
+            .and_then(|log| Process::start(program, &arguments, state, &self.lock(), log));
         match started {
             // The last one has not quite gone.
             Ok(None) => {}
@@ -397,12 +401,33 @@ impl Keeper {
     fn arguments(&self, definition: &Definition) -> Vec<String> {
         let mut arguments = definition.arguments();
         arguments.push(format!("--status={}", self.socket().display()));
-        if definition.values("events").next().is_none() && self.shared.program.kind("events").is_some() {
+        if self.has_own_events(definition) {
             arguments.push(format!("--events={}", self.own_events().display()));
             arguments.push(format!("--events-max={EVENTS_MAX}"));
             arguments.push("--events-keep=1".into());
         }
         arguments
+    }
+
+    /// The node has a place for the events where the definition has none.
+    fn has_own_events(&self, definition: &Definition) -> bool {
+        definition.values("events").next().is_none() && self.shared.program.kind("events").is_some()
+    }
+
+    /// Makes the place of the events for whoever the process will be. Call it while there is no process.
+    fn make_events(&self) -> io::Result<()> {
+        let Some(Ok(definition)) = &self.source else { return Ok(()) };
+        if !self.has_own_events(definition) {
+            return Ok(());
+        }
+        let places = &self.shared.places;
+        // Where an earlier release has had them.
+        let old = places.state.join(format!("{}.events", self.name));
+        let user = definition.values("user").next();
+        events::prepare(&places.events_of(&self.name), &old, user.as_deref()).map_err(|error| {
+            let folder = places.events_of(&self.name);
+            io::Error::other(format!("no place for its events ({}): {error}", folder.display()))
+        })
     }
 
     fn tell(&self, kind: &str, text: String, data: serde_json::Value) {
@@ -422,7 +447,7 @@ impl Keeper {
     }
 
     fn own_events(&self) -> PathBuf {
-        self.shared.places.state.join(format!("{}.events", self.name))
+        self.shared.places.events_of(&self.name)
     }
 
     /// Where the process's events are: those of its own arguments, which may be older than the definition.

@@ -86,6 +86,28 @@ fn a_fault_is_started_again_and_an_orderly_end_is_not() {
     assert_eq!((job.state, world.starts("web")), (JobState::Succeeded, starts + 1), "{job:?}");
 }
 
+/// Its process may write to all of that directory, and to nothing else of the state.
+#[test]
+fn the_events_of_a_vm_are_in_a_directory_of_its_own() {
+    let world = World::new();
+    let node = world.node();
+    let state = world.places().state;
+    // As an earlier release has left them.
+    std::fs::write(state.join("web.events"), "of yesterday\n").unwrap();
+    node.define("web", "memory = '1G'").unwrap();
+    done(&node, node.begin_start("web").unwrap());
+    let pid = wait(&node, "web", |it| it.state == State::Running).pid.unwrap();
+    let events = state.join("events/web/events");
+    let argument = serde_json::Value::from(format!("--events={}", events.display()));
+    let record = record(&world, "web");
+    assert!(record["process"]["arguments"].as_array().unwrap().contains(&argument), "{record}");
+    assert_eq!(std::fs::read_to_string(&events).unwrap(), "of yesterday\n");
+    assert!(!state.join("web.events").exists());
+    let told = std::fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
+    let state = format!("{}={}", crate::node::STATE_VARIABLE, state.display());
+    assert!(told.split('\0').any(|it| it == state), "the process does not know where the state is");
+}
+
 /// A process by hand, until its socket is removed.
 fn by_hand(world: &World, vm: &str) {
     std::fs::create_dir_all(world.places().run).unwrap();

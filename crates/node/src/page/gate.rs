@@ -131,7 +131,7 @@ impl Gate {
 }
 
 /// Whether a browser asks under a name that is this host's for certain. The port may be another one: `ssh -L` has its own.
-fn is_of_this_host(headers: &HeaderMap) -> bool {
+pub(crate) fn is_of_this_host(headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(header::HOST).iter();
     let (Some(host), None) = (hosts.next().and_then(|it| it.to_str().ok()), hosts.next()) else {
         return false;

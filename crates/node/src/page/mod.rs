@@ -33,6 +33,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
 
+pub(crate) use self::gate::is_of_this_host;
 use self::gate::{Gate, Verdict};
 use crate::picture;
 

@@ -17,7 +17,9 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 
+use crate::api::Caller;
 use crate::error::NodeError;
+use crate::page::is_of_this_host;
 
 /// What a browser may do for the page: load and ask what is beside it, and nothing else.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; \
@@ -84,9 +86,13 @@ pub(crate) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     })
 }
 
-/// Lets no page of another origin give orders. A browser that has a certificate, or a cookie, sends it with whatever any page
-/// asks; it also says which page that was. Other clients say nothing of the kind.
+/// Lets no page of another origin give orders, and none ask at the socket of this host. A browser that has a certificate, or a
+/// cookie, sends it with whatever any page asks; it also says which page that was. Other clients say nothing of the kind.
 pub(crate) async fn guard(request: Request<Body>, next: Next) -> Response {
+    let is_there = matches!(request.extensions().get::<Caller>(), Some(Caller::There(_)));
+    if !is_there && !is_under_own_name(request.headers()) {
+        return NodeError::ForeignName.into_response();
+    }
     if is_order(request.method()) && !is_own_page(request.headers()) {
         return NodeError::ForeignPage.into_response();
     }
@@ -110,4 +116,15 @@ pub(crate) fn is_own_page(headers: &HeaderMap) -> bool {
     let of_site = |site: &str| ["same-origin", "none"].contains(&site);
     text(&header::ORIGIN).is_none_or(of_origin)
         && text(&HeaderName::from_static("sec-fetch-site")).is_none_or(of_site)
+}
+
+/// Whether a request at the socket of this host can be no page of somebody else. Who forwards the socket to a port (`ssh -L`)
+/// lets a browser ask there, and to the browser a page whose name leads to that port since a moment ago (DNS rebinding) is of
+/// the same origin. So a browser asks under a name that is this host's for certain; and so does whoever says nothing of a
+/// page, as a browser does not without TLS, unless the name is one that no page of the Internet has.
+fn is_under_own_name(headers: &HeaderMap) -> bool {
+    let is_browser = [header::ORIGIN, HeaderName::from_static("sec-fetch-site")];
+    let is_browser = is_browser.iter().any(|name| headers.contains_key(name));
+    let has_dot = headers.get_all(header::HOST).iter().any(|host| host.as_bytes().contains(&b'.'));
+    is_of_this_host(headers) || !is_browser && !has_dot
 }

@@ -65,3 +65,29 @@ fn a_page_of_another_origin_is_known() {
         assert!(!is_own(wrong), "{wrong:?}");
     }
 }
+
+/// The socket, forwarded to a port: a page whose name leads there is of the same origin to the browser.
+#[test]
+fn at_the_socket_a_browser_asks_under_a_name_of_this_host() {
+    let may = |headers: &[(&'static str, &str)]| {
+        let map = headers
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap()));
+        is_under_own_name(&map.collect())
+    };
+    for host in ["localhost", "localhost:8080", "127.0.0.1:7080", "[::1]:7080"] {
+        assert!(may(&[("host", host), ("origin", &format!("http://{host}")), ("sec-fetch-site", "none")]));
+        assert!(may(&[("host", host)]));
+    }
+    assert!(may(&[("host", "node")]) && may(&[]), "a client that is no browser");
+    for wrong in [
+        &[("host", "evil.example:8080"), ("origin", "http://evil.example:8080")][..],
+        &[("host", "evil.example:8080"), ("sec-fetch-site", "same-origin")],
+        // As a browser asks without TLS for the page of another origin that it thinks is this one.
+        &[("host", "evil.example:8080")],
+        &[("host", "evil:8080"), ("origin", "http://evil:8080")],
+        &[("origin", "http://evil.example")],
+    ] {
+        assert!(!may(wrong), "{wrong:?}");
+    }
+}

@@ -4,7 +4,8 @@
 //! descriptors.rs  what was left open is closed
 //! steward/        a small process keeps the rights, and does what needs them later
 //! privileges.rs   no capability, no new privileges, another user
-//! run.rs          of /run, what this process needs
+//! run.rs          mounts of its own: of /run, what this process needs
+//! state.rs        of what the node notes down, nothing but the place of its events
 //! places.rs       Landlock: the files that the command line names, and a few more
 //! secrets.rs      what no rule may reach
 //! roles.rs        seccomp: the system calls of each thread
@@ -22,6 +23,7 @@ mod privileges;
 mod roles;
 mod run;
 mod secrets;
+mod state;
 mod steward;
 
 use std::collections::BTreeMap;
@@ -38,7 +40,9 @@ use places::{Lack, NotOurs, Places};
 pub(crate) use plan::Plan;
 pub(crate) use privileges::{PrivilegeError, find_user};
 use roles::Role;
+use run::{NotHidden, Own};
 use secrets::Exposed;
+use state::{InReach, States};
 pub(crate) use steward::{Ending, Pending, Steward, StewardError, command};
 
 /// Whether a process is confined.
@@ -78,6 +82,9 @@ pub(crate) enum SandboxError {
     /// A place has too much.
     #[error(transparent)]
     Exposed(#[from] Exposed),
+    /// A place has what is the node's.
+    #[error(transparent)]
+    InReach(#[from] InReach),
     /// Landlock.
     #[error("cannot confine this process to its files (Landlock): {0}; --sandbox off does without")]
     Places(#[from] RulesetError),
@@ -129,7 +136,8 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
     crate::notify::reach_manager();
     let steward = Steward::start(&plan.charter)?;
     let denied = plan.places.denied();
-    hide_sockets(&plan.places);
+    let states = States::find();
+    let not_hidden = hide(&plan.places, &states).err();
     let may_lock = privileges::raise_limits();
     // Root of a container may lack the right to raise a limit, and have the one to lock memory.
     let locks = plan.lock_memory && !may_lock;
@@ -137,6 +145,7 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
     privileges::drop_all(plan.user.as_ref(), kept)?;
     plan.places.check(&denied)?;
     plan.places.check_secrets()?;
+    plan.places.check_states(&states, not_hidden.as_ref())?;
     confine_to(&plan.places)?;
     filter(&otherwise)?;
     let _ = STEWARD.set(steward);
@@ -144,13 +153,25 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Hides the sockets of other programs.
-fn hide_sockets(places: &Places) {
-    let Err(why) = run::hide_all_but(places.needed()) else { return };
-    tracing::debug!("sockets below /run stay in reach: {why}");
-    if places.stays_root() {
-        let _ = IN_REACH.set(why.to_string());
+/// Hides the sockets of other programs, and what the node notes down.
+///
+/// # Errors
+/// The latter is not hidden.
+fn hide(places: &Places, states: &States) -> Result<(), NotHidden> {
+    let in_reach = |why: &NotHidden| {
+        tracing::debug!("sockets below /run stay in reach: {why}");
+        if places.stays_root() {
+            let _ = IN_REACH.set(why.to_string());
+        }
+    };
+    let own = Own::make().inspect_err(in_reach)?;
+    let needed: Vec<_> = places.needed().collect();
+    // Before `/run` is another one: a node of a test has its state there.
+    let hidden = states.hide(&own, &needed);
+    if let Err(why) = own.hide_run(needed.into_iter()) {
+        in_reach(&why);
     }
+    hidden
 }
 
 /// Says what the sandbox does not do here. A command that fails has one line, which is another one.

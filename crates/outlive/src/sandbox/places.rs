@@ -18,7 +18,9 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, Uid, User, faccessat, geteuid};
 
+use super::run::NotHidden;
 use super::secrets::{Exposed, Secrets};
+use super::state::{InReach, States};
 
 /// The newest rights that are asked for. A kernel that knows fewer of them takes those that it knows.
 const NEWEST: ABI = ABI::V7;
@@ -273,6 +275,16 @@ impl Places {
     /// See [`Exposed`].
     pub(super) fn check_secrets(&self) -> Result<(), Exposed> {
         self.needed().try_for_each(|place| self.secrets.check(&place))
+    }
+
+    /// Looks whether a rule would let this process write to the state of a node. `why`: why that is not hidden, if it is not.
+    ///
+    /// # Errors
+    /// See [`InReach`].
+    pub(super) fn check_states(&self, states: &States, why: Option<&NotHidden>) -> Result<(), InReach> {
+        let writes = |usage: Use| [Use::Write, Use::Keep, Use::Sockets].contains(&usage);
+        let mut written = self.list.iter().filter(|(_, usage)| writes(*usage));
+        written.try_for_each(|(place, _)| states.check(place, why))
     }
 
     /// Whoever this process becomes has what it has made.

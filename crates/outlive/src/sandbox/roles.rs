@@ -95,17 +95,18 @@ impl Role {
                 WATCH,
                 MACHINE,
                 KEEP,
-                &[IOCTL_ANY, LIBRARY],
+                IOCTLS,
+                &[LIBRARY, OWN_MASK],
             ],
             Self::Vcpu => &[&[IOCTL_KVM], ANY, DEVICES, &[IOCTL_TAP_OFFLOAD, IOCTL_TAP_QUEUE]],
             Self::Device => &[ANY, DEVICES, &[IOCTL_KVM, IOCTL_TAP_OFFLOAD, IOCTL_TAP_QUEUE]],
             Self::Sender => &[ANY, LINKS],
             Self::Receiver => &[ANY, DEVICES, LINKS, &[IOCTL_KVM]],
             Self::Reader => {
-                &[ANY, THREADS, DEVICES, LINKS, CONNECT, FILES, WATCH, MACHINE, &[IOCTL_ANY, LIBRARY]]
+                &[ANY, THREADS, DEVICES, LINKS, CONNECT, FILES, WATCH, MACHINE, IOCTLS, &[LIBRARY]]
             }
-            Self::Applier => &[ANY, THREADS, DEVICES, LINKS, FILES, MACHINE, &[IOCTL_ANY]],
-            Self::Files => &[ANY, THREADS, DEVICES, LINKS, FILES, &[IOCTL_ANY]],
+            Self::Applier => &[ANY, THREADS, DEVICES, LINKS, FILES, MACHINE, IOCTLS],
+            Self::Files => &[ANY, THREADS, DEVICES, LINKS, FILES, IOCTLS],
             Self::Writer => &[ANY, FILES],
             Self::Watcher => &[ANY, LINKS, FILES, WATCH],
             Self::Teller => &[ANY, FILES, &[free(libc::SYS_accept4)]],
@@ -198,19 +199,32 @@ const IOCTL_KVM: Call = Call(SYS_ioctl, &[Test::OfType(1, KVM)]);
 const IOCTL_TAP_OFFLOAD: Call = Call(SYS_ioctl, &[Test::Is(1, libc::TUNSETOFFLOAD)]);
 const IOCTL_TAP_QUEUE: Call = Call(SYS_ioctl, &[Test::Is(1, libc::TUNSETQUEUE)]);
 const IOCTL_FIONBIO: Call = Call(SYS_ioctl, &[Test::Is(1, libc::FIONBIO)]);
-/// Anything but typing on somebody's terminal, and but leaving a tap to others. Of devices it reaches those that this
-/// process has open, and Landlock says which it may open.
-const IOCTL_ANY: Call = Call(
+/// Taps and terminals: anything but typing on somebody's, leaving a tap to others, and being sent signals by one. Of devices
+/// it reaches those that this process has open, and Landlock says which it may open.
+const IOCTL_TAP: Call = Call(
     SYS_ioctl,
     &[
+        Test::OfType(1, TAPS_AND_TERMINALS),
         Test::IsNot(1, libc::TIOCSTI),
         Test::IsNot(1, TIOCLINUX),
+        Test::IsNot(1, libc::FIOASYNC),
         Test::IsNot(1, libc::TUNSETPERSIST),
         Test::IsNot(1, libc::TUNSETOWNER),
         Test::IsNot(1, libc::TUNSETGROUP),
     ],
 );
+const TAPS_AND_TERMINALS: u64 = 0x54;
 const TIOCLINUX: u64 = 0x541c;
+/// Sockets and interfaces: what the C library asks. Not whom a socket sends signals to.
+const IOCTL_SOCKET: Call =
+    Call(SYS_ioctl, &[Test::OfType(1, 0x89), Test::IsNot(1, FIOSETOWN), Test::IsNot(1, SIOCSPGRP)]);
+const FIOSETOWN: u64 = 0x8901;
+const SIOCSPGRP: u64 = 0x8902;
+/// Block devices.
+const IOCTL_BLOCK: Call = Call(SYS_ioctl, &[Test::OfType(1, 0x12)]);
+/// All kinds of descriptors that Outlive asks so. Those of file systems are not among them: by such calls the owner of a file
+/// that is open to read changes its attributes, seals it, or makes directories, and Landlock has no say.
+const IOCTLS: &[Call] = &[IOCTL_KVM, IOCTL_TAP, IOCTL_SOCKET, IOCTL_BLOCK];
 
 const EXECUTABLE: u64 = libc::PROT_EXEC as u64;
 
@@ -223,6 +237,9 @@ const LIBRARY: Call = Call(
 /// Of Linux; libc has no names for them.
 const F_SETSIG: u64 = 10;
 const F_SETOWN_EX: u64 = 15;
+const F_SETLEASE: u64 = 1024;
+const F_NOTIFY: u64 = 1026;
+const F_SET_RW_HINT: u64 = 1036;
 
 /// Memory, time, locks, an end: what any thread does.
 const ANY: &[Call] = &[
@@ -280,7 +297,8 @@ const ANY: &[Call] = &[
     free(libc::SYS_getrusage),
     free(libc::SYS_sysinfo),
     free(libc::SYS_uname),
-    // By a descriptor's owner and signal, a process is sent signals without `kill`.
+    // By a descriptor's owner and signal, a process is sent signals without `kill`. By a lease the owner of a file that is open
+    // to read keeps others waiting, and a hint is the file's for all.
     Call(
         libc::SYS_fcntl,
         &[
@@ -288,6 +306,9 @@ const ANY: &[Call] = &[
             Test::IsNot(1, libc::F_SETOWN as u64),
             Test::IsNot(1, F_SETSIG),
             Test::IsNot(1, F_SETOWN_EX),
+            Test::IsNot(1, F_SETLEASE),
+            Test::IsNot(1, F_NOTIFY),
+            Test::IsNot(1, F_SET_RW_HINT),
         ],
     ),
     Call(libc::SYS_fcntl, &[Test::Is(1, libc::F_SETFL as u64), Test::Lacks(2, libc::O_ASYNC as u64)]),
@@ -398,7 +419,8 @@ const CONNECT: &[Call] = &[
 /// Takes connections.
 const LISTEN: &[Call] = &[free(libc::SYS_listen), free(libc::SYS_accept), free(libc::SYS_accept4)];
 
-/// Files, where Landlock allows it.
+/// Files, where Landlock allows it. What Landlock has no right for is not here: modes, owners, times and attributes of files
+/// that are open to read, or only have a name. Root without capabilities owns every program of the host.
 const FILES: &[Call] = &[
     free(libc::SYS_open),
     free(libc::SYS_openat),
@@ -427,10 +449,6 @@ const FILES: &[Call] = &[
     free(libc::SYS_renameat2),
     free(libc::SYS_link),
     free(libc::SYS_linkat),
-    free(libc::SYS_chmod),
-    free(libc::SYS_fchmod),
-    free(libc::SYS_fchmodat),
-    free(libc::SYS_utimensat),
     free(libc::SYS_umask),
     free(libc::SYS_flock),
     free(libc::SYS_fsync),
@@ -494,6 +512,9 @@ const KEEP: &[Call] = &[
     free(libc::SYS_sched_setscheduler),
     free(libc::SYS_setpriority),
 ];
+
+/// A mask for files of its own: a socket has its mode from the first moment on.
+const OWN_MASK: Call = Call(libc::SYS_unshare, &[Test::Is(0, libc::CLONE_FS as u64)]);
 
 #[cfg(test)]
 mod tests {
@@ -580,7 +601,8 @@ mod tests {
             {
                 assert!(!allows(role, SYS_ioctl, [3, request, 0]), "{role:?} {request:#x}");
             }
-            for command in [libc::F_SETOWN as u64, F_SETSIG, F_SETOWN_EX] {
+            let of_file = [F_SETLEASE, F_NOTIFY, F_SET_RW_HINT];
+            for command in [libc::F_SETOWN as u64, F_SETSIG, F_SETOWN_EX].into_iter().chain(of_file) {
                 assert!(!allows(role, libc::SYS_fcntl, [3, command, 9]), "{role:?} {command}");
             }
             let set_flags = |flags| allows(role, libc::SYS_fcntl, [3, libc::F_SETFL as u64, flags]);
@@ -589,6 +611,40 @@ mod tests {
         }
         for role in [Role::Vcpu, Role::Device] {
             assert!(allows(role, SYS_ioctl, [3, libc::TUNSETOFFLOAD, 0]), "{role:?}");
+        }
+    }
+
+    /// Landlock has no right for any of it.
+    #[test]
+    fn no_role_changes_what_a_file_is_for_others_or_when_it_was_made() {
+        const FCHMODAT2: c_long = 452;
+        const SETXATTRAT: c_long = 463;
+        const REMOVEXATTRAT: c_long = 466;
+        const FILE_SETATTR: c_long = 469;
+        let modes = [libc::SYS_chmod, libc::SYS_fchmod, libc::SYS_fchmodat, FCHMODAT2];
+        let owners = [libc::SYS_chown, libc::SYS_fchown, libc::SYS_lchown, libc::SYS_fchownat];
+        let times = [libc::SYS_utime, libc::SYS_utimes, libc::SYS_futimesat, libc::SYS_utimensat];
+        let attributes = [
+            [libc::SYS_setxattr, libc::SYS_lsetxattr, libc::SYS_fsetxattr, SETXATTRAT],
+            [libc::SYS_removexattr, libc::SYS_lremovexattr, libc::SYS_fremovexattr, REMOVEXATTRAT],
+        ];
+        let others =
+            [libc::SYS_mknod, libc::SYS_mknodat, libc::SYS_truncate, libc::SYS_quotactl, FILE_SETATTR];
+        let all = [modes, owners, times].into_iter().chain(attributes).flatten().chain(others);
+        for (role, number) in Role::ALL.into_iter().flat_map(|role| all.clone().map(move |it| (role, it))) {
+            assert!(role.calls().iter().all(|call| call.0 != number), "{role:?} {number}");
+        }
+        // FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR, FS_IOC_ENABLE_VERITY, FS_IOC_SET_ENCRYPTION_POLICY, FS_IOC_SETVERSION,
+        // BTRFS_IOC_SUBVOL_CREATE, FIOASYNC, FIOSETOWN, SIOCSPGRP
+        let requests = [0x4008_6602, 0x401c_5820, 0x4080_6685, 0x800c_6613, 0x4008_7602, 0x5000_940e];
+        for request in requests.into_iter().chain([libc::FIOASYNC, FIOSETOWN, SIOCSPGRP]) {
+            for role in Role::ALL {
+                assert!(!allows(role, SYS_ioctl, [3, request, 0]), "{role:?} {request:#x}");
+            }
+        }
+        // As taps and interfaces are asked.
+        for request in [libc::TUNSETIFF, libc::SIOCGIFINDEX as u64, 0x8004_ae00] {
+            assert!(allows(Role::Reader, SYS_ioctl, [3, request, 0]), "{request:#x}");
         }
     }
 

@@ -1,12 +1,15 @@
-//! A `/run` of this process' own, that has nothing but what the process needs.
+//! Mounts of this process' own: a `/run` that has nothing but what the process needs, and nothing of the node's state.
 //!
 //! Below `/run` are the sockets by which programs are given orders: those of the service manager, of D-Bus, of container
 //! engines, of other VMs. Landlock has no say about a socket that has a name, and whoever listens there believes a
 //! process that stayed root. A socket that is not there cannot be connected to.
 //!
+//! The node's state is in the directory where VMs have their things, too, and Landlock cannot take a part out of what it
+//! gives: see `state.rs`.
+//!
 //! Everything else stays as it is for this process, and what is mounted or unmounted on the host is so here, too. That
 //! takes mounts that are shared, as with systemd: otherwise a file system that was unmounted would stay in use here, and
-//! `/run` stays the host's.
+//! both stay the host's.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -46,37 +49,79 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> NotHidden {
     move |source| NotHidden::System { what, source: source.into() }
 }
 
-/// Leaves of `/run` only these places, the service manager's socket and the resolvers. Call it while there is one thread.
-///
-/// # Errors
-/// See [`NotHidden`]. `/run` is as it was then.
-pub(super) fn hide_all_but(needed: impl Iterator<Item = PathBuf>) -> Result<(), NotHidden> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(system("/proc/self/mountinfo"))?;
-    if !is_shared(&mounts) {
-        return Err(NotHidden::NotShared);
+/// Mounts of this process' own, which follow the host's.
+#[derive(Debug)]
+pub(super) struct Own(());
+
+impl Own {
+    /// Call it while there is one thread.
+    ///
+    /// # Errors
+    /// See [`NotHidden`]. All mounts are the host's then.
+    pub(super) fn make() -> Result<Self, NotHidden> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(system("/proc/self/mountinfo"))?;
+        if !is_shared(&mounts) {
+            return Err(NotHidden::NotShared);
+        }
+        unshare(CloneFlags::CLONE_NEWNS).map_err(system("a mount namespace"))?;
+        let nothing = None::<&str>;
+        let flags = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+        mount(nothing, "/", nothing, flags, nothing).map_err(system("mounts that follow the host's"))?;
+        Ok(Self(()))
     }
-    let manager = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
-    let kept = kept(needed.chain(manager).chain(RESOLVERS.map(PathBuf::from)))?;
-    unshare(CloneFlags::CLONE_NEWNS).map_err(system("a mount namespace"))?;
+
+    /// Leaves of `/run` only these places, the service manager's socket and the resolvers.
+    ///
+    /// # Errors
+    /// See [`NotHidden`]. `/run` is as it was then.
+    pub(super) fn hide_run(&self, needed: impl Iterator<Item = PathBuf>) -> Result<(), NotHidden> {
+        let manager = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
+        let run = Path::new(RUN);
+        let kept = kept(run, needed.chain(manager).chain(RESOLVERS.map(PathBuf::from)));
+        // What it needs as a whole cannot be hidden.
+        if kept.contains(run) {
+            return Err(NotHidden::Whole);
+        }
+        cover(run, kept)
+    }
+
+    /// Leaves of a directory only those of these places that are in it.
+    ///
+    /// # Errors
+    /// See [`NotHidden`]. The directory is as it was then.
+    pub(super) fn hide(
+        &self,
+        directory: &Path,
+        needed: impl Iterator<Item = PathBuf>,
+    ) -> Result<(), NotHidden> {
+        let mut kept = kept(directory, needed);
+        if kept.remove(directory) {
+            // Nothing in it was asked for besides.
+            kept.clear();
+        }
+        cover(directory, kept)
+    }
+}
+
+/// Covers a directory with an empty file system that has these places of it, and that nobody writes to.
+fn cover(directory: &Path, kept: BTreeSet<PathBuf>) -> Result<(), NotHidden> {
     let nothing = None::<&str>;
-    let flags = MsFlags::MS_REC | MsFlags::MS_SLAVE;
-    mount(nothing, "/", nothing, flags, nothing).map_err(system("mounts that follow the host's"))?;
     // What is below the new file system is reached by descriptors only.
     let mut named = OpenOptions::new();
     named.read(true).custom_flags(OFlag::O_PATH.bits());
     let open = |place: PathBuf| Some((named.open(&place).ok()?, place));
     let kept: Vec<(File, PathBuf)> = kept.into_iter().filter_map(open).collect();
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), RUN, Some("tmpfs"), flags, Some("mode=755,size=1m"))
+    mount(Some("tmpfs"), directory, Some("tmpfs"), flags, Some("mode=755,size=1m"))
         .map_err(system("a file system"))?;
     let filled = kept.iter().try_for_each(|(file, place)| show(file, place));
     let closed = filled.and_then(|()| {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | flags;
-        Ok(mount(nothing, RUN, nothing, flags, nothing)?)
+        Ok(mount(nothing, directory, nothing, flags, nothing)?)
     });
     closed.map_err(|source| {
         // Better the host's than one that lacks something.
-        let _ = umount2(RUN, MntFlags::MNT_DETACH);
+        let _ = umount2(directory, MntFlags::MNT_DETACH);
         NotHidden::System { what: "what is kept of it", source }
     })
 }
@@ -105,16 +150,13 @@ fn is_shared(mounts: &str) -> bool {
     })
 }
 
-/// Of these places, those below `/run` that are there, and none within another one.
-fn kept(needed: impl Iterator<Item = PathBuf>) -> Result<BTreeSet<PathBuf>, NotHidden> {
-    let there = needed.filter_map(|place| place.canonicalize().ok()).filter(|place| place.starts_with(RUN));
+/// Of these places, those in this directory that are there, and none within another one.
+fn kept(directory: &Path, needed: impl Iterator<Item = PathBuf>) -> BTreeSet<PathBuf> {
+    let there = needed.filter_map(|place| place.canonicalize().ok());
     // In this order a directory comes before what is in it.
-    let there: BTreeSet<PathBuf> = there.collect();
-    if there.contains(Path::new(RUN)) {
-        return Err(NotHidden::Whole);
-    }
+    let there: BTreeSet<PathBuf> = there.filter(|place| place.starts_with(directory)).collect();
     let outer = |place: &&PathBuf| !place.ancestors().skip(1).any(|above| there.contains(above));
-    Ok(there.iter().filter(outer).cloned().collect())
+    there.iter().filter(outer).cloned().collect()
 }
 
 #[cfg(test)]
@@ -133,14 +175,14 @@ mod tests {
 
     #[test]
     fn what_is_elsewhere_or_within_what_is_kept_needs_no_place() {
-        let of = |places: &[&str]| kept(places.iter().map(PathBuf::from));
-        assert!(of(&["/etc", "/proc/self", "/run/no-such-thing"]).unwrap().is_empty());
-        assert!(matches!(of(&["/etc", "/run/."]), Err(NotHidden::Whole)));
+        let of = |places: &[&str]| kept(Path::new(RUN), places.iter().map(PathBuf::from));
+        assert!(of(&["/etc", "/proc/self", "/run/no-such-thing"]).is_empty());
+        assert_eq!(of(&["/etc", "/run/."]), BTreeSet::from([RUN.into()]));
         let folder = tempfile::tempdir_in(RUN);
         // Only root makes directories there.
         let Ok(folder) = folder else { return };
         let (outer, inner) = (folder.path().to_owned(), folder.path().join("inner"));
         fs::create_dir(&inner).unwrap();
-        assert_eq!(kept([inner, outer.clone()].into_iter()).unwrap(), BTreeSet::from([outer]));
+        assert_eq!(kept(Path::new(RUN), [inner, outer.clone()].into_iter()), BTreeSet::from([outer]));
     }
 }

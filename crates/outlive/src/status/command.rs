@@ -156,7 +156,9 @@ fn print(answers: &[Answer], json: bool, width: Option<usize>, out: &mut impl Wr
         Said::Status(status) => status.lines(width),
         Said::Nothing { error } => format!("{}: {error}\n", answer.socket.display()),
     };
-    out.write_all(answers.iter().map(shown).collect::<Vec<_>>().join("\n").as_bytes())
+    let text = answers.iter().map(shown).collect::<Vec<_>>().join("\n");
+    // What a process says of itself, its peer and its arbiter.
+    out.write_all(outlive_node::shown(&text).as_bytes())
 }
 
 #[cfg(test)]

@@ -119,6 +119,32 @@ fn a_flood_of_silent_connections_keeps_nobody_out_and_fills_no_log() {
     stage.unharmed();
 }
 
+/// A certificate that counts and allows nothing, as each arbiter's: however often it comes, it takes no place of others.
+#[test]
+fn a_client_that_may_do_nothing_is_told_so_and_has_no_place() {
+    let mut stage = Stage::new();
+    stage.issue("third", Grant::ARBITER);
+    let mut told = Vec::new();
+    for _ in 0..20 {
+        let mut stream = stage.tls(Some("third"));
+        stream.write_all(OPEN.as_bytes()).unwrap();
+        stream.flush().unwrap();
+        let mut answer = vec![0; 4096];
+        let count = stream.read(&mut answer).unwrap();
+        let answer = String::from_utf8(answer[..count].to_vec()).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("forbidden"), "{answer}");
+        // It stays, as far as it can.
+        told.push(stream);
+    }
+    for mut stream in told {
+        let ended = stream.read(&mut [0; 100]);
+        let waits = ended.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        assert!(!waits && !matches!(ended, Ok(1..)), "{ended:?}");
+    }
+    stage.good("alice", &["vm", "list"]);
+    stage.unharmed();
+}
+
 /// With a certificate that counts.
 #[test]
 fn a_client_that_only_stays_keeps_nobody_else_out() {

@@ -24,6 +24,7 @@ mod known;
 mod link;
 mod metrics;
 mod node;
+mod node_state;
 mod output;
 mod own_kernel;
 mod readers;

@@ -39,7 +39,10 @@ impl<'a> Nodes<'a> {
     }
 
     fn image(&self, side: Side, vm: &str) -> PathBuf {
-        self.world.dir().join(format!("{vm}-{}.img", side.letter()))
+        // The state of the nodes is in no directory of a VM.
+        let folder = self.world.dir().join(format!("{vm}-{}", side.letter()));
+        fs::create_dir_all(&folder).unwrap();
+        folder.join("disk.img")
     }
 
     fn place(&self, side: Side, what: &str) -> PathBuf {

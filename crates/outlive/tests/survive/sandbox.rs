@@ -8,8 +8,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
 use nix::libc::{
-    AF_PACKET, AF_UNIX, AF_VSOCK, CLONE_NEWUSER, O_RDONLY, O_WRONLY, SOCK_RAW, SOCK_STREAM, SYS_bpf,
-    SYS_execve, SYS_fork, SYS_kill, SYS_mount, SYS_ptrace, SYS_setuid, SYS_socket, SYS_unshare,
+    AF_PACKET, AF_UNIX, AF_VSOCK, AT_FDCWD, CLONE_NEWUSER, O_RDONLY, O_WRONLY, SOCK_RAW, SOCK_STREAM,
+    SYS_bpf, SYS_execve, SYS_fchmod, SYS_fchmodat, SYS_fork, SYS_ioctl, SYS_kill, SYS_mount, SYS_ptrace,
+    SYS_setuid, SYS_setxattr, SYS_socket, SYS_unshare, SYS_utimensat,
 };
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -32,12 +33,19 @@ const NAMESPACE: Forbidden = (SYS_unshare, [CLONE_NEWUSER as u64, 0, 0]);
 const MOUNT: Forbidden = (SYS_mount, [0, 0, 0]);
 const KERNEL: Forbidden = (SYS_bpf, [0, 0, 0]);
 const USER: Forbidden = (SYS_setuid, [0, 0, 0]);
+/// Of each file of its user, for which Landlock has no right: programs of the host, if it stayed root.
+const MODE: Forbidden = (SYS_fchmodat, [AT_FDCWD as u64, 0, 0o4755]);
+const MODE_OF_OPEN: Forbidden = (SYS_fchmod, [0, 0o600, 0]);
+const TIMES: Forbidden = (SYS_utimensat, [AT_FDCWD as u64, 0, 0]);
+const ATTRIBUTE: Forbidden = (SYS_setxattr, [0, 0, 0]);
+/// FS_IOC_SETFLAGS
+const FLAGS: Forbidden = (SYS_ioctl, [0, 0x4008_6602, 0]);
 const SIGNAL: Forbidden = (SYS_kill, [1, 0, 0]);
 /// Allowed to the main thread.
 const NETWORK: Forbidden = (SYS_socket, [nix::libc::AF_INET as u64, 1, 0]);
 
 /// `OUTLIVE_TEST_SANDBOX=0` takes the hosts of all tests out of the sandbox, to compare.
-fn confined_world() -> Option<World> {
+pub(crate) fn confined_world() -> Option<World> {
     if !World::is_confined() {
         println!("skipped: hosts in the sandbox (OUTLIVE_TEST_SANDBOX=0)");
         return None;
@@ -82,6 +90,9 @@ fn an_escape_from_any_thread_of_a_primary_ends_it_and_the_vm_is_taken_over() {
         ("watchdog", SIGNAL),
         ("metrics", NETWORK),
         ("audit", NETWORK),
+        ("links", MODE),
+        ("log", MODE_OF_OPEN),
+        ("outlive", FLAGS),
     ];
     for ((thread, forbidden), side) in escapees.into_iter().zip([Side::A, Side::B].into_iter().cycle()) {
         witnesses.hear_all();
@@ -114,6 +125,8 @@ fn an_escape_from_any_thread_of_a_standby_ends_it_and_the_vm_goes_on() {
         ("listen", KERNEL),
         ("vcpu0", NETWORK),
         ("outlive-blk", USER),
+        ("session", ATTRIBUTE),
+        ("disks", TIMES),
     ];
     for (thread, forbidden) in escapees {
         let mut standby = world.standby_with(Side::B, &["--disk", &disk(Side::B)]);
@@ -158,7 +171,8 @@ fn words(process: &Process, thread: &str) -> BTreeMap<String, String> {
 
 /// The threads that have no filter but the process' own, because they make connections and start others. The first one
 /// has the name of the program.
-const CONTROL: [&str; 14] = [
+const CONTROL: [&str; 15] = [
+    "bind",
     "outlive",
     "links",
     "listen",

@@ -183,12 +183,13 @@ impl ServedArbiter {
     }
 }
 
-/// Everything but a refusal.
+/// Everything but a refusal. Its reason is a line of the log, and of what a terminal shows.
 fn expect(answer: Answer) -> Result<Answer, ServedFault> {
+    let line = |why: String| outlive_node::shown_in_line(&why).into_owned();
     match answer {
-        Answer::Unable { why } => Err(ServedFault::Unable(why)),
-        Answer::Refused { why } => Err(ServedFault::Refused(why)),
-        Answer::Forbidden { why } => Err(ServedFault::Forbidden(why)),
+        Answer::Unable { why } => Err(ServedFault::Unable(line(why))),
+        Answer::Refused { why } => Err(ServedFault::Refused(line(why))),
+        Answer::Forbidden { why } => Err(ServedFault::Forbidden(line(why))),
         answer => Ok(answer),
     }
 }
@@ -296,6 +297,17 @@ impl Arbiter for ServedArbiter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_arbiters_reason_is_a_line_without_control_characters() {
+        let why = || "no\x1b[2J\nall is well\u{9b}".to_owned();
+        for answer in
+            [Answer::Unable { why: why() }, Answer::Refused { why: why() }, Answer::Forbidden { why: why() }]
+        {
+            let said = expect(answer).unwrap_err().to_string();
+            assert!(said.contains("no?[2J all is well?") && !said.contains(char::is_control), "{said}");
+        }
+    }
 
     #[test]
     fn a_wrong_place_gets_a_line_with_the_remedy() {
