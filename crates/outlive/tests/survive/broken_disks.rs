@@ -198,7 +198,7 @@ fn a_shared_disk_that_does_not_answer_moves_nothing_and_is_told_of() {
     assert!(!standby.took_over() && !active.ended());
     // Nor does it go on an operator's word.
     let (code, said) = hand_over(&active);
-    assert!(code == Some(1) && said.contains("a write that hangs cannot be recalled"), "{code:?}: {said}");
+    assert!(code == Some(2) && said.contains("a write that hangs cannot be recalled"), "{code:?}: {said}");
     drop(thaws);
     active.wait_for("told that it answers", |e| matches!(e, Event::HostMended { part: Part::Disk }));
     writing.wait_written(Side::A);
