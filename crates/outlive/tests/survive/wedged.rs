@@ -19,7 +19,7 @@ fn survives(of: Of, thread: &str, goes_on: Option<Of>) {
     let (mut active, mut standby) = world.protected(Side::A);
     let witnesses = Witnesses::start(&world, 4);
     let held = Held::thread(if of == Of::Primary { &active } else { &standby }, thread);
-    wait_until("the VM goes on", || won(&mut active) || standby.took_over());
+    wait_until("the VM goes on", || goes_on_alone(&mut active) || standby.took_over());
     witnesses.hear_all();
     let moved = standby.took_over();
     if let Some(host) = goes_on {
@@ -38,8 +38,13 @@ fn survives(of: Of, thread: &str, goes_on: Option<Of>) {
     drop(held);
 }
 
-fn won(process: &mut Process) -> bool {
-    process.has(|e| matches!(e, Event::Won { .. }))
+/// By the arbiter's word, or by that of a standby that has given its copy up.
+fn goes_on_alone(process: &mut Process) -> bool {
+    process.has(|e| match e {
+        Event::Won { .. } => true,
+        Event::LinkLost { reason } => reason.contains("has handed its right to the VM over"),
+        _ => false,
+    })
 }
 
 #[test]
