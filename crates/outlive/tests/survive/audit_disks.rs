@@ -339,8 +339,9 @@ fn a_standbys_disk_that_does_not_answer_a_read_delays_no_commit() {
     // What the kernel has in memory needs no read. (To open the image later would wait for the read.)
     let image = File::open(writing.image(Side::B)).unwrap();
     posix_fadvise(image, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
-    // A few of these are shorter than the time after which a disk counts as broken.
-    slow.set(Pace { read: Duration::from_secs(12), ..Pace::default() });
+    // A few of these are shorter than the time after which a disk counts as broken. Where the guest writes, a write would
+    // wait for the kernel, which holds the pages that it reads.
+    slow.set(Pace { read: Duration::from_secs(12), read_from: WRITTEN, ..Pace::default() });
     wait_until("a read takes long", || slow.waiting() > 0);
     let committed = |primary: &mut Process| {
         let count = |event: &Event| match event {
