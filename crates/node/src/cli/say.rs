@@ -10,6 +10,7 @@ use crate::api::ErrorBody;
 use crate::client::ClientError;
 use crate::error::{BAD_DEFINITION, BAD_NAME, NAMES};
 use crate::jobs::{Job, JobState};
+use crate::top::harmless;
 
 /// Why a command says no.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +42,14 @@ pub(super) enum Said {
     /// There are none.
     #[error("cannot read the definitions in {0}: {1}; make the directory, or give another one with --vms")]
     NoFolder(String, #[source] io::Error),
+    /// Nobody would see the picture.
+    #[error(
+        "this is no terminal, and `outlive top` needs one: `outlive vm list` is for scripts, and so is `outlive top --once`"
+    )]
+    NoTerminal,
+    /// The terminal has failed.
+    #[error("the terminal cannot be used: {0}; `outlive vm list` needs none")]
+    Terminal(#[source] io::Error),
     /// Nobody would read it.
     #[error("cannot print: {0}")]
     Print(#[source] io::Error),
@@ -51,7 +60,8 @@ pub(super) type Outcome = Result<(), Said>;
 /// Returns the exit code, after the one line that goes with it.
 pub(super) fn conclude(outcome: Outcome) -> u8 {
     let Err(why) = outcome else { return OK };
-    eprintln!("outlive: {why}");
+    // Another node may have said it, or the certificate of a stranger.
+    eprintln!("outlive: {}", why.to_string().chars().map(harmless).collect::<String>());
     match why {
         Said::Client(ClientError::Refused(error)) if ![BAD_DEFINITION, BAD_NAME].contains(&&*error.code) => {
             FAILED
