@@ -127,6 +127,11 @@ impl Client {
         Ok(Self { place, runtime })
     }
 
+    /// Whether the node is on another host, so that each question costs more.
+    pub(crate) fn is_far(&self) -> bool {
+        matches!(self.place, Place::There(..))
+    }
+
     /// Asks for something.
     pub(crate) fn get<T: DeserializeOwned>(&self, route: &str) -> Result<T, ClientError> {
         self.read(self.ask("GET", route, None)?)
@@ -144,10 +149,7 @@ impl Client {
 
     /// Waits for the end of a job. `tell` hears of each step.
     pub(crate) fn follow(&self, mut job: Job, tell: impl Fn(&Job)) -> Result<Job, ClientError> {
-        let (step, most) = match self.place {
-            Place::Here(_) => (STEP, 0),
-            Place::There(..) => (STEP_THERE, MISSED),
-        };
+        let (step, most) = if self.is_far() { (STEP_THERE, MISSED) } else { (STEP, 0) };
         let (mut told, mut missed) = (None, 0);
         while job.state == JobState::Running {
             if told.as_ref() != Some(&job.progress) {
@@ -239,6 +241,19 @@ impl Client {
             Limited::new(answer.into_body(), LONGEST).collect().await.map_err(|it| self.broken(it))?;
         Ok((status, bytes.to_bytes()))
     }
+}
+
+/// The route of a VM, and of what belongs to it. A name's bytes that mean something in a URL are no part of it.
+pub(crate) fn of_vm(name: &str, rest: &str) -> String {
+    let mut route = String::from("/v1/vms/");
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-_.".contains(&byte) {
+            route.push(byte.into());
+        } else {
+            route += &format!("%{byte:02X}");
+        }
+    }
+    route + rest
 }
 
 /// Sends a request to the node at `path`, and returns the answer as it begins.
@@ -359,5 +374,11 @@ mod tests {
         let denied = said(std::io::ErrorKind::PermissionDenied);
         assert!(denied.contains("--socket-group") && !denied.contains("node run"), "{denied}");
         assert!(said(std::io::ErrorKind::NotFound).contains("`outlive node run`"));
+    }
+
+    #[test]
+    fn names_do_not_leave_their_place_in_a_url() {
+        assert_eq!(of_vm("web-1.x", "/start"), "/v1/vms/web-1.x/start");
+        assert_eq!(of_vm("a/../b?c#d e", ""), "/v1/vms/a%2F..%2Fb%3Fc%23d%20e");
     }
 }

@@ -14,8 +14,8 @@
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
 //! - `figures`: the last minutes of each VM. `picture`: a page that shows all of this, from the API.
 //! - [`api`]: REST on a socket, and over TLS for other hosts. [`remote`]: what the program says of keys and certificates.
-//! - [`cli`]: `outlive node` and `outlive vm`; `client`: their way to the API; `host`: which one; `sse`: its stream of events, read.
-//!   `page`: the way of a browser to it, `outlive node page`. `terminal`: texts of others, as they are printed.
+//! - [`cli`]: `outlive node`, `outlive vm` and `outlive top`; `client`: their way to the API; `host`: which one; `sse`: its stream of events, read.
+//!   `page`: the way of a browser to it, `outlive node page`. `top`: the picture in a terminal. `terminal`: texts of others, as they are printed.
 //!
 //! Nothing here is waited for by a process that runs a guest, and nothing but `terminal` runs in one.
 
@@ -51,12 +51,15 @@ mod sse;
 mod terminal;
 #[cfg(test)]
 mod testing;
+mod top;
 mod view;
 mod words;
 
 pub use asking::{BEING_STARTED, UNDECIDED};
 pub use error::NodeError;
+pub use figures::point_between;
 pub use host::Host;
 pub use node::{Node, Places, STATE, STATE_VARIABLE, StartError};
 pub use program::{Judge, Program, Remark, Sense, one_line};
 pub use terminal::{shown, shown_in_line};
+pub use view::READ_OF_STATUS;

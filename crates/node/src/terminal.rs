@@ -6,12 +6,12 @@ use std::borrow::Cow;
 /// The same text without what a terminal obeys: control characters, but for the ends of lines, and what turns the direction
 /// of writing around. A character takes the place of each.
 pub fn shown(text: &str) -> Cow<'_, str> {
-    replaced(text, |it| it != '\n' && is_obeyed(it))
+    replaced(text, |it| it != '\n' && !is_harmless(it))
 }
 
 /// The same in one line.
 pub fn shown_in_line(text: &str) -> Cow<'_, str> {
-    replaced(text, is_obeyed)
+    replaced(text, |it| !is_harmless(it))
 }
 
 fn replaced(text: &str, bad: impl Fn(char) -> bool) -> Cow<'_, str> {
@@ -26,10 +26,14 @@ fn replaced(text: &str, bad: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(text.chars().map(good).collect())
 }
 
-/// C0, DEL and C1; marks, embeddings, overrides and isolates of the direction; ends of lines and paragraphs.
-fn is_obeyed(it: char) -> bool {
-    it.is_control()
-        || matches!(it, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+/// Whether a character is only itself. A terminal obeys C0, DEL and C1; what has no width hides, and what turns the direction
+/// of writing lies about the rest.
+pub(crate) fn is_harmless(it: char) -> bool {
+    let hides = matches!(it,
+        '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
+        | '\u{e0000}'..='\u{e0fff}');
+    !it.is_control() && !hides
 }
 
 #[cfg(test)]

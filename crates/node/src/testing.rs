@@ -1,5 +1,7 @@
 //! What unit tests of several files need: a program with a few options, and one that only says that it has a VM.
 
+pub(crate) mod life;
+
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;

@@ -97,7 +97,66 @@ pub(crate) struct View {
     pub(crate) status: Option<Value>,
 }
 
+/// What the page, `outlive top` and `outlive vm show` read of a process's status, as JSON pointers. What is missing there counts
+/// as unknown, so the program's tests look for all of it in what its processes really say.
+pub const READ_OF_STATUS: &[&str] = &[
+    "/role",
+    "/protected",
+    "/since",
+    "/generation",
+    "/checkpoint",
+    "/peer",
+    "/link",
+    "/sandbox",
+    "/committed_ms_ago",
+    "/in_flight",
+    "/bytes_in_flight",
+    "/arbiter/lost",
+    "/arbiter/seen_ms_ago",
+    "/arbiter/is_operator",
+    "/standby_lost_arbiter_since",
+    "/audit/pages",
+    "/audit/differences",
+    "/loss_of_this_host/survived",
+    "/loss_of_this_host/what",
+    "/loss_of_this_host/lost_ms",
+    "/loss_of_other_host/survived",
+    "/loss_of_other_host/what",
+    "/loss_of_other_host/lost_ms",
+];
+
 /// The time of day, as the API has it.
 pub(crate) fn now() -> String {
     humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The words behind each of these.
+    fn words<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a str> {
+        let is_part = |it: char| it.is_ascii_alphanumeric() || it == '_';
+        text.split(before).skip(1).map(move |it| it.split(|it| !is_part(it)).next().unwrap_or_default())
+    }
+
+    #[test]
+    fn whatever_is_read_of_a_status_is_listed() {
+        let read = [
+            (include_str!("picture/files/vms.js"), ["status.", "status?."]),
+            (include_str!("picture/files/picture.js"), ["status.", "status?."]),
+            (include_str!("top/vm.rs"), ["status[\"", "number(\""]),
+            (include_str!("top/vm.rs"), ["text(\"", "status[\""]),
+            (include_str!("cli/vm.rs"), ["told(\"", "status[\""]),
+        ];
+        let mut count = 0;
+        for (text, before) in read {
+            for word in before.iter().flat_map(|before| words(text, before)) {
+                let is = |pointer: &str| pointer.split('/').nth(1) == Some(word);
+                assert!(READ_OF_STATUS.iter().any(|it| is(it)), "{word} is not in the list");
+                count += 1;
+            }
+        }
+        assert!(count > 40, "only {count} were found");
+    }
 }

@@ -84,6 +84,8 @@ fn bash_completes_commands_options_and_values() {
     script.is_understood();
     assert_eq!(bash(&script, &["outlive", "vm", "st"]), ["start", "stop"]);
     assert_eq!(bash(&script, &["outlive", "node", "dr"]), ["drain"]);
+    assert_eq!(bash(&script, &["outlive", "to"]), ["top"]);
+    assert_eq!(bash(&script, &["outlive", "top", "--on"]), ["--once"]);
     assert_eq!(bash(&script, &["outlive", "completions", "z"]), ["zsh"]);
     assert_eq!(bash(&script, &["outlive", "run", "--frame"]), ["--frame-tail"]);
     // Commands that are no business of people.

@@ -154,6 +154,7 @@ const COMMANDS: &[(&str, u8, &str)] = &[
     ("node drain", 2, "node drain --socket @/missing"),
     ("node events", 2, "node events --socket @/missing"),
     ("vm", 2, "vm list --socket @/missing"),
+    ("top", 2, "top --once --socket @/missing"),
     ("arbiter", 0, "arbiter init file:@/arbiter"),
     ("arbiter", 2, "arbiter list file:@/missing"),
     (
@@ -235,6 +236,9 @@ fn with_a_node(seen: &mut Seen) {
     seen.sees("node", 0, "node status --socket @/node.api");
     seen.sees("vm", 0, "vm list --socket @/node.api");
     seen.sees("vm", 1, "vm start no-such-vm --socket @/node.api");
+    seen.sees("top", 0, "top --once --socket @/node.api");
+    seen.sees("top", 1, "top no-such-vm --once --socket @/node.api");
+    seen.sees("top", 2, "top --socket @/node.api");
     seen.sees("vm", 2, "vm define new @/bad.toml --socket @/node.api");
     seen.sees("node drain", 0, "node drain --socket @/node.api");
     drop(node.0.stdin.take());

@@ -1,4 +1,4 @@
-//! `outlive node` and `outlive vm`: the commands, as clients of the API.
+//! `outlive node`, `outlive vm` and `outlive top`: the commands, as clients of the API.
 
 mod events;
 mod names;
@@ -7,11 +7,14 @@ mod page;
 mod say;
 mod serve;
 mod table;
+mod top;
 mod vm;
 
-pub use options::{Api, NodeCommand, NodeOptions, Serve, VmCommand, VmOptions};
+pub use options::{Api, NodeCommand, NodeOptions, Serve, TopOptions, VmCommand, VmOptions, Whom};
 pub use serve::Service;
 pub use table::width;
+
+use std::sync::mpsc::Receiver;
 
 use serde::Serialize;
 use serde_json::json;
@@ -58,6 +61,15 @@ pub fn vm(options: &VmOptions, keys: OpenKeys) -> u8 {
     say::conclude(vm::command(options, keys))
 }
 
+/// `outlive top`: returns the exit code. `stops` tells of orders to stop.
+pub fn top(
+    options: &TopOptions,
+    stops: impl FnOnce() -> std::io::Result<Receiver<&'static str>>,
+    keys: OpenKeys,
+) -> u8 {
+    say::conclude(top::command(options, stops, keys))
+}
+
 /// Where a command asks, with what, and how it shows what it hears.
 struct Asked<'a> {
     api: &'a Api,
@@ -76,19 +88,22 @@ const HOST: &str = "OUTLIVE_HOST";
 const KEYS: &str = "OUTLIVE_KEYS";
 
 fn client(asked: &Asked<'_>) -> Result<Client, Said> {
-    let api = asked.api;
+    asking(&asked.api.whom, asked.keys)
+}
+
+fn asking(whom: &Whom, open: OpenKeys) -> Result<Client, Said> {
     let said = |name: &str| std::env::var(name).ok().filter(|it| !it.is_empty());
     let of_variable = || match said(HOST) {
-        Some(text) if api.socket.is_none() => text.parse().map(Some).map_err(Said::Host),
+        Some(text) if whom.socket.is_none() => text.parse().map(Some).map_err(Said::Host),
         _ => Ok(None),
     };
-    let host = api.host.clone().map_or_else(of_variable, |host| Ok(Some(host)))?;
+    let host = whom.host.clone().map_or_else(of_variable, |host| Ok(Some(host)))?;
     let client = match host {
         Some(host) => {
-            let keys = api.keys.clone().or_else(|| said(KEYS).map(Into::into));
-            Client::there(&host, (asked.keys)(keys.as_deref()))
+            let keys = whom.keys.clone().or_else(|| said(KEYS).map(Into::into));
+            Client::there(&host, open(keys.as_deref()))
         }
-        None => Client::here(api.socket.as_deref().unwrap_or(std::path::Path::new(options::API))),
+        None => Client::here(whom.socket.as_deref().unwrap_or(std::path::Path::new(options::API))),
     };
     client.map_err(Said::Runtime)
 }

@@ -10,9 +10,9 @@ use super::names;
 
 use crate::host::{Host, parse_listen};
 
-/// Where the node is asked, and how answers are shown.
+/// Where a node is asked, and with what.
 #[derive(Clone, Debug, Args)]
-pub struct Api {
+pub struct Whom {
     /// The node's socket on this host [default: /run/outlive-node/api]
     #[arg(long, value_name = "PATH", conflicts_with = "host")]
     pub socket: Option<PathBuf>,
@@ -24,10 +24,35 @@ pub struct Api {
     /// Directory with the keys for --host [default: the variable OUTLIVE_KEYS, or /etc/outlive/keys]
     #[arg(long, value_name = "DIR")]
     pub keys: Option<PathBuf>,
+}
+
+/// Where the node is asked, and how answers are shown.
+#[derive(Clone, Debug, Args)]
+pub struct Api {
+    /// The node.
+    #[command(flatten)]
+    pub whom: Whom,
 
     /// For programs: the API's answer, as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `outlive top`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = TOP_HELP)]
+pub struct TopOptions {
+    /// Name of the VM that is looked at first
+    #[arg(add = ArgValueCompleter::new(names::complete))]
+    pub name: Option<String>,
+
+    /// Print one picture as text, with all VMs, and end
+    #[arg(long)]
+    pub once: bool,
+
+    /// The node.
+    #[command(flatten)]
+    pub whom: Whom,
 }
 
 /// `outlive node`.
@@ -301,6 +326,17 @@ lost, the line says so (reset): ask for the VMs again.
 Examples:
   outlive node events
   outlive node events --json --after 19ad2c1f3a0-17";
+
+const TOP_HELP: &str = "\
+It shows what the page of outlive node page shows: whether a failure of this host now would be survived, every VM, and
+the last five minutes of the one that is looked at. Keys: arrows choose a VM, h hands it over and asks first, ? explains
+the signs, q ends. NO_COLOR is obeyed.
+
+Examples:
+  outlive top
+  outlive top web                    begin with this VM
+  outlive top --once                 one picture as text
+  outlive top --host hostb --keys ~/alice.keys";
 
 const VM_HELP: &str = "\
 Examples:

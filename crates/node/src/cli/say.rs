@@ -42,6 +42,14 @@ pub(super) enum Said {
     /// There are none.
     #[error("cannot read the definitions in {0}: {1}; make the directory, or give another one with --vms")]
     NoFolder(String, #[source] io::Error),
+    /// Nobody would see the picture.
+    #[error(
+        "this is no terminal, and `outlive top` needs one: `outlive vm list` is for scripts, and so is `outlive top --once`"
+    )]
+    NoTerminal,
+    /// The terminal has failed.
+    #[error("the terminal cannot be used: {0}; `outlive vm list` needs none")]
+    Terminal(#[source] io::Error),
     /// Nobody would read it.
     #[error("cannot print: {0}")]
     Print(#[source] io::Error),

@@ -11,7 +11,7 @@ use super::options::{One, VmCommand, VmOptions};
 use super::say::{Outcome, Said, print, warn};
 use super::table::{table, width};
 use super::{Asked, client, job};
-use crate::client::ClientError;
+use crate::client::{ClientError, of_vm};
 use crate::definition::{LONGEST, is_name};
 use crate::error::BAD_DEFINITION;
 use crate::remote::OpenKeys;
@@ -34,35 +34,22 @@ pub(super) fn command(options: &VmOptions, keys: OpenKeys) -> Outcome {
     match &options.command {
         VmCommand::List(_) => list(api),
         VmCommand::Show(One { name, .. }) => {
-            let vm: View = client(api)?.get(&route(name, ""))?;
+            let vm: View = client(api)?.get(&of_vm(name, ""))?;
             print(api.json, &vm, show)
         }
         VmCommand::Define { name, file, .. } => define(name, file, api),
         VmCommand::Undefine(One { name, .. }) => {
-            let _: Value = client(api)?.send("DELETE", &route(name, ""), None)?;
+            let _: Value = client(api)?.send("DELETE", &of_vm(name, ""), None)?;
             print(api.json, &json!({}), |_| format!("VM {name} is not defined any more\n"))
         }
-        VmCommand::Start(One { name, .. }) => job(api, &route(name, "/start"), None::<&()>),
+        VmCommand::Start(One { name, .. }) => job(api, &of_vm(name, "/start"), None::<&()>),
         VmCommand::Stop { name, now, only_standby, .. } => {
             let how = json!({ "now": now, "only_standby": only_standby });
-            job(api, &route(name, "/stop"), Some(&how))
+            job(api, &of_vm(name, "/stop"), Some(&how))
         }
-        VmCommand::HandOver(One { name, .. }) => job(api, &route(name, "/hand-over"), None::<&()>),
+        VmCommand::HandOver(One { name, .. }) => job(api, &of_vm(name, "/hand-over"), None::<&()>),
         VmCommand::Logs { name, lines, follow, .. } => logs(name, *lines, *follow, api),
     }
-}
-
-/// A name's bytes that mean something in a URL are no part of it.
-fn route(name: &str, rest: &str) -> String {
-    let mut route = String::from("/v1/vms/");
-    for byte in name.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-_.".contains(&byte) {
-            route.push(byte.into());
-        } else {
-            route += &format!("%{byte:02X}");
-        }
-    }
-    route + rest
 }
 
 fn list(api: &Asked<'_>) -> Outcome {
@@ -121,7 +108,7 @@ struct Defined {
 fn define(name: &str, file: &Path, api: &Asked<'_>) -> Outcome {
     let shown = if file == Path::new("-") { "standard input".into() } else { file.display().to_string() };
     let text = read(file).map_err(|error| Said::Read(shown.clone(), error))?;
-    let answer = client(api)?.send("PUT", &route(name, ""), Some(("application/toml", text)));
+    let answer = client(api)?.send("PUT", &of_vm(name, ""), Some(("application/toml", text)));
     let defined: Defined = answer.map_err(|why| match why {
         // The node has the text and not its file.
         ClientError::Refused(error) if error.code == BAD_DEFINITION => Said::Definition(shown.clone(), error),
@@ -152,7 +139,7 @@ struct Log {
 
 fn logs(name: &str, lines: Option<usize>, follow: bool, api: &Asked<'_>) -> Outcome {
     let client = client(api)?;
-    let mut log: Log = client.get(&route(name, "/log"))?;
+    let mut log: Log = client.get(&of_vm(name, "/log"))?;
     if let Some(lines) = lines {
         log.log = last_lines(&log.log, lines).to_owned();
     }
@@ -164,7 +151,7 @@ fn logs(name: &str, lines: Option<usize>, follow: bool, api: &Asked<'_>) -> Outc
             return Ok(());
         }
         std::thread::sleep(LOOKS);
-        log = client.get(&route(name, &format!("/log?after={}", log.next)))?;
+        log = client.get(&of_vm(name, &format!("/log?after={}", log.next)))?;
     }
 }
 
@@ -215,11 +202,5 @@ mod tests {
         {
             assert_eq!(last_lines(text, count), last, "{text:?}");
         }
-    }
-
-    #[test]
-    fn names_do_not_leave_their_place_in_a_url() {
-        assert_eq!(route("web-1.x", "/start"), "/v1/vms/web-1.x/start");
-        assert_eq!(route("a/../b?c#d e", ""), "/v1/vms/a%2F..%2Fb%3Fc%23d%20e");
     }
 }

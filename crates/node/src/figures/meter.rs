@@ -155,6 +155,17 @@ pub(super) fn read(said: &[u8]) -> Option<Report> {
     (report.format == FORMAT && sound).then_some(report)
 }
 
+/// What the API says of the second between two answers of a process; `None`: nobody makes a point of them. The program's tests
+/// ask this for what its processes really write.
+#[must_use]
+pub fn point_between(earlier: &[u8], now: &[u8]) -> Option<serde_json::Value> {
+    let began = Instant::now();
+    let mut meter = Meter::default();
+    meter.step(read(earlier)?, began);
+    let point = meter.step(read(now)?, began + Duration::from_secs(1))?;
+    serde_json::to_value(point).ok()
+}
+
 fn point(earlier: &Report, now: &Report, span: Duration) -> Point {
     let none = Running::default();
     let (then, running) = (earlier.running.as_ref().unwrap_or(&none), now.running.as_ref().unwrap_or(&none));

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use meter::Meter;
+pub use meter::point_between;
 
 /// How many points of a VM are kept: five minutes.
 pub(crate) const KEPT: usize = 300;

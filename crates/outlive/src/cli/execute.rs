@@ -50,6 +50,7 @@ impl Command {
             Self::GiveUp(options) => status::give_up(options),
             Self::Node(options) => node::node(options),
             Self::Vm(options) => node::vm(options),
+            Self::Top(options) => node::top(options),
             Self::Arbiter(options) => arbiter::command(options),
             Self::Keys(options) => keys::command(options),
             Self::Image(options) => disk::command(options),

@@ -87,6 +87,14 @@ pub const TABLE: &[(&str, Codes)] = &[
         ],
     ),
     ("vm", ASKS),
+    (
+        "top",
+        &[
+            (0, "its user, or a signal, has ended it; or the picture is printed"),
+            (1, "the node refuses"),
+            (2, "wrong options, no terminal, or nobody answers; a node that goes later is waited for"),
+        ],
+    ),
     ("arbiter", DONE),
     ("arbiter serve", &[(0, "told to stop"), (2, BAD)]),
     ("keys", DONE),

@@ -105,9 +105,14 @@ mod tests {
     #[test]
     fn every_command_has_a_page_with_all_sections() {
         let (directory, names) = written();
-        for name in
-            ["outlive.1", "outlive-run.1", "outlive-vm.1", "outlive-vm-start.1", "outlive-node-drain.1"]
-        {
+        for name in [
+            "outlive.1",
+            "outlive-run.1",
+            "outlive-vm.1",
+            "outlive-vm-start.1",
+            "outlive-node-drain.1",
+            "outlive-top.1",
+        ] {
             assert!(names.contains(name), "{names:?}");
         }
         assert!(!names.iter().any(|it| it.contains("help") || it.contains("steward")), "{names:?}");

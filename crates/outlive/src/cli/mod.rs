@@ -41,7 +41,7 @@ pub use image::{ImageCommand, ImageOptions};
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
 pub use man::ManOptions;
 pub use metrics::MetricsOptions;
-pub use outlive_node::cli::{NodeOptions, VmOptions};
+pub use outlive_node::cli::{NodeOptions, TopOptions, VmOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
@@ -98,6 +98,8 @@ pub enum Command {
     Node(NodeOptions),
     /// List, define, start, stop and move the VMs of this host, which a node keeps
     Vm(VmOptions),
+    /// Show the VMs of a host in this terminal as they live: protection, how far behind, pauses, commits
+    Top(TopOptions),
     /// Make, serve, list and prune arbiters: the third places that say who may run a VM
     Arbiter(ArbiterOptions),
     /// Make, show, renew and revoke the keys that hosts know each other by

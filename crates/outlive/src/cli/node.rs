@@ -1,13 +1,17 @@
-//! `outlive node`: the node is a crate of its own, and starts this program.
+//! `outlive node`, `outlive vm` and `outlive top`: the node is a crate of its own, and starts this program.
 
+use std::io;
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
 
 use clap::Args;
+use nix::sys::signal::Signal;
 use outlive_node::Program;
-use outlive_node::cli::{self, NodeCommand, NodeOptions, Service, VmOptions};
+use outlive_node::cli::{self, NodeCommand, NodeOptions, Service, TopOptions, VmOptions};
 
 use super::{RunOptions, definition};
 use crate::link::open_keys;
+use crate::process::Signals;
 use crate::{exit, notify, serving};
 
 fn program(path: impl Into<PathBuf>) -> Program {
@@ -33,6 +37,22 @@ pub(super) fn node(options: &NodeOptions) -> u8 {
 /// `outlive vm`: returns the exit code.
 pub(super) fn vm(options: &VmOptions) -> u8 {
     cli::vm(options, open_keys)
+}
+
+/// `outlive top`: returns the exit code.
+pub(super) fn top(options: &TopOptions) -> u8 {
+    cli::top(options, ends, open_keys)
+}
+
+/// From now on no signal ends the process: it is told here, and the terminal can be given back.
+fn ends() -> io::Result<Receiver<&'static str>> {
+    let (told, ends) = channel();
+    let signals = Signals::take(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
+    signals.each("signals", move |signal| {
+        // Nobody listens once the process ends.
+        let _ = told.send(signal.as_str());
+    })?;
+    Ok(ends)
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ const DOCUMENTS: &[(&str, &[&str])] = &[
     ("give-up", &["docs/arbitration.md"]),
     ("node", &["docs/node.md"]),
     ("vm", &["docs/node.md"]),
+    ("top", &["docs/node.md"]),
     ("arbiter", &["docs/arbitration.md"]),
     ("keys", &["docs/trust.md"]),
     ("image", &["docs/linux-guest.md"]),

@@ -213,6 +213,8 @@ fn a_node_is_asked_here_or_on_another_host() {
         &["node", "drain", "--host", "10.0.0.1"],
         &["node", "run", "--listen", "0.0.0.0:7020", "--keys", "/k", "--host", "hosta"],
         &["keys", "operator", "alice", "--days", "90"],
+        &["top"],
+        &["top", "web", "--once", "--host", "hosta", "--keys", "/k"],
     ] {
         parse(good).unwrap_or_else(|why| panic!("{good:?}: {why}"));
     }
@@ -223,6 +225,8 @@ fn a_node_is_asked_here_or_on_another_host() {
         &["node", "run", "--listen", "7020"],
         &["node", "run", "--keys", "/k"],
         &["keys", "operator"],
+        &["top", "--socket", "/s", "--host", "hosta"],
+        &["top", "--json"],
     ] {
         parse(bad).expect_err(&bad.join(" "));
     }

@@ -22,6 +22,8 @@ mod tell;
 mod text;
 
 #[cfg(test)]
+mod page;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod units;

@@ -82,7 +82,8 @@ fn serve(listener: &Listener, standing: &Standing, quit: &EventFd) {
     }
 }
 
-fn line(standing: &Standing, until: Option<SystemTime>) -> Vec<u8> {
+/// What is told.
+pub(super) fn line(standing: &Standing, until: Option<SystemTime>) -> Vec<u8> {
     // Numbers and names: this cannot fail.
     let mut line = serde_json::to_vec(&standing.report(until)).expect("a report is plain data");
     line.push(b'\n');

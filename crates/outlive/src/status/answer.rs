@@ -233,6 +233,24 @@ mod tests {
         Status { sandbox: true, ..of_a_test }
     }
 
+    /// Whoever shows the VMs of a node reads this by name, and takes what is missing for unknown.
+    #[test]
+    fn the_node_finds_all_that_it_reads() {
+        let standing = primary();
+        standing.peer("hostb:7000");
+        standing.protected(1);
+        let audit = AuditProgress { pages: 1, ..AuditProgress::default() };
+        let progress = Progress { audit, ..counted() };
+        let status = Status::new(&standing.facts(), Some(&CLEAR), progress, SystemTime::now());
+        let said = serde_json::to_value(&status).unwrap();
+        for pointer in outlive_node::READ_OF_STATUS {
+            assert!(
+                said.pointer(pointer).is_some(),
+                "the node reads {pointer}, and a process does not say it"
+            );
+        }
+    }
+
     #[test]
     fn a_primary_says_what_protects_it_and_what_would_be_lost() {
         let standing = primary();

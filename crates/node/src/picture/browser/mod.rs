@@ -3,7 +3,6 @@
 //! With `OUTLIVE_SHOTS=DIR` the tests write pictures there, for people to look at.
 
 mod chromium;
-mod life;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,11 +10,11 @@ use std::sync::Arc;
 use serde_json::json;
 
 use self::chromium::Chromium;
-use self::life::{Kind, Life};
 use crate::api::{Server, serve};
 use crate::jobs::JobState;
 use crate::node::Node;
 use crate::page::{self, Page};
+use crate::testing::life::{self, Kind, Life};
 use crate::testing::{World, wait};
 use crate::view::State;
 

@@ -32,14 +32,14 @@ fn with(mut status: Value, more: Value) -> Value {
 }
 
 /// The status of a primary with a standby.
-pub(super) fn protected(peer: &str) -> Value {
+pub(crate) fn protected(peer: &str) -> Value {
     let loss =
         json!({ "survived": true, "what": "the standby takes over from the last checkpoint", "lost_ms": 4 });
     with(common(Some(peer)), json!({ "in_flight": 2, "bytes_in_flight": 35_000, "loss_of_this_host": loss }))
 }
 
 /// Of one without.
-pub(super) fn unprotected() -> Value {
+pub(crate) fn unprotected() -> Value {
     let loss =
         json!({ "survived": false, "what": "all that is in the VM's memory would be lost", "lost_ms": null });
     let arbiter = json!({ "seen": null, "seen_ms_ago": 95_000, "lost": "it does not answer (timed out)", "link": null,
@@ -48,7 +48,7 @@ pub(super) fn unprotected() -> Value {
 }
 
 /// Of a standby.
-pub(super) fn standby(peer: &str) -> Value {
+pub(crate) fn standby(peer: &str) -> Value {
     let loss =
         json!({ "survived": true, "what": "the VM goes on at its primary, unprotected", "lost_ms": 0 });
     with(common(Some(peer)), json!({ "loss_of_this_host": loss }))
@@ -66,7 +66,7 @@ fn spread(mean: u64, most: u64) -> Option<Spread> {
 
 /// What becomes of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// It came by a takeover, and was protected some seconds later.
     Guarded,
     /// It came by a takeover, and nobody protects it.
@@ -80,7 +80,7 @@ const CAME: usize = 180;
 
 impl Kind {
     /// One second of it.
-    fn point(self, second: usize, at: SystemTime) -> Point {
+    pub(crate) fn point(self, second: usize, at: SystemTime) -> Point {
         let mut it = Point {
             time: time(at),
             span_ms: 1000,
@@ -122,13 +122,13 @@ impl Kind {
 }
 
 /// Lets five minutes pass at once, and then each second.
-pub(super) struct Life {
+pub(crate) struct Life {
     end: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Life {
-    pub(super) fn new(node: &Arc<Node>, vms: &[(String, Kind)]) -> Self {
+    pub(crate) fn new(node: &Arc<Node>, vms: &[(String, Kind)]) -> Self {
         let tell = |node: &Node, vms: &[(String, Kind)], second: usize, at: SystemTime| {
             vms.iter().for_each(|(vm, kind)| node.figures().keep(vm, kind.point(second, at)));
         };
