@@ -15,6 +15,11 @@ fn program(path: impl Into<PathBuf>) -> Program {
     Program::new(path.into(), run).judged_by(definition::judge)
 }
 
+/// What reads definitions, without starting anything.
+pub(crate) fn definitions() -> Program {
+    program("outlive")
+}
+
 /// `outlive node`: returns the exit code.
 pub(super) fn node(options: &NodeOptions) -> u8 {
     let program = match std::env::current_exe() {
