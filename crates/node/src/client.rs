@@ -227,7 +227,7 @@ impl Client {
         let Place::There(host, keys) = &self.place else { return Ok(None) };
         let mut best = None;
         for _ in 0..tries {
-            let connected = self.runtime.block_on(timeout(CONNECT, connect(host, keys)));
+            let connected = self.runtime.block_on(async { timeout(CONNECT, connect(host, keys)).await });
             let late = || unreachable(host, "it does not answer");
             let (_, took) = connected.unwrap_or_else(|_| Err(late()))?;
             best = best.into_iter().chain([took]).min();
@@ -338,10 +338,7 @@ async fn over(
 }
 
 /// Finds the node of another host, and nobody else. Says how long that host took to accept a connection, too.
-async fn connect(
-    host: &Host,
-    keys: &Arc<dyn Keys>,
-) -> Result<(TlsStream<TcpStream>, Duration), ClientError> {
+async fn connect(host: &Host, keys: &Arc<dyn Keys>) -> Result<(TlsStream<TcpStream>, Duration), ClientError> {
     let keys = keys.clone();
     let dial = tokio::task::spawn_blocking(move || keys.dial()).await;
     let dial = dial.unwrap_or_else(|error| Err(error.to_string())).map_err(ClientError::OwnKeys)?;

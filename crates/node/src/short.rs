@@ -20,11 +20,7 @@ pub(crate) enum Hears {
 }
 
 /// Runs a short command: whether it succeeded, and its words. `None`: it did not end in time and was killed.
-pub(crate) fn run(
-    mut command: Command,
-    hears: Hears,
-    most: Duration,
-) -> io::Result<(Option<bool>, String)> {
+pub(crate) fn run(mut command: Command, hears: Hears, most: Duration) -> io::Result<(Option<bool>, String)> {
     let (words, theirs) = io::pipe()?;
     let errors = match hears {
         Hears::Everything => Stdio::from(theirs.try_clone()?),

@@ -47,7 +47,10 @@ fn the_first_keys_come_with_those_of_the_other_host() {
     assert_eq!(output.status.code(), Some(0), "{said}");
     assert!(said.contains("hostb.keys has the keys of hostb: ") && !said.contains("NAME"), "{said}");
     let made = |name: &str| show(folder.path().join(name).to_str().unwrap());
-    assert_eq!((&made("keys")["host"]["name"], &made("hostb.keys")["host"]["name"]), (&"hosta".into(), &"hostb".into()));
+    assert_eq!(
+        (&made("keys")["host"]["name"], &made("hostb.keys")["host"]["name"]),
+        (&"hosta".into(), &"hostb".into())
+    );
     // It is copied as it is.
     assert_eq!(mode(&folder.path().join("hostb.keys")), 0o700);
 }

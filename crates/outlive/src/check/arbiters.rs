@@ -115,8 +115,7 @@ mod tests {
         std::fs::write(at("vms/e.toml"), "ip = '10.0.0.5/24'").unwrap();
         let (findings, defined) = of(&at("vms"), "hosta");
         let states: Vec<_> = findings.iter().map(|it| (&*it.name, it.state)).collect();
-        let expected =
-            [("arbiter", State::Ok), ("arbiter", State::Error), ("definition", State::Warning)];
+        let expected = [("arbiter", State::Ok), ("arbiter", State::Error), ("definition", State::Warning)];
         assert_eq!(states, expected, "{findings:?}");
         assert!(findings[1].found.contains("/no/arbiter") && !findings[1].found.contains('\n'));
         let identities: Vec<_> = defined.iter().map(|it| (it.vm.as_str(), it.identity.as_deref())).collect();

@@ -122,7 +122,10 @@ mod tests {
             (read.vendor.as_str(), read.signature.as_str()),
             ("GenuineIntel", "family 6, model 85, stepping 7")
         );
-        assert_eq!((read.microcode.as_str(), read.flags), ("0x5003604", vec!["fpu".to_owned(), "vmx".into()]));
+        assert_eq!(
+            (read.microcode.as_str(), read.flags),
+            ("0x5003604", vec!["fpu".to_owned(), "vmx".into()])
+        );
         assert_eq!(cpu("").vendor, "");
     }
 

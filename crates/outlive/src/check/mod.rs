@@ -76,11 +76,7 @@ impl Finding {
         Finding { name: name.into(), state: State::Warning, found: found.into(), remedy: remedy.into() }
     }
 
-    pub(crate) fn error(
-        name: &'static str,
-        found: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Finding {
+    pub(crate) fn error(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Finding {
         Finding { name: name.into(), state: State::Error, found: found.into(), remedy: remedy.into() }
     }
 }

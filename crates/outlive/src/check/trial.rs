@@ -50,9 +50,7 @@ pub(super) fn finding() -> Finding {
             format!("{}, but only with the dirty bitmap", verdict(took)),
             "use Linux 5.11 or newer, which has the dirty ring: it makes checkpoints of large VMs cheaper",
         ),
-        Err(wrong) => {
-            Finding::error(NAME, wrong, "VMs cannot be protected on this kernel: use another one")
-        }
+        Err(wrong) => Finding::error(NAME, wrong, "VMs cannot be protected on this kernel: use another one"),
     }
 }
 

@@ -25,8 +25,8 @@ use crate::standby::{Door, DoorError, Outcome, Post, PostError};
 use crate::status::{NO_PRIMARY, NoPlace, Server, ServerError, Standing};
 use crate::vm::{self, End, Launch, Remedied, Stops};
 use crate::{
-    arbiter, check, console, demo, disk, doctor, exit, keys, logs, metrics, notify, primary, process, sandbox,
-    sentinel, status, ui,
+    arbiter, check, console, demo, disk, doctor, exit, keys, logs, metrics, notify, primary, process,
+    sandbox, sentinel, status, ui,
 };
 
 impl From<PrivilegeError> for BeginError {

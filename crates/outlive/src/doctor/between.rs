@@ -90,7 +90,8 @@ impl Two<'_> {
     }
 
     fn microcode(&self) -> Option<Finding> {
-        let remedy = "install the same microcode: an update may take features away, or say that a processor is safe";
+        let remedy =
+            "install the same microcode: an update may take features away, or say that a processor is safe";
         Some(match self.of(|it| &it.cpu.microcode)? {
             Ok(revision) => Finding::ok("microcode", format!("the same: {revision}")),
             Err(differ) => Finding::warning("microcode", differ, remedy),
@@ -111,7 +112,8 @@ impl Two<'_> {
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
             (!missing.is_empty()).then(|| format!("{} lacks {named}{more}", host.host))
         };
-        let lacks: Vec<_> = [lacks(self.here, theirs), lacks(self.there, mine)].into_iter().flatten().collect();
+        let lacks: Vec<_> =
+            [lacks(self.here, theirs), lacks(self.there, mine)].into_iter().flatten().collect();
         if lacks.is_empty() {
             return Some(Finding::ok(NAME, format!("the same {}", mine.len())));
         }
@@ -125,7 +127,9 @@ impl Two<'_> {
     fn module(&self) -> Option<Finding> {
         Some(match self.of(|it| &it.kvm)? {
             Ok(module) => Finding::ok("KVM module", format!("the same: {module}")),
-            Err(differ) => Finding::error("KVM module", differ, "use the same one: no VM goes on at another one"),
+            Err(differ) => {
+                Finding::error("KVM module", differ, "use the same one: no VM goes on at another one")
+            }
         })
     }
 
@@ -302,7 +306,8 @@ mod tests {
     fn two_like_hosts_are_fit() {
         let found = findings(&host("hosta"), &host("hostb"), &heard(-5, 120, 1_000_000_000));
         assert!(found.iter().all(|it| it.state == State::Ok && it.remedy.is_empty()), "{found:?}");
-        let says = |words: &str| assert!(found.iter().any(|it| it.found.contains(words)), "{words}: {found:?}");
+        let says =
+            |words: &str| assert!(found.iter().any(|it| it.found.contains(words)), "{words}: {found:?}");
         ["at most 8 ms apart", "0.12 ms", "8000 Mbit/s", "1 VM is defined on both", "the same: kvm_intel"]
             .map(says);
         assert_eq!(found.len(), 12);

@@ -59,7 +59,8 @@ impl Opinion {
     /// Every finding with the host that it is about; one that is the same on both is told once.
     fn rows(&self) -> Vec<(&str, &Finding)> {
         let name = |at: usize| self.hosts.get(at).map_or("", |host| host.facts.host.as_str());
-        let findings = |at: usize| self.hosts.get(at).map_or(&[][..], |host| &host.findings);
+        let findings =
+            |at: usize| self.hosts.get(at).map(|host| host.findings.as_slice()).unwrap_or_default();
         let mut theirs: Vec<_> = findings(1).iter().collect();
         let mut rows = Vec::new();
         for (at, mine) in findings(0).iter().enumerate() {
@@ -71,9 +72,9 @@ impl Opinion {
             rows.push((name(0), mine));
             // What the other host says of the same stands below.
             if findings(0)[at + 1..].iter().all(|it| it.name != mine.name) {
-                let (alike, rest) = theirs.into_iter().partition(|it| it.name == mine.name);
+                let (alike, rest): (Vec<_>, Vec<_>) = theirs.into_iter().partition(|it| it.name == mine.name);
                 theirs = rest;
-                rows.extend::<Vec<_>>(Vec::into_iter(alike).map(|it| (name(1), it)).collect());
+                rows.extend(alike.into_iter().map(|it| (name(1), it)));
             }
         }
         rows.extend(theirs.into_iter().map(|it| (name(1), it)));
@@ -94,7 +95,11 @@ impl Display for Opinion {
             }
         }
         f.write_char('\n')?;
-        let what = if self.hosts.len() > 1 { "VMs can be protected by these two hosts" } else { "VMs can run on this host" };
+        let what = if self.hosts.len() > 1 {
+            "VMs can be protected by these two hosts"
+        } else {
+            "VMs can run on this host"
+        };
         match self.result {
             State::Ok => write!(f, "{what}."),
             State::Warning => write!(f, "{what}; see the warnings."),
@@ -126,8 +131,8 @@ fn other(options: &DoctorOptions, peer: &Host, here: &Report) -> Result<(Report,
     let variable = || std::env::var_os("OUTLIVE_KEYS").filter(|it| !it.is_empty()).map(PathBuf::from);
     let keys = options.keys.clone().or_else(variable);
     let heard = peer::ask(peer, open_keys(keys.as_deref()))?;
-    let there: Report = serde_json::from_value(heard.check.clone())
-        .map_err(|why| DoctorError::Answer(peer.clone(), why))?;
+    let there: Report =
+        serde_json::from_value(heard.check.clone()).map_err(|why| DoctorError::Answer(peer.clone(), why))?;
     if there.facts.host == here.facts.host {
         return Err(DoctorError::Itself(peer.clone(), there.facts.host));
     }
@@ -149,9 +154,11 @@ mod tests {
     #[test]
     fn two_hosts_stand_side_by_side() {
         let same = Finding::ok("KVM", "opens");
-        let here = report("hosta", &[same.clone(), Finding::ok("memory", "much"), Finding::ok("clock", "tsc")]);
+        let here =
+            report("hosta", &[same.clone(), Finding::ok("memory", "much"), Finding::ok("clock", "tsc")]);
         let little = Finding::warning("memory", "little", "free some");
-        let there = report("hostb", &[same, Finding::ok("arbiter", "answers"), little, Finding::ok("clock", "hpet")]);
+        let there =
+            report("hostb", &[same, Finding::ok("arbiter", "answers"), little, Finding::ok("clock", "hpet")]);
         let opinion = Opinion::of_both(here, there, &HEARD);
         let expected = "\
 ok       KVM      both   opens

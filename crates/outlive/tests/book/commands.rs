@@ -12,7 +12,8 @@ use crate::shell;
 
 /// What stands for something in a command line of a block, and what is read in its place. Add a word here if a document
 /// needs another one that the parser does not take as it is.
-const PLACEHOLDERS: &[(&str, &str)] = &[("SIZE", "64M"), ("N", "2"), ("SECONDS", "60"), ("ADDR:PORT", "0.0.0.0:7020")];
+const PLACEHOLDERS: &[(&str, &str)] =
+    &[("SIZE", "64M"), ("N", "2"), ("SECONDS", "60"), ("ADDR:PORT", "0.0.0.0:7020")];
 
 /// Words of programs that begin like a command of this one.
 const NO_COMMANDS: &[&str] = &["outlive guest is up: ..."];
@@ -147,7 +148,9 @@ fn in_text(page: &Page) -> Vec<String> {
                 continue;
             };
             let words: Vec<String> = rest.split_whitespace().map(str::to_owned).collect();
-            found.extend(unknown(&words).map(|why| format!("{}:{number}: {code}: {why}", page.path.display())));
+            found.extend(
+                unknown(&words).map(|why| format!("{}:{number}: {code}: {why}", page.path.display())),
+            );
         }
     }
     found
@@ -198,14 +201,20 @@ fn a_wrong_command_line_is_found() {
         assert_eq!(block(bad), 1, "{bad}");
     }
     let text = |code: &str| in_text(&page(&format!("Say `{code}` here."))).len();
-    for good in ["outlive vm list|show", "outlive run", "outlive status [--socket PATH] [--json]", "outlive keys show"] {
+    for good in [
+        "outlive vm list|show",
+        "outlive run",
+        "outlive status [--socket PATH] [--json]",
+        "outlive keys show",
+    ] {
         assert_eq!(text(good), 0, "{good}");
     }
     for bad in ["outlive vm list|shwo", "outlive vm stop NAME --only-standbys", "outlive begin"] {
         assert_eq!(text(bad), 1, "{bad}");
     }
     let all = pages::all();
-    let lines = all.iter().flat_map(|page| page.parts().0.into_iter().flat_map(|it| typed(&it)).collect::<Vec<_>>());
+    let lines =
+        all.iter().flat_map(|page| page.parts().0.into_iter().flat_map(|it| typed(&it)).collect::<Vec<_>>());
     let commands = lines.filter_map(|(_, line)| shell::commands(&line).ok()).flatten();
     assert!(commands.filter(|words| arguments(words).is_some()).count() > 60);
 }

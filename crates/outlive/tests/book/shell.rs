@@ -14,7 +14,9 @@ pub(crate) fn commands(line: &str) -> Result<Commands, String> {
             all.push(Vec::new());
         } else if !(bare && ["<", ">", "2>"].iter().any(|it| text.starts_with(it))) {
             let ends = bare && text.ends_with(';');
-            all.last_mut().expect("there is one").push(text.trim_end_matches(if ends { ";" } else { "" }).into());
+            all.last_mut()
+                .expect("there is one")
+                .push(text.trim_end_matches(if ends { ";" } else { "" }).into());
             if ends {
                 all.push(Vec::new());
             }
