@@ -173,6 +173,26 @@ fn every_command_in_the_text_is_there_with_its_options() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Examples of `--help` and of the manual pages: two spaces, the line, and what it does behind two more.
+fn in_help(command: &Tree, found: &mut Vec<String>) {
+    let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+    for line in help.lines().filter_map(|line| line.strip_prefix("  ")) {
+        let line = line.split("  ").next().unwrap_or_default();
+        let commands = shell::commands(line).unwrap_or_default();
+        for arguments in commands.iter().filter_map(|words| arguments(words)) {
+            found.extend(wrong(arguments).map(|why| format!("{}: {line}: {why}", command.get_name())));
+        }
+    }
+    command.get_subcommands().for_each(|inner| in_help(inner, found));
+}
+
+#[test]
+fn every_example_of_a_help_is_one_that_the_program_reads() {
+    let mut wrong = Vec::new();
+    in_help(&tree(), &mut wrong);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 /// A test that finds nothing would be no test: there are many lines, and each mistake is found.
 #[test]
 fn a_wrong_command_line_is_found() {
