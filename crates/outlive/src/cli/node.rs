@@ -93,6 +93,26 @@ mod tests {
         }
     }
 
+    /// Definitions in the documents are definitions.
+    #[test]
+    fn definitions_in_the_documents_can_be_used() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+        let mut count = 0;
+        for page in std::fs::read_dir(docs).unwrap().map(|page| page.unwrap().path()) {
+            let Ok(text) = std::fs::read_to_string(&page) else { continue };
+            for block in text.split("```toml\n").skip(1) {
+                let block = block.split("```").next().unwrap_or_default();
+                for host in ["hosta", "hostb"] {
+                    let file = Path::new("/etc/outlive/vms/web.toml");
+                    Definition::parse(file, block, host, &program("/bin/false"))
+                        .unwrap_or_else(|why| panic!("{}: {why}", page.display()));
+                }
+                count += 1;
+            }
+        }
+        assert!(count > 1, "docs/node.md has two");
+    }
+
     /// What may come later is no mistake, and is said.
     #[test]
     fn what_is_missing_on_this_host_is_warned_of() {
