@@ -15,6 +15,9 @@ use crate::shell;
 const PLACEHOLDERS: &[(&str, &str)] =
     &[("SIZE", "64M"), ("N", "2"), ("SECONDS", "60"), ("ADDR:PORT", "0.0.0.0:7020")];
 
+/// Why the parser refuses a line that is right on another host: the fence command must be there.
+const OF_A_HOST: &str = "there is no program";
+
 /// Words of programs that begin like a command of this one.
 const NO_COMMANDS: &[&str] = &["outlive guest is up: ..."];
 
@@ -80,7 +83,8 @@ fn wrong(arguments: &[String]) -> Option<String> {
     let words = std::iter::once("outlive".to_owned()).chain(arguments.iter().map(|it| value(it)));
     let error = Cli::try_parse_from(words).err()?;
     let is_asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-    (!is_asked_for).then(|| error.to_string().lines().next().unwrap_or_default().to_owned())
+    let why = error.to_string().lines().next().unwrap_or_default().to_owned();
+    (!is_asked_for && !why.contains(OF_A_HOST)).then_some(why)
 }
 
 /// A command or an option that does not exist. What is left out does not matter.
@@ -176,6 +180,8 @@ fn every_command_in_the_text_is_there_with_its_options() {
 /// Examples of `--help` and of the manual pages: two spaces, the line, and what it does behind two more.
 fn in_help(command: &Tree, found: &mut Vec<String>) {
     let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+    // A line that ends with a backslash goes on in the next one.
+    let help = help.split("\\\n").map(str::trim_start).collect::<Vec<_>>().join(" ");
     for line in help.lines().filter_map(|line| line.strip_prefix("  ")) {
         let line = line.split("  ").next().unwrap_or_default();
         let commands = shell::commands(line).unwrap_or_default();
