@@ -9,8 +9,12 @@ pub(crate) type Commands = Vec<Vec<String>>;
 /// A quote has no end.
 pub(crate) fn commands(line: &str) -> Result<Commands, String> {
     let mut all: Commands = vec![Vec::new()];
-    for Word { text, bare } in words(line)? {
-        if bare && ["&&", "||", "|", ";"].contains(&text.as_str()) {
+    let mut words = words(line)?.into_iter();
+    while let Some(Word { text, bare }) = words.next() {
+        if bare && [">", ">>", "<"].contains(&text.as_str()) {
+            // And the file.
+            words.next();
+        } else if bare && ["&&", "||", "|", ";"].contains(&text.as_str()) {
             all.push(Vec::new());
         } else if !(bare && ["<", ">", "2>"].iter().any(|it| text.starts_with(it))) {
             let ends = bare && text.ends_with(';');
@@ -68,6 +72,7 @@ fn lines_are_read_as_a_shell_does() {
     let read = |line: &str| commands(line).unwrap();
     assert_eq!(read("a 'b c' d=\"e f\" \\# # g"), [["a", "b c", "d=e f", "#"]]);
     assert_eq!(read("a && b | c; d </dev/null 2>x"), [vec!["a"], vec!["b"], vec!["c"], vec!["d"]]);
+    assert_eq!(read("a b > c d"), [["a", "b", "d"]]);
     assert_eq!(read("a on|off '&&'"), [["a", "on|off", "&&"]]);
     assert_eq!(read("# nothing"), [] as [Vec<String>; 0]);
     assert!(commands("a 'b").is_err());
