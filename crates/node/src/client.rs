@@ -4,7 +4,7 @@ use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -201,6 +201,42 @@ impl Client {
         })
     }
 
+    /// Reads an answer for its length alone, for at most this long: how many bytes came after the first piece, and how
+    /// long they took.
+    pub(crate) fn measure(&self, route: &str, most: Duration) -> Result<(u64, Duration), ClientError> {
+        self.runtime.block_on(async {
+            let request = Request::builder().uri(route).header("host", "node").body(Full::default());
+            let request = request.map_err(|it| self.broken(it))?;
+            let answer = timeout(PATIENCE, self.place.begin(request)).await;
+            let answer = answer.map_err(|_| self.broken("it does not answer"))??;
+            if !answer.status().is_success() {
+                return Err(self.broken(answer.status()));
+            }
+            let mut body = answer.into_body();
+            let first = timeout(PATIENCE, body.frame()).await;
+            first.map_err(|_| self.broken("it sends nothing"))?;
+            let (began, mut bytes) = (Instant::now(), 0);
+            while let Ok(Some(frame)) = timeout(most.saturating_sub(began.elapsed()), body.frame()).await {
+                let frame = frame.map_err(|it| self.broken(it))?;
+                bytes += frame.data_ref().map_or(0, Bytes::len) as u64;
+            }
+            Ok((bytes, began.elapsed()))
+        })
+    }
+
+    /// How long another host takes to accept a connection, at best: about a round trip.
+    pub(crate) fn round_trip(&self, tries: usize) -> Result<Option<Duration>, ClientError> {
+        let Place::There(host, keys) = &self.place else { return Ok(None) };
+        let mut best = None;
+        for _ in 0..tries {
+            let connected = self.runtime.block_on(async { timeout(CONNECT, connect(host, keys)).await });
+            let late = || unreachable(host, "it does not answer");
+            let (_, took) = connected.unwrap_or_else(|_| Err(late()))?;
+            best = best.into_iter().chain([took]).min();
+        }
+        Ok(best)
+    }
+
     fn read<T: DeserializeOwned>(&self, value: Value) -> Result<T, ClientError> {
         serde_json::from_value(value).map_err(|error| self.broken(error))
     }
@@ -286,7 +322,8 @@ impl Place {
             Self::There(host, keys) => {
                 let late =
                     || unreachable(host, format!("it has not answered within {} s", CONNECT.as_secs()));
-                let stream = timeout(CONNECT, connect(host, keys)).await.unwrap_or_else(|_| Err(late()))?;
+                let connected = timeout(CONNECT, connect(host, keys)).await;
+                let (stream, _) = connected.unwrap_or_else(|_| Err(late()))?;
                 // A client is done with the handshake before it hears what the node thinks of its certificate.
                 let refused = |it: hyper::Error| match is_refused(&it) {
                     true => ClientError::NotAccepted(host.to_string()),
@@ -315,13 +352,15 @@ async fn over(
     }
 }
 
-/// Finds the node of another host, and nobody else.
-async fn connect(host: &Host, keys: &Arc<dyn Keys>) -> Result<TlsStream<TcpStream>, ClientError> {
+/// Finds the node of another host, and nobody else. Says how long that host took to accept a connection, too.
+async fn connect(host: &Host, keys: &Arc<dyn Keys>) -> Result<(TlsStream<TcpStream>, Duration), ClientError> {
     let keys = keys.clone();
     let dial = tokio::task::spawn_blocking(move || keys.dial()).await;
     let dial = dial.unwrap_or_else(|error| Err(error.to_string())).map_err(ClientError::OwnKeys)?;
     let at = host.to_string();
+    let began = Instant::now();
     let stream = TcpStream::connect(host.address()).await.map_err(|it| unreachable(host, it))?;
+    let took = began.elapsed();
     stream.set_nodelay(true).map_err(|it| unreachable(host, it))?;
     // Certificates say who a host is, not where; the name is compared here.
     let name = ServerName::try_from("node.outlive").map_err(|it| unreachable(host, it))?;
@@ -334,7 +373,7 @@ async fn connect(host: &Host, keys: &Arc<dyn Keys>) -> Result<TlsStream<TcpStrea
     match stream {
         _ if !peer.is_host => Err(ClientError::NoHost { at, name: peer.name }),
         _ if !host.is(&peer.name) => Err(ClientError::OtherHost { at, name: peer.name }),
-        Some(stream) => Ok(stream),
+        Some(stream) => Ok((stream, took)),
         None => Err(unreachable(host, "it has gone")),
     }
 }

@@ -84,6 +84,9 @@ pub enum NodeError {
     /// Enough are connected.
     #[error("{0} connections with these keys are open, which is the most at a time")]
     TooManyClients(usize),
+    /// One check at a time.
+    #[error("this host is being checked already")]
+    BeingChecked,
     /// A certificate does not let somebody do this.
     #[error("{who} may not do this ({what}): its certificate allows {}", .allowed.allows())]
     Forbidden {
@@ -181,7 +184,10 @@ impl NodeError {
             Self::Undecided(_) => (409, "undecided"),
             Self::NotRunning(_) => (409, "not_running"),
             Self::Foreign { .. } => (409, "foreign_process"),
-            Self::TooManyJobs(_) | Self::TooManyFollowers(_) | Self::TooManyClients(_) => (429, "too_many"),
+            Self::TooManyJobs(_)
+            | Self::TooManyFollowers(_)
+            | Self::TooManyClients(_)
+            | Self::BeingChecked => (429, "too_many"),
             Self::Forbidden { .. } => (403, "forbidden"),
             Self::CannotCancel(_) => (409, "cannot_cancel"),
             Self::Cancelled => (409, "cancelled"),
@@ -225,9 +231,10 @@ impl NodeError {
             }
             Self::NotRunning(vm) => return format!("`outlive vm show {vm}` says why").into(),
             Self::Foreign { .. } => "stop it where it was started, for example with systemctl",
-            Self::TooManyJobs(_) | Self::TooManyFollowers(_) | Self::TooManyClients(_) => {
-                "try again when one has ended"
-            }
+            Self::TooManyJobs(_)
+            | Self::TooManyFollowers(_)
+            | Self::TooManyClients(_)
+            | Self::BeingChecked => "try again when one has ended",
             Self::Forbidden { .. } => {
                 "say it with the keys of an operator (`outlive keys operator NAME`, on the machine with the CA), or on \
                  that host itself"

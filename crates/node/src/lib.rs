@@ -9,9 +9,11 @@
 //!   they are, and its options.
 //! - `records`: desired state and process of each VM, on disk. `process`: one process, from its start or adoption to its
 //!   end. `ended`: how it ended. `log`: its output, bounded. `asking`: what it says at the socket of `outlive status`.
-//!   `events`: the place of what it tells. `words`: its remedies, where a node keeps it. `bounded`: looks at files that may never come back.
+//!   `events`: the place of what it tells. `words`: its remedies, where a node keeps it. `short`: commands that are waited for.
+//!   `bounded`: looks at files that may never come back.
 //! - `keeper`: a thread for each VM. `keeper/plan.rs` decides when a process is started again.
 //! - `node`: all of them, with `node/definitions.rs` and `node/orders.rs`; `drain`: maintenance; `jobs`: long work; `feed`: events.
+//! - `checkup`: what `outlive check` says of this host. [`peer`]: what the node of another host says, and how far away it is.
 //! - `figures`: the last minutes of each VM. `picture`: a page that shows all of this, from the API.
 //! - [`api`]: REST on a socket, and over TLS for other hosts. [`remote`]: what the program says of keys and certificates.
 //! - [`cli`]: `outlive node`, `outlive vm` and `outlive top`; `client`: their way to the API; `host`: which one; `sse`: its stream of events, read.
@@ -24,6 +26,7 @@
 pub mod api;
 mod asking;
 mod bounded;
+mod checkup;
 pub mod cli;
 mod client;
 pub mod definition;
@@ -42,11 +45,13 @@ mod node;
 #[cfg(test)]
 mod node_tests;
 mod page;
+pub mod peer;
 mod picture;
 mod process;
 mod program;
 mod records;
 pub mod remote;
+mod short;
 mod sse;
 mod terminal;
 #[cfg(test)]

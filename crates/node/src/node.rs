@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::checkup::Checkup;
 use crate::definition::Folder;
 use crate::drain::{Mode, Modes};
 use crate::error::NodeError;
@@ -121,6 +122,9 @@ pub(crate) struct NodeView {
     pub(crate) version: String,
     pub(crate) pid: u32,
     pub(crate) since: String,
+    /// This host's clock, when it answered; releases before it do not say.
+    #[serde(default)]
+    pub(crate) now: String,
     pub(crate) mode: Mode,
     /// What is wrong with the node itself.
     #[serde(default)]
@@ -144,6 +148,7 @@ pub struct Node {
     defining: Mutex<()>,
     pub(crate) jobs: Jobs,
     pub(crate) modes: Modes,
+    pub(crate) checkup: Checkup,
     /// What is wrong with the node itself, by what it is about.
     troubles: Mutex<BTreeMap<&'static str, String>>,
     _only: File,
@@ -188,6 +193,7 @@ impl Node {
             defining: Mutex::default(),
             jobs: Jobs::new(feed),
             modes,
+            checkup: Checkup::default(),
             troubles: Mutex::default(),
             _only: only,
         });
@@ -200,6 +206,21 @@ impl Node {
             .spawn(move || definitions::watch(&weak, seen))
             .map_err(StartError::Thread)?;
         Ok(node)
+    }
+
+    /// Its name, by which definitions have tables for it.
+    pub(crate) fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// Where its files are.
+    pub(crate) fn places(&self) -> &Places {
+        &self.shared.places
+    }
+
+    /// The program whose processes it starts.
+    pub(crate) fn program(&self) -> &Program {
+        &self.shared.program
     }
 
     /// Events of this node.
@@ -248,6 +269,7 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             since: self.since.clone(),
+            now: humantime::format_rfc3339_micros(std::time::SystemTime::now()).to_string(),
             mode: self.modes.get(),
             warnings: self.modes.damage().into_iter().chain(self.troubles().values().cloned()).collect(),
             vms,

@@ -18,6 +18,8 @@ use crate::view::View;
 
 /// How long anything may take; far longer than on a host that is not overloaded.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// What the fake check says.
+const CHECK: &str = r#"{"result":"warning","findings":[{"name":"memory","state":"warning","found":"little","remedy":"free some"}],"facts":{"host":"hosta"}}"#;
 /// Where the fake process finds its arguments.
 const ARGUMENTS: &str = "OUTLIVE_FAKE_ARGUMENTS";
 
@@ -80,7 +82,7 @@ impl World {
         let script = format!(
             "#!/bin/sh\ncd {}\nif [ \"$1\" = hand-over ]; then\n  vm=$(basename \"$3\" .sock)\n  if [ -e $vm.stays ]; \
              then echo 'outlive: refused: the standby is gone' >&2; exit 2; fi\n  echo standby > $vm.role\n  echo 'the \
-             standby has the VM'\n  exit 0\nfi\nexport {ARGUMENTS}=\"$*\"\nexec {} --exact testing::fake_process \
+             standby has the VM'\n  exit 0\nfi\nif [ \"$1\" = check ]; then echo '{CHECK}'; exit 2; fi\nexport {ARGUMENTS}=\"$*\"\nexec {} --exact testing::fake_process \
              --nocapture\n",
             folder.path().display(),
             this.display()

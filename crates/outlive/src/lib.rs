@@ -13,6 +13,7 @@ mod clock;
 pub mod console;
 pub mod demo;
 mod disk;
+pub mod doctor;
 pub mod events;
 pub mod exit;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -23,7 +23,7 @@ fn the_exit_code_and_both_outputs_agree() {
     let table = Command::new(PROGRAM).arg("check").output().unwrap();
     let json = Command::new(PROGRAM).args(["check", "--json"]).output().unwrap();
     let report: Value = serde_json::from_slice(&json.stdout).unwrap();
-    let missing = report["result"] == "missing";
+    let missing = report["result"] == "error";
     for output in [&table, &json] {
         assert_eq!(output.status.code(), Some(if missing { 2 } else { 0 }), "{output:?}");
     }

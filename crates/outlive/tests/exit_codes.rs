@@ -43,6 +43,8 @@ const ELSEWHERE: &[(&str, u8, &str, &str)] = &[
     ("demo", 1, "src/demo/summary.rs", "any_damage_makes_it_fail"),
     ("demo", 130, "src/demo/summary.rs", "an_interrupted_run_is_judged_by_what_was_done"),
     ("check", 0, "tests/check.rs", "the_exit_code_and_both_outputs_agree"),
+    ("doctor", 0, "src/doctor/mod.rs", "two_hosts_stand_side_by_side"),
+    ("doctor", 1, "src/doctor/mod.rs", "an_error_on_either_host_or_between_them_decides"),
 ];
 
 /// What was seen.
@@ -169,6 +171,7 @@ const COMMANDS: &[(&str, u8, &str)] = &[
     ("image", 2, "image show @/missing"),
     ("demo", 2, "demo --seconds 0"),
     ("check", 2, "check --nonsense"),
+    ("doctor", 2, "doctor --vms @/vms --peer 127.0.0.1:9 --keys @/missing"),
     ("completions", 0, "completions bash"),
     ("completions", 2, "completions tcsh"),
     ("man", 0, "man @/man1"),

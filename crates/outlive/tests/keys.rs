@@ -36,6 +36,25 @@ fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o777
 }
 
+/// A pair needs two of them, and the first line of the quick start makes both.
+#[test]
+fn the_first_keys_come_with_those_of_the_other_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_outlive"));
+    command.args(["keys", "init", "keys", "--host", "hosta", "--issue", "hostb"]).current_dir(folder.path());
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("hostb.keys has the keys of hostb: ") && !said.contains("NAME"), "{said}");
+    let made = |name: &str| show(folder.path().join(name).to_str().unwrap());
+    assert_eq!(
+        (&made("keys")["host"]["name"], &made("hostb.keys")["host"]["name"]),
+        (&"hosta".into(), &"hostb".into())
+    );
+    // It is copied as it is.
+    assert_eq!(mode(&folder.path().join("hostb.keys")), 0o700);
+}
+
 /// The life of keys, from the first to the next ones.
 #[test]
 fn keys_are_made_shown_renewed_and_revoked() {

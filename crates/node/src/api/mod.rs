@@ -1,7 +1,7 @@
 //! The API: REST and JSON over HTTP/1.1, on a socket of this host, and for other hosts and operators over TLS.
 //! `docs/api/openapi.json` describes it, and a test holds the server to it.
 //!
-//! - `routes.rs`, `body.rs`, `stream.rs`: what is answered. `access.rs`: who may ask for what.
+//! - `routes.rs`, `body.rs`, `stream.rs`, `zeros.rs`: what is answered. `access.rs`: who may ask for what.
 //! - `remote.rs`: connections over TLS, and `crowd.rs`: room for few of them.
 //!
 //! Everything is bounded: connections, the time for a request's head, the length of a body, events that are kept, jobs.
@@ -15,6 +15,7 @@ mod routes;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod zeros;
 
 use std::fs::File;
 use std::io;

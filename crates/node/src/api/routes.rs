@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
+use axum::body::{Body as Content, Bytes};
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::middleware;
@@ -16,6 +16,7 @@ use serde_json::json;
 
 use super::access::Caller;
 use super::body::json as answer;
+use super::zeros::{self, Zeros};
 use super::{OPENAPI, access, stream};
 use crate::definition;
 use crate::error::NodeError;
@@ -39,6 +40,8 @@ pub(super) fn routes(node: Arc<Node>) -> Router {
         .route("/v1/node", get(node_view))
         .route("/v1/node/drain", post(drain))
         .route("/v1/node/undrain", post(undrain))
+        .route("/v1/check", get(check))
+        .route("/v1/check/link", get(link))
         .route("/v1/vms", get(list))
         .route("/v1/vms/{name}", get(show).put(define).delete(undefine))
         .route("/v1/vms/{name}/start", post(start))
@@ -164,6 +167,20 @@ async fn drain(State(node): Of, body: Body) -> Answer {
 
 async fn undrain(State(node): Of) -> Answer {
     Ok(answer(StatusCode::OK, &beside(move || node.undrain()).await?))
+}
+
+/// It may take some seconds.
+async fn check(State(node): Of) -> Answer {
+    Ok(answer(StatusCode::OK, &beside(move || node.check()).await?))
+}
+
+async fn link(uri: Uri) -> Answer {
+    let bytes = uri.query().and_then(|query| query.strip_prefix("bytes=")?.parse().ok());
+    let bytes = bytes.filter(|bytes| (1..=zeros::MOST).contains(bytes)).ok_or_else(|| {
+        NodeError::BadRequest(format!("say ?bytes=N, with a number from 1 to {}", zeros::MOST))
+    })?;
+    let head = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
+    Ok((head, Content::new(Zeros(bytes))).into_response())
 }
 
 async fn jobs(State(node): Of) -> Response {

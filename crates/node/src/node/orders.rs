@@ -1,12 +1,9 @@
 //! What an operator has done with a VM, or with all of them: each is a job.
 
-use std::io::{self, Read as _};
 use std::process::Command;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde_json::{Value, json};
 
 use super::{Node, NodeView};
@@ -15,6 +12,7 @@ use crate::ended::End;
 use crate::error::NodeError;
 use crate::jobs::{Job, Kind, Work};
 use crate::keeper::Order;
+use crate::short::{Hears, run};
 use crate::view::{State, View};
 
 /// How long a process may take until it says something. It may wait for its arbiter before that, and say so.
@@ -145,8 +143,9 @@ impl Node {
         let socket = self.shared.places.socket_of(name);
         let mut command = Command::new(&self.shared.program.path);
         command.arg("hand-over").arg("--socket").arg(socket);
-        let (ended, said) = run(command, HANDS_OVER)
+        let (ended, said) = run(command, Hears::Everything, HANDS_OVER)
             .map_err(|error| NodeError::System("cannot run outlive hand-over".into(), error))?;
+        let said = said.trim().strip_prefix("outlive: ").unwrap_or(said.trim()).to_owned();
         let took = began.elapsed().as_millis() as u64;
         match ended {
             Some(true) => Ok(json!({ "took_ms": took, "said": said })),
@@ -198,38 +197,5 @@ fn goes_on(view: &View, before: Option<&End>) -> Result<(), NodeError> {
         }
         Some(end) if Some(end) != before => Err(NodeError::NotStarted { vm, why: end.what.clone() }),
         _ => Ok(()),
-    }
-}
-
-/// Runs a short command: whether it succeeded, and its words. `None`: it did not end in time and was killed.
-fn run(mut command: Command, most: Duration) -> io::Result<(Option<bool>, String)> {
-    let (words, theirs) = io::pipe()?;
-    let mut child =
-        command.stdin(std::process::Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs).spawn()?;
-    // Its ends of the pipe.
-    drop(command);
-    let began = Instant::now();
-    let ended = loop {
-        if let Some(status) = child.try_wait()? {
-            break Some(status.success());
-        }
-        if began.elapsed() > most {
-            child.kill()?;
-            child.wait()?;
-            break None;
-        }
-        thread::sleep(Duration::from_millis(5));
-    };
-    let said = at_hand(words)?;
-    Ok((ended, said.trim().strip_prefix("outlive: ").unwrap_or(said.trim()).to_owned()))
-}
-
-/// What is in a pipe by now. A process that the command has left behind may keep it open for ever.
-fn at_hand(pipe: io::PipeReader) -> io::Result<String> {
-    fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    let mut words = Vec::new();
-    match pipe.take(4096).read_to_end(&mut words) {
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-        _ => Ok(String::from_utf8_lossy(&words).into_owned()),
     }
 }

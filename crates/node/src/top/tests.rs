@@ -31,6 +31,7 @@ fn node() -> NodeView {
         version: "1.2.3".into(),
         pid: 7,
         since: NOW.into(),
+        now: NOW.into(),
         mode: Mode::Active,
         warnings: Vec::new(),
         vms: Default::default(),

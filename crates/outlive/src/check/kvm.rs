@@ -41,8 +41,8 @@ fn cannot_open(error: &HostError) -> Finding {
     // The error's text ends with its remedy.
     let (found, remedy) = text.split_once(": ").unwrap_or((&text, "see the error"));
     match error {
-        HostError::Missing => Finding::missing("KVM", found, remedy_for_no_device()),
-        _ => Finding::missing("KVM", found, remedy),
+        HostError::Missing => Finding::error("KVM", found, remedy_for_no_device()),
+        _ => Finding::error("KVM", found, remedy),
     }
 }
 

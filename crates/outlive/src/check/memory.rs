@@ -37,7 +37,7 @@ pub(super) fn finding() -> Finding {
         LEAST.. => {
             Finding::warning(NAME, found, "give VMs less than the default 256M with --memory, or free memory")
         }
-        _ => Finding::missing(NAME, found, "end other programs, or raise the limit that is named here"),
+        _ => Finding::error(NAME, found, "end other programs, or raise the limit that is named here"),
     }
 }
 

@@ -29,7 +29,7 @@ fn tun() -> Finding {
                 // The node can exist without the module.
                 _ => (format!("cannot open /dev/net/tun: {error}"), "load the module: modprobe tun"),
             };
-            Finding::missing(NAME, found, remedy)
+            Finding::error(NAME, found, remedy)
         }
     }
 }
@@ -52,7 +52,7 @@ fn judge_rights(may_administer: bool, forbidding: Option<&'static str>) -> Findi
             "run 'outlive run' and 'outlive standby' as root or with CAP_NET_ADMIN; the demo makes its own \
              network",
         ),
-        (false, Some(setting)) => Finding::missing(
+        (false, Some(setting)) => Finding::error(
             NAME,
             "this user may make neither taps and bridges nor user namespaces",
             format!("run as root or with CAP_NET_ADMIN, or allow user namespaces: sysctl -w {setting}"),
@@ -97,7 +97,7 @@ mod tests {
         assert_eq!(judge_rights(false, None).state, State::Warning);
         let finding =
             judge_rights(false, forbidding_setting(|path| path.ends_with("clone").then(|| "0\n".into())));
-        assert_eq!(finding.state, State::Missing);
+        assert_eq!(finding.state, State::Error);
         assert!(
             finding.remedy.ends_with("sysctl -w kernel.unprivileged_userns_clone=1"),
             "{}",

@@ -14,9 +14,12 @@ const ROUNDS: usize = 15;
 /// Slower than a disk with moving parts.
 const SLOW: Duration = Duration::from_millis(30);
 
-/// `None` where this user may write nowhere, or the file system has no files without a name.
-pub(super) fn finding() -> Option<Finding> {
-    PLACES.iter().find_map(|place| Some(judge(place, median(Path::new(place)).ok()?)))
+/// With how long a write takes. `None` where this user may write nowhere, or the file system has no files without a name.
+pub(super) fn finding() -> Option<(Finding, Duration)> {
+    PLACES.iter().find_map(|place| {
+        let took = median(Path::new(place)).ok()?;
+        Some((judge(place, took), took))
+    })
 }
 
 fn judge(place: &str, took: Duration) -> Finding {

@@ -25,8 +25,8 @@ use crate::standby::{Door, DoorError, Outcome, Post, PostError};
 use crate::status::{NO_PRIMARY, NoPlace, Server, ServerError, Standing};
 use crate::vm::{self, End, Launch, Remedied, Stops};
 use crate::{
-    arbiter, check, console, demo, disk, exit, keys, logs, metrics, notify, primary, process, sandbox,
-    sentinel, status, ui,
+    arbiter, check, console, demo, disk, doctor, exit, keys, logs, metrics, notify, primary, process,
+    sandbox, sentinel, status, ui,
 };
 
 impl From<PrivilegeError> for BeginError {
@@ -56,6 +56,7 @@ impl Command {
             Self::Image(options) => disk::command(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
+            Self::Doctor(options) => doctor::command(options),
             Self::Completions(options) => completions::command(options),
             Self::Man(options) => man::command(options),
             Self::Sentinel { confined } => sentinel::command(*confined),

@@ -109,6 +109,14 @@ pub const TABLE: &[(&str, Codes)] = &[
         ],
     ),
     ("check", &[(0, "VMs can run here"), (2, "wrong options, or something essential is missing")]),
+    (
+        "doctor",
+        &[
+            (0, "no error was found, perhaps warnings"),
+            (1, "an error was found: on a host, or between both"),
+            (2, "wrong options, or the other host cannot be asked: one line says what to do"),
+        ],
+    ),
     ("completions", DONE),
     ("man", DONE),
 ];

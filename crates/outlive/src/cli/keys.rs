@@ -29,6 +29,10 @@ pub enum KeysCommand {
         /// Name of this host [default: the one that the system has]
         #[arg(long, value_name = "NAME")]
         host: Option<String>,
+        /// Make the keys of the other host, too, as outlive keys issue does: NAME.keys, to be copied there (repeat for
+        /// more)
+        #[arg(long, value_name = "NAME")]
+        issue: Vec<String>,
         /// What it may do.
         #[command(flatten)]
         grant: GrantOptions,
@@ -165,6 +169,8 @@ impl DaysOption {
 const KEYS_EXAMPLES: &str = "\
 Examples:
   outlive keys init                                  this host's keys, in /etc/outlive/keys, and a CA, beside them
+  outlive keys init --issue hostb                    the same, and host b's keys in hostb.keys; then:
+  scp -rp hostb.keys root@hostb:/etc/outlive/keys && rm -r hostb.keys
   outlive keys issue --host hostb                    the second host's keys, the first or new ones; then:
   ssh root@hostb mkdir -p -m 700 /etc/outlive/keys && scp -p hostb.keys/* root@hostb:/etc/outlive/keys/ &&
     rm -r hostb.keys

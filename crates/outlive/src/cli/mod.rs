@@ -7,6 +7,7 @@ mod completions;
 mod console;
 mod definition;
 mod demo;
+mod doctor;
 mod epochs;
 mod execute;
 pub mod exits;
@@ -36,11 +37,13 @@ pub use check::CheckOptions;
 pub use completions::{CompletionsOptions, Shell, complete};
 pub use console::ConsoleOptions;
 pub use demo::{DemoArbiter, DemoOptions};
+pub use doctor::DoctorOptions;
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
 pub use man::ManOptions;
 pub use metrics::MetricsOptions;
+pub(crate) use node::definitions;
 pub use outlive_node::cli::{NodeOptions, TopOptions, VmOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
@@ -65,6 +68,7 @@ pub struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   outlive check                      what this machine has and what it lacks
+  outlive doctor --peer hostb        the same for this host and another one, side by side
   outlive demo                       see a VM survive three kills, on this machine alone
   outlive keys init                  keys that the hosts know each other by; outlive keys issue makes the other host's
   outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0
@@ -110,6 +114,8 @@ pub enum Command {
     Demo(DemoOptions),
     /// Say whether this machine can run VMs, and what to do about each thing that is missing
     Check(CheckOptions),
+    /// Say whether this host and another one can keep VMs together, and what to do about each thing that is in the way
+    Doctor(DoctorOptions),
     /// Print what makes a shell complete the words of this program's command lines
     Completions(CompletionsOptions),
     /// Print the manual page, or write the pages of all commands to a directory

@@ -19,6 +19,11 @@ fn program(path: impl Into<PathBuf>) -> Program {
     Program::new(path.into(), run).judged_by(definition::judge)
 }
 
+/// What reads definitions, without starting anything.
+pub(crate) fn definitions() -> Program {
+    program("outlive")
+}
+
 /// `outlive node`: returns the exit code.
 pub(super) fn node(options: &NodeOptions) -> u8 {
     let program = match std::env::current_exe() {
@@ -106,6 +111,26 @@ mod tests {
             let why = parse(text).expect_err(text);
             assert!(why.contains(says) && !why.contains('\n'), "{text}: {why}");
         }
+    }
+
+    /// Definitions in the documents are definitions.
+    #[test]
+    fn definitions_in_the_documents_can_be_used() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+        let mut count = 0;
+        for page in std::fs::read_dir(docs).unwrap().map(|page| page.unwrap().path()) {
+            let Ok(text) = std::fs::read_to_string(&page) else { continue };
+            for block in text.split("```toml\n").skip(1) {
+                let block = block.split("```").next().unwrap_or_default();
+                for host in ["hosta", "hostb"] {
+                    let file = Path::new("/etc/outlive/vms/web.toml");
+                    Definition::parse(file, block, host, &program("/bin/false"))
+                        .unwrap_or_else(|why| panic!("{}: {why}", page.display()));
+                }
+                count += 1;
+            }
+        }
+        assert!(count > 1, "docs/node.md has two");
     }
 
     /// What may come later is no mistake, and is said.

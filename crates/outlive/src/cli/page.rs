@@ -30,6 +30,8 @@ const DOCUMENTS: &[(&str, &[&str])] = &[
     ("keys", &["docs/trust.md"]),
     ("image", &["docs/linux-guest.md"]),
     ("demo", &["docs/measuring.md"]),
+    ("check", &["docs/operations.md"]),
+    ("doctor", &["docs/operations.md"]),
 ];
 
 /// The name of a page's file.

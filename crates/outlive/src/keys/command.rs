@@ -34,7 +34,9 @@ enum CommandError {
 pub fn command(options: &KeysOptions) -> u8 {
     let mut out = io::stdout().lock();
     let done = match &options.command {
-        KeysCommand::Init { directory, host, grant } => init(directory, host.as_deref(), grant, &mut out),
+        KeysCommand::Init { directory, host, issue, grant } => {
+            init(directory, host.as_deref(), issue, grant, &mut out)
+        }
         KeysCommand::Issue { host, keys, to, grant } => issue(keys, host, to.as_deref(), grant, &mut out),
         KeysCommand::Operator { name, keys, to, days } => {
             operator(keys, name, to.as_deref(), days.life(), &mut out)
@@ -69,6 +71,7 @@ fn grant(options: &GrantOptions) -> Grant {
 fn init(
     place: &Path,
     host: Option<&str>,
+    others: &[String],
     about: &GrantOptions,
     out: &mut dyn Write,
 ) -> Result<(), CommandError> {
@@ -76,13 +79,18 @@ fn init(
     let order = Order { host, grant: grant(about), life: about.days.life() };
     let made = make::init(place, &order)?;
     let beside = ca::place(place);
-    let place = place.display();
-    writeln!(out, "{place} has the keys of {}", Told(&made))?;
+    writeln!(out, "{} has the keys of {}", place.display(), Told(&made))?;
     writeln!(out, "{} has the new CA's private key: whoever has it can be any host", beside.display())?;
-    writeln!(
-        out,
-        "for the other host: outlive keys issue --keys {place} --host NAME, and copy what it makes"
-    )?;
+    if others.is_empty() {
+        writeln!(
+            out,
+            "for the other host: outlive keys issue --keys {} --host NAME, and copy what it makes",
+            place.display()
+        )?;
+    }
+    for other in others {
+        issue(place, other, None, about, out)?;
+    }
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod clients;
+mod doctor;
 mod keys;
 mod strangers;
 mod support;
