@@ -643,7 +643,7 @@ mod tests {
             }
         }
         // As taps and interfaces are asked.
-        for request in [libc::TUNSETIFF, libc::SIOCGIFINDEX as u64, 0x8004_ae00] {
+        for request in [libc::TUNSETIFF, libc::SIOCGIFINDEX, 0x8004_ae00] {
             assert!(allows(Role::Reader, SYS_ioctl, [3, request, 0]), "{request:#x}");
         }
     }
