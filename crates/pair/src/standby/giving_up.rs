@@ -172,29 +172,18 @@ impl Standby {
         self.discard(link, out);
     }
 
-    /// The link ends before the leave is sent. Returns whether it is the one over which that would go.
-    pub(super) fn lost_while_given_up(
-        &mut self,
-        link: Link,
-        why: &LossReason,
-        out: &mut Vec<Action>,
-    ) -> bool {
-        let State::GivingUp(given) = &self.state else { return false };
-        if given.attached.link != link {
-            return false;
-        }
+    /// The link ends before the leave is sent.
+    pub(super) fn lost_while_given_up(&mut self, why: LossReason, out: &mut Vec<Action>) {
+        let State::GivingUp(given) = &self.state else { return };
         if planted!(self.bug, ClaimsWhatIsGivenUp) {
-            self.claim_all_the_same(out);
-            return true;
+            return self.claim_all_the_same(out);
         }
         if given.may_still_run() && !planted!(self.bug, ThrownAwayUnasked) {
-            self.counts_again(why.clone(), out);
-            return true;
+            return self.counts_again(why, out);
         }
         let silent = self.now - given.attached.heard;
-        out.push(Action::Note(Note::LinkLost { why: why.clone(), silent, committed: false }));
+        out.push(Action::Note(Note::LinkLost { why, silent, committed: false }));
         self.leave_what_is_given_up(false, out);
-        true
     }
 
     /// Nobody has heard that this copy is given up, so it is a copy like any other whose link is lost.

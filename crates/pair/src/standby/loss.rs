@@ -21,8 +21,8 @@ impl Standby {
 
     pub(super) fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
         let (now, bug) = (self.now, self.bug);
-        if self.lost_while_given_up(link, &why, out) {
-            return;
+        if matches!(&self.state, State::GivingUp(given) if given.attached.link == link) {
+            return self.lost_while_given_up(why, out);
         }
         let Some(attached) = self.attached_mut(link) else { return };
         let (heard, dead_after) = (attached.heard, attached.timing.dead_after);

@@ -138,7 +138,7 @@ fn a_whole_copy_counts_again_once_it_is_applied() {
 #[test]
 fn a_whole_copy_that_fails_while_it_is_given_up_never_runs() {
     for whole in WHOLE {
-        for (trouble, without, _, then) in never_runs() {
+        for (trouble, without, with, then) in never_runs() {
             let mut host = Host::protected();
             host.acts(whole());
             assert_eq!(host.acts(trouble()), []);
@@ -147,7 +147,18 @@ fn a_whole_copy_that_fails_while_it_is_given_up_never_runs() {
             busy.acts(staged(12, PLAIN));
             assert_eq!(busy.acts(whole()), []);
             assert_eq!(busy.acts(trouble()), [Release { link: LINK }]);
-            assert_eq!(busy.acts(lost()), leaves(without, then));
+            assert_eq!(busy.acts(lost()), leaves(without, then.clone()));
+            // Nothing waits for a checkpoint that will never be applied.
+            let stopped = Exit { reason: StandbyExit::Stopped };
+            let then = if matches!(then, Discard { .. }) { stopped } else { then };
+            for first in [&whole, &trouble] {
+                let mut stopping = Host::protected();
+                stopping.acts(staged(12, PLAIN));
+                stopping.acts(first());
+                stopping.acts(trouble());
+                stopping.acts(Stop);
+                assert_eq!(stopping.acts(released(Ok(()))), leaves(with, then.clone()));
+            }
         }
     }
 }
@@ -178,7 +189,14 @@ fn a_copy_that_has_failed_or_differs_is_not_taken_over() {
     for (trouble, without, _, then) in never_runs() {
         let mut host = Host::protected();
         host.acts(trouble());
-        assert_eq!(host.acts(lost()), leaves(without, then));
+        host.now += 7;
+        let told = host.on(lost());
+        let silent = ms(7);
+        let note = Note(StandbyNote::LinkLost { why: LossReason::Closed, silent, committed: false });
+        assert!(told.contains(&note), "{told:?}");
+        for action in leaves(without, then) {
+            assert!(told.contains(&action), "{told:?} lacks {action:?}");
+        }
         host.now += 10_000;
         assert_eq!(host.acts(Tick), []);
     }
