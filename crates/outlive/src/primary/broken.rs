@@ -17,10 +17,6 @@ const TELL_AGAIN: Duration = Duration::from_secs(10);
 /// A fault this soon after one that the last host had, too, counts as the same.
 const SAME_LASTS: Duration = Duration::from_secs(600);
 
-/// Why a VM is not left to its standby because of a shared disk.
-const HANGS: &str =
-    "a write that hangs cannot be recalled, and could land after what another host would write";
-
 /// What is known of faults; see the module.
 #[derive(Debug, Default)]
 pub(super) struct Faults {
@@ -33,8 +29,6 @@ pub(super) struct Faults {
     told: Option<Instant>,
     /// A request has not been answered in time.
     late: bool,
-    /// A shared disk has not answered one in time.
-    shared_late: bool,
     /// When a fault last counted as that of the last host.
     same: Option<Instant>,
     /// Why the VM was left to its standby, until it is known whether that has taken it over.
@@ -77,7 +71,6 @@ impl Coordinator {
             return;
         }
         self.faults.looked = Some(Instant::now());
-        self.look_at_shared_disks(limit);
         let mut own = self.with.machine.disks().iter().filter(|disk| !disk.is_shared());
         let late = own.find(|disk| disk.unanswered_for() >= limit);
         let late = late.map(|disk| (disk.index(), disk.has_reissued()));
@@ -91,29 +84,6 @@ impl Coordinator {
             tracing::info!("this host's disks answer again");
             self.with.events.emit(Event::HostMended { part: Part::Disk });
             self.with.driver.handle(PrimaryEvent::Mended { what: Broken::Disk });
-        }
-    }
-
-    /// A write that a shared disk has not answered cannot be recalled: if it were carried out after a takeover, it would
-    /// destroy what the new host has written since. So the VM stays, and people hear why the guest waits.
-    fn look_at_shared_disks(&mut self, limit: Duration) {
-        let mut shared = self.with.machine.disks().iter().filter(|disk| disk.is_shared());
-        let late = shared.find(|disk| disk.unanswered_for() >= limit).map(|disk| disk.index());
-        let was_late = std::mem::replace(&mut self.faults.shared_late, late.is_some());
-        match late {
-            Some(index) if !was_late => {
-                let why = format!(
-                    "the shared disk {index} has not answered a request for {} s, and the guest waits for it",
-                    limit.as_secs_f32()
-                );
-                tracing::warn!("{why}; the VM stays here: {HANGS}; mend the storage or the way to it");
-                self.with.events.emit(Event::HostFault { part: Part::Disk, why, kept: Some(HANGS.into()) });
-            }
-            None if was_late => {
-                tracing::info!("this host's shared disks answer again");
-                self.with.events.emit(Event::HostMended { part: Part::Disk });
-            }
-            _ => {}
         }
     }
 

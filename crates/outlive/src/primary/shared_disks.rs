@@ -7,9 +7,10 @@
 
 use std::time::{Duration, Instant};
 
-use outlive_pair::PrimaryEvent;
+use outlive_pair::{Kept, PrimaryEvent};
 
 use super::coordinator::Coordinator;
+use crate::events::{Event, Part};
 
 /// How often they are looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -24,7 +25,10 @@ const LEAVING_LOOK: Duration = Duration::from_millis(1);
 #[derive(Debug, Default)]
 pub(super) struct SharedDisks {
     looked: Option<Instant>,
+    /// One has not answered for so long that the VM stays.
     hang: bool,
+    /// One counts as broken, and people have heard of it.
+    told: bool,
     /// Since when output of a VM that is handed over leaves.
     leaving: Option<Instant>,
 }
@@ -52,6 +56,31 @@ impl Coordinator {
     pub(super) fn look_at_shared(&mut self) {
         if self.shared.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
             self.look_at_shared_now();
+            self.tell_of_shared();
+        }
+    }
+
+    /// The VM stays with a shared disk that counts as broken, so people hear why the guest waits.
+    fn tell_of_shared(&mut self) {
+        let Some(limit) = self.with.disk_timeout else { return };
+        let mut shared = self.with.machine.disks().iter().filter(|disk| disk.is_shared());
+        let late = shared.find(|disk| disk.unanswered_for() >= limit).map(|disk| disk.index());
+        let was_told = std::mem::replace(&mut self.shared.told, late.is_some());
+        match late {
+            Some(index) if !was_told => {
+                let why = format!(
+                    "the shared disk {index} has not answered a request for {} s, and the guest waits for it",
+                    limit.as_secs_f32()
+                );
+                let kept = Kept::SharedDiskHangs.to_string();
+                tracing::warn!("{why}; the VM stays here: {kept}; mend the storage or the way to it");
+                self.with.events.emit(Event::HostFault { part: Part::Disk, why, kept: Some(kept) });
+            }
+            None if was_told => {
+                tracing::info!("this host's shared disks answer again");
+                self.with.events.emit(Event::HostMended { part: Part::Disk });
+            }
+            _ => {}
         }
     }
 

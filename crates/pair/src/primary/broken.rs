@@ -54,7 +54,7 @@ impl fmt::Display for Kept {
             Self::StandbyCutOff => "the standby's host is cut off from that network, too",
             Self::StandbySilent => "the standby does not say whether its host reaches that network",
             Self::SharedDiskHangs => {
-                "a shared disk does not answer, and a write that hangs cannot be recalled"
+                "a write that hangs cannot be recalled, and could land on the shared disk after what another host writes"
             }
         })
     }

@@ -116,8 +116,7 @@ impl Standby {
         // The primary of a VM that has ended waits for nobody's right.
         let has_right = committed.is_some_and(|it| it.end.is_none());
         // Nothing more comes of a checkpoint that failed, or was found to differ, while it was applied.
-        let goes_on = matches!(why, Worthless::BadStream(_) | Worthless::Dismissed);
-        let waits = goes_on && committed.is_some_and(|it| it.applying);
+        let waits = why.is_whole() && committed.is_some_and(|it| it.applying);
         if let Some(committed) = committed.as_mut().filter(|_| !waits) {
             committed.applying = false;
         }
