@@ -10,7 +10,8 @@
 //! broken.rs    disks and networks that fail while the VM runs
 //! hold.rs      holds a guest that writes more than the link carries; brake.rs, converge.rs: how much, how long
 //! driver.rs    the decisions; ports.rs what they reach; links.rs connections
-//! own_kernel.rs restarts of a guest that boots the kernel of its own disk
+//! shared_disks.rs disks that both hosts use
+//! restarts.rs  restarts of the guest; own_kernel.rs: of one that boots the kernel of its own disk
 //! notes.rs     log lines and events about them
 //! ```
 
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::SignalsBlocked;
 use outlive_epoch::{Audited, DiskAudited, EndReason, VmId};
-use outlive_machine::{LogMode, Machine, MachineEvent, PowerRequest, ResetWay};
+use outlive_machine::{LogMode, Machine, MachineEvent, PowerRequest};
 use outlive_pair::policy::Policy;
 use outlive_pair::{ExitReason, KeptMemory, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
 
@@ -34,7 +35,7 @@ use super::hold::{Held, LastEpoch};
 use super::inbox::{Inbox, Messages};
 use super::known::Known;
 use super::notes::Notes;
-use super::own_kernel::{self, Outcome, OwnKernel};
+use super::own_kernel::OwnKernel;
 use super::pool::Pool;
 use super::restarts::Restarts;
 use super::rivals::Rivals;
@@ -48,15 +49,13 @@ use crate::events::{Event, EventWriter, Part, Place};
 use crate::link::SenderReport;
 use crate::report::Reporter;
 use crate::status::Standing;
-use crate::vm::{BootDiskError, End, KeptVm, Shelf};
+use crate::vm::{End, KeptVm, Shelf};
 use crate::{audit, notify, process};
 
 /// How long an ending process lets its last messages go out.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// A fault of the host that comes this soon after a takeover counts as the guest's crash.
 pub(super) const SAME_FAULT: Duration = Duration::from_secs(10);
-/// How long the restart of a guest may take: what it boots from is read and written.
-const RESTART: Duration = Duration::from_secs(10);
 /// How long the coordinator sleeps if nothing is due.
 const IDLE: Duration = Duration::from_millis(500);
 
@@ -155,7 +154,7 @@ pub(super) struct Coordinator {
     pub(super) shared: SharedDisks,
     /// A checkpoint has failed, and the standby does not know yet.
     pub(super) trouble: Option<Trouble>,
-    restarts: Restarts,
+    pub(super) restarts: Restarts,
     /// When the guest that was asked to shut down is stopped.
     stop_due: Option<Instant>,
     notes: Notes,
@@ -376,66 +375,6 @@ impl Coordinator {
         self.over = Some(why);
     }
 
-    /// The guest asks for a restart; a guest that cannot restart ends.
-    fn restart_asked(&mut self, way: ResetWay) {
-        if !self.with.machine.can_reset() {
-            return self.end(EndReason::Reset);
-        }
-        let asked = self.restarts.request(way, Instant::now());
-        let wait = asked.wait.as_secs();
-        match asked.soon.map(|ran| ran.as_secs()) {
-            None => tracing::info!("the guest restarts, by {way}"),
-            Some(ran) if wait == 0 => {
-                tracing::warn!("the guest restarts, by {way}, {ran} s after its last restart");
-            }
-            Some(ran) => tracing::warn!(
-                "the guest restarts, by {way}, {ran} s after its last restart, again and again: \
-                 this one waits for {wait} s"
-            ),
-        }
-    }
-
-    /// Restarts the guest, protected as before, if it is time.
-    fn restart_if_due(&mut self) {
-        if self.with.driver.stands_still() {
-            return;
-        }
-        if let Some((way, outcome)) = self.with.own_kernel.take() {
-            self.restart(way, Some(outcome));
-        }
-        if let Some(way) = self.with.own_kernel.too_late(Instant::now()) {
-            let why = "its disk did not answer within --disk-timeout".to_owned();
-            self.restart(way, Some(Err(BootDiskError::NoThread(why))));
-        }
-        let Some(way) = self.restarts.take(Instant::now()) else { return };
-        match self.with.own_kernel.begin(&self.with.machine, way, self.with.disk_timeout) {
-            None => {}
-            Some(why) => self.restart(way, why.map(Err)),
-        }
-    }
-
-    /// Restarts the guest with what its disk boots, if it boots from one.
-    fn restart(&mut self, way: ResetWay, outcome: Option<Outcome>) {
-        self.with.machine.set_restarts(self.restarts.done());
-        if !self.with.driver.guest_may_run() {
-            return;
-        }
-        self.with.driver.handle(PrimaryEvent::LongWork { within: RESTART });
-        let restarted = match outcome {
-            None => self.with.machine.reset(),
-            Some(outcome) => own_kernel::restart(&mut self.with.machine, outcome, &self.with.events),
-        };
-        match restarted {
-            Ok(()) => {
-                self.with.events.emit(Event::GuestRestarted { how: way.to_string() });
-            }
-            Err(error) => {
-                tracing::error!("the guest cannot restart: {error}");
-                self.end(EndReason::Crash);
-            }
-        }
-    }
-
     /// The operator wants the VM stopped. A Linux guest is asked first, by its power button, and has a limited
     /// time: a service manager that waits in vain kills this process, and the standby would take over what the
     /// operator wants stopped.
@@ -479,7 +418,7 @@ impl Coordinator {
         }
     }
 
-    fn end(&mut self, reason: EndReason) {
+    pub(super) fn end(&mut self, reason: EndReason) {
         if self.with.driver.status() == PrimaryStatus::Arbitrating {
             tracing::warn!("the end waits for the arbiter: another host may have this VM too");
         }

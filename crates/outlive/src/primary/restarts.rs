@@ -1,11 +1,18 @@
-//! How often a guest restarts: a guest that does nothing else is slowed down.
+//! Restarts of the guest, and how often: a guest that does nothing else is slowed down.
 //!
 //! A restart copies the kernel within the VM's memory, which dirties a whole epoch's worth of pages, so a
 //! guest that cannot boot would keep both hosts busy forever.
 
 use std::time::{Duration, Instant};
 
+use outlive_epoch::EndReason;
 use outlive_machine::{ResetWay, RestartCount};
+use outlive_pair::PrimaryEvent;
+
+use super::coordinator::Coordinator;
+use super::own_kernel::{self, Outcome};
+use crate::events::Event;
+use crate::vm::BootDiskError;
 
 /// A guest that has run for this long between two restarts is well.
 const LONG: Duration = Duration::from_secs(60);
@@ -15,6 +22,9 @@ const AT_ONCE: u32 = 2;
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(32);
+
+/// How long the restart itself may take: what the guest boots from is read and written.
+const RESTART: Duration = Duration::from_secs(10);
 
 /// The restarts of one guest.
 #[derive(Debug, Default)]
@@ -68,6 +78,68 @@ impl Restarts {
         let (_, way) = self.due.take_if(|(at, _)| *at <= now)?;
         self.done = RestartCount { in_a_row: self.in_a_row, last: Some(now) };
         Some(way)
+    }
+}
+
+impl Coordinator {
+    /// The guest asks for a restart; a guest that cannot restart ends.
+    pub(super) fn restart_asked(&mut self, way: ResetWay) {
+        if !self.with.machine.can_reset() {
+            return self.end(EndReason::Reset);
+        }
+        let asked = self.restarts.request(way, Instant::now());
+        let wait = asked.wait.as_secs();
+        match asked.soon.map(|ran| ran.as_secs()) {
+            None => tracing::info!("the guest restarts, by {way}"),
+            Some(ran) if wait == 0 => {
+                tracing::warn!("the guest restarts, by {way}, {ran} s after its last restart");
+            }
+            Some(ran) => tracing::warn!(
+                "the guest restarts, by {way}, {ran} s after its last restart, again and again: \
+                 this one waits for {wait} s"
+            ),
+        }
+    }
+
+    /// Restarts the guest, protected as before, if it is time.
+    pub(super) fn restart_if_due(&mut self) {
+        if self.with.driver.stands_still() {
+            return;
+        }
+        if let Some((way, outcome)) = self.with.own_kernel.take() {
+            self.restart(way, Some(outcome));
+        }
+        if let Some(way) = self.with.own_kernel.too_late(Instant::now()) {
+            let why = "its disk did not answer within --disk-timeout".to_owned();
+            self.restart(way, Some(Err(BootDiskError::NoThread(why))));
+        }
+        let Some(way) = self.restarts.take(Instant::now()) else { return };
+        match self.with.own_kernel.begin(&self.with.machine, way, self.with.disk_timeout) {
+            None => {}
+            Some(why) => self.restart(way, why.map(Err)),
+        }
+    }
+
+    /// Restarts the guest with what its disk boots, if it boots from one.
+    fn restart(&mut self, way: ResetWay, outcome: Option<Outcome>) {
+        self.with.machine.set_restarts(self.restarts.done());
+        if !self.with.driver.guest_may_run() {
+            return;
+        }
+        self.with.driver.handle(PrimaryEvent::LongWork { within: RESTART });
+        let restarted = match outcome {
+            None => self.with.machine.reset(),
+            Some(outcome) => own_kernel::restart(&mut self.with.machine, outcome, &self.with.events),
+        };
+        match restarted {
+            Ok(()) => {
+                self.with.events.emit(Event::GuestRestarted { how: way.to_string() });
+            }
+            Err(error) => {
+                tracing::error!("the guest cannot restart: {error}");
+                self.end(EndReason::Crash);
+            }
+        }
     }
 }
 
