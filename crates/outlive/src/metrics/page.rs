@@ -3,14 +3,14 @@
 //! what a process writes is given to the node's own reader here.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use outlive_machine::{CaptureReport, Returned};
 use serde_json::{Value, json};
 
 use super::histogram::{Histogram, SIZES};
 use super::report::Running;
 use super::tell;
+use super::units::checkpoint;
 use crate::events::{Event, EventWriter, Part, Role};
 use crate::link::Shipped;
 use crate::primary::Totals;
@@ -43,19 +43,7 @@ impl Process {
 
     /// A checkpoint, of which every figure is another number.
     fn counts_a_checkpoint(&self) {
-        self.totals.captured(&CaptureReport {
-            pause: 3 * MS,
-            stop: 4 * MS,
-            state: 5 * MS,
-            harvest: 6 * MS,
-            handover: 7 * MS,
-            rearm: 8 * MS,
-            decide: 9 * MS,
-            copy: 10 * MS,
-            pages: 12,
-            ended: Instant::now(),
-            returned: Some(Returned { resume: 11 * MS, vcpu_pause: 2 * MS }),
-        });
+        self.totals.captured(&checkpoint());
         self.totals.sent(70_000);
         self.totals.committed(1);
         self.totals.shipped(&Shipped { number: 1, queue: 12 * MS, encode: 13 * MS, send: 14 * MS });

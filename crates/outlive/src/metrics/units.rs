@@ -22,10 +22,9 @@ const MS: Duration = Duration::from_millis(1);
 /// A test may be held up; a wrong unit is farther away.
 const SLACK: f64 = 300.0;
 
-/// What a primary counts of a checkpoint, a takeover and an audit.
-fn primary() -> Report {
-    let totals = Totals::new(0);
-    totals.captured(&CaptureReport {
+/// A checkpoint, of which every figure is another number.
+pub(super) fn checkpoint() -> CaptureReport {
+    CaptureReport {
         pause: 3 * MS,
         stop: 4 * MS,
         state: 5 * MS,
@@ -37,7 +36,13 @@ fn primary() -> Report {
         pages: 12,
         ended: Instant::now(),
         returned: Some(Returned { resume: 11 * MS, vcpu_pause: 2 * MS }),
-    });
+    }
+}
+
+/// What a primary counts of a checkpoint, a takeover and an audit.
+fn primary() -> Report {
+    let totals = Totals::new(0);
+    totals.captured(&checkpoint());
     totals.sent(70_000);
     totals.written(&CodecCounts { raw: 5, granules: 1, granule_bytes: 640, ..CodecCounts::default() });
     // The acknowledgement is faster than the system call.

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use outlive::keys::{self, Grant, Order};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::ring;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, Error, SignatureScheme, StreamOwned};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
+
+#[path = "../common/tls.rs"]
+mod tls;
+
+pub(crate) use tls::Tls;
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_outlive");
 /// How long anything may take; far longer than on a host that is not overloaded.
@@ -173,21 +174,9 @@ impl Stage {
 
     /// A connection as a client has it that believes everything, with keys or without.
     pub(crate) fn tls(&self, keys: Option<&str>) -> Tls {
-        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Gullible));
-        let config = match keys.map(|keys| keys::load(&self.at(keys)).unwrap()) {
-            Some(keys) => config.with_client_auth_cert(keys.chain, keys.key).unwrap(),
-            None => config.with_no_client_auth(),
-        };
-        let name = ServerName::try_from("node").unwrap();
-        StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), self.knock())
+        tls::tls(self.knock(), keys.map(|keys| self.at(keys)).as_deref())
     }
 }
-
-pub(crate) type Tls = StreamOwned<ClientConnection, TcpStream>;
 
 /// Says something, and returns the whole answer, or how it was refused.
 pub(crate) fn talk(stream: &mut Tls, words: &str) -> Result<String, String> {
@@ -247,50 +236,11 @@ impl Drop for Ends {
     }
 }
 
-/// Believes whatever the other end shows, and keeps it.
-#[derive(Debug)]
-struct Gullible;
-
 /// The certificate that a node shows.
 pub(crate) fn shown(stream: &mut Tls) -> Option<keys::Certificate> {
     stream.conn.complete_io(&mut stream.sock).ok()?;
     let all = stream.conn.peer_certificates()?;
     keys::Certificate::of_host(&all[0]).ok()
-}
-
-impl ServerCertVerifier for Gullible {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        ring::default_provider().signature_verification_algorithms.supported_schemes()
-    }
 }
 
 /// Lines of a process, as they come.

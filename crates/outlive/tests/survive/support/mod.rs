@@ -23,6 +23,7 @@ mod proxy;
 mod slow;
 mod small;
 mod start;
+#[path = "../../common/tls.rs"]
 mod tls;
 mod tracer;
 mod witness;

@@ -1,4 +1,4 @@
-//! The end of a link that a test speaks itself.
+//! The end of a TLS connection that a test speaks itself.
 
 use std::net::TcpStream;
 use std::path::Path;
@@ -10,8 +10,10 @@ use rustls::crypto::ring;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, Error, SignatureScheme, StreamOwned};
 
+pub(crate) type Tls = StreamOwned<ClientConnection, TcpStream>;
+
 /// Speaks TLS 1.3 with these keys or with none, and believes whatever the other end shows.
-pub(crate) fn tls(stream: TcpStream, keys: Option<&Path>) -> StreamOwned<ClientConnection, TcpStream> {
+pub(crate) fn tls(stream: TcpStream, keys: Option<&Path>) -> Tls {
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
@@ -21,7 +23,7 @@ pub(crate) fn tls(stream: TcpStream, keys: Option<&Path>) -> StreamOwned<ClientC
         Some(keys) => config.with_client_auth_cert(keys.chain, keys.key).unwrap(),
         None => config.with_no_client_auth(),
     };
-    let name = ServerName::try_from("standby").unwrap();
+    let name = ServerName::try_from("host").unwrap();
     StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), stream)
 }
 
