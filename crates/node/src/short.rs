@@ -36,7 +36,8 @@ pub(crate) fn run(mut command: Command, hears: Hears, most: Duration) -> io::Res
         }
         if began.elapsed() > most {
             child.kill()?;
-            child.wait()?;
+            // One that waits in the kernel, for a mount that is dead, ends when that answers.
+            thread::spawn(move || child.wait());
             break None;
         }
         thread::sleep(Duration::from_millis(5));
