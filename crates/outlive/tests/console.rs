@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
@@ -38,10 +40,23 @@ impl Vm {
 
 /// A person's terminal with `outlive console` on it.
 struct Person {
-    keyboard: File,
+    keyboard: Keyboard,
     terminal: File,
     program: Child,
     vm: UnixStream,
+}
+
+/// A person's side of the terminal, who does not wait for ever.
+struct Keyboard(File);
+
+impl Read for Keyboard {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let mut readable = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut readable, 20_000_u16)? == 0 {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        self.0.read(bytes)
+    }
 }
 
 fn attach(vm: &Vm) -> Person {
@@ -49,8 +64,9 @@ fn attach(vm: &Vm) -> Person {
     let terminal = File::from(pair.slave);
     let stdio = || Stdio::from(terminal.try_clone().unwrap());
     let program = vm.command().stdin(stdio()).stdout(stdio()).stderr(stdio()).spawn().unwrap();
-    let mut person = Person { keyboard: pair.master.into(), terminal, program, vm: vm.accept() };
-    read_to(&mut person.keyboard, b"detaches]\r\r\n");
+    let keyboard = Keyboard(pair.master.into());
+    let mut person = Person { keyboard, terminal, program, vm: vm.accept() };
+    read_to(&mut person.keyboard, b"detaches]\r\n");
     assert!(person.is_raw());
     person
 }
@@ -98,9 +114,9 @@ fn a_person_attaches_types_and_detaches() {
     let mut person = attach(&vm);
     person.vm.write_all(b"login: ").unwrap();
     read_to(&mut person.keyboard, b"login: ");
-    person.keyboard.write_all(b"root\r\x03").unwrap();
+    person.keyboard.0.write_all(b"root\r\x03").unwrap();
     assert_eq!(read_to(&mut person.vm, b"\x03"), b"root\r\x03");
-    person.keyboard.write_all(b"\x1d").unwrap();
+    person.keyboard.0.write_all(b"\x1d").unwrap();
     person.ended();
 }
 

@@ -59,7 +59,7 @@ fn attach(options: &ConsoleOptions) -> Result<u8, AttachError> {
     let terminal = RawTerminal::take(&keyboard)?;
     let is_terminal = terminal.is_some();
     if is_terminal {
-        logs::say(&format!("[attached to {}; Ctrl-] detaches]\r", path.display()));
+        logs::say(&format!("[attached to {}; Ctrl-] detaches]", path.display()));
     }
     let mut session = Session {
         socket,
