@@ -6,11 +6,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// After this silence, checks whether the command has ended; if it has, and the same time passes again, its
 /// output counts as complete.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A test program that prints nothing for so long hangs. Each prints a line for each test, and none takes half of it.
+const SILENCE: Duration = Duration::from_mins(8);
 
 /// Why a command of xtask failed.
 #[derive(Debug, thiserror::Error)]
@@ -115,20 +121,44 @@ pub(crate) fn step(command: &mut Command) -> Result<(), StepError> {
     if status.success() { Ok(()) } else { Err(StepError::Failed(describe(command))) }
 }
 
-/// Runs a command and passes every line of its output to `line`, after printing it.
+/// What a command says.
+pub(crate) enum Said<'a> {
+    /// One line.
+    Line(&'a str),
+    /// Not a word for so long; what it had started is ended.
+    Nothing(Duration),
+}
+
+/// Runs a command that starts one test program after another, and passes every line of its output to `said`,
+/// after printing it. A program that hangs is ended, and the rest runs: the time limit of a whole run names
+/// nothing.
 ///
 /// Standard output and standard error come through one pipe, so that cargo's line about a test program
 /// precedes the program's output.
-pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result<ExitStatus, StepError> {
+pub(crate) fn lines(command: &mut Command, mut said: impl FnMut(Said<'_>)) -> Result<ExitStatus, StepError> {
     eprintln!("==> {}", describe(command));
-    collect(command, |text| {
-        println!("{text}");
-        line(text);
+    watch(command, SILENCE, |it| {
+        if let Said::Line(text) = it {
+            println!("{text}");
+        }
+        said(it);
     })
 }
 
-/// The same without printing.
+/// The same without printing and however long it says nothing.
 pub(crate) fn collect(command: &mut Command, mut line: impl FnMut(&str)) -> Result<ExitStatus, StepError> {
+    watch(command, Duration::MAX, |said| {
+        if let Said::Line(text) = said {
+            line(text);
+        }
+    })
+}
+
+fn watch(
+    command: &mut Command,
+    silence: Duration,
+    mut said: impl FnMut(Said<'_>),
+) -> Result<ExitStatus, StepError> {
     let (output, input) = io::pipe().map_err(|source| start_error(command, source))?;
     let errors = input.try_clone().map_err(|source| start_error(command, source))?;
     let started = command.stdin(Stdio::null()).stdout(input).stderr(errors).spawn();
@@ -138,9 +168,13 @@ pub(crate) fn collect(command: &mut Command, mut line: impl FnMut(&str)) -> Resu
     let (sender, received) = channel();
     thread::spawn(move || send_lines(output, &sender));
     let mut ended = None;
+    let mut heard = Instant::now();
     loop {
         match received.recv_timeout(PATIENCE) {
-            Ok(text) => line(&text),
+            Ok(text) => {
+                heard = Instant::now();
+                said(Said::Line(&text));
+            }
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) if ended.is_some() => {
                 eprintln!(
@@ -150,10 +184,31 @@ pub(crate) fn collect(command: &mut Command, mut line: impl FnMut(&str)) -> Resu
             }
             Err(RecvTimeoutError::Timeout) => {
                 ended = child.try_wait().map_err(|source| start_error(command, source))?;
+                if ended.is_none() && heard.elapsed() >= silence {
+                    heard = Instant::now();
+                    said(Said::Nothing(silence));
+                    end_what_it_started(child.id());
+                }
             }
         }
     }
     child.wait().map_err(|source| start_error(command, source))
+}
+
+/// Ends the children of a process of ours, and theirs.
+fn end_what_it_started(parent: u32) {
+    for child in children(parent) {
+        end_what_it_started(child);
+        let _ = kill(Pid::from_raw(child.cast_signed()), Signal::SIGKILL);
+    }
+}
+
+fn children(parent: u32) -> Vec<u32> {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{parent}/task")) else { return Vec::new() };
+    let lists = threads.flatten().filter_map(|it| std::fs::read_to_string(it.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|it| it.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 /// Lines are bytes up to this point, because tests may print anything.
@@ -181,8 +236,8 @@ mod tests {
 
     fn shell(script: &str) -> (Vec<String>, ExitStatus) {
         let mut seen = Vec::new();
-        let status =
-            lines(Command::new("sh").args(["-c", script]), |line| seen.push(line.to_string())).unwrap();
+        let mut command = Command::new("sh");
+        let status = collect(command.args(["-c", script]), |line| seen.push(line.to_string())).unwrap();
         (seen, status)
     }
 
@@ -201,6 +256,22 @@ mod tests {
         let before: i32 = output(&mut Command::new("nice")).unwrap().trim().parse().unwrap();
         let line = output(&mut niced(&command)).unwrap();
         assert_eq!(line.trim(), format!("{} a none /usr", (before + 10).min(19)));
+    }
+
+    #[test]
+    fn what_hangs_is_ended_and_the_rest_runs() {
+        let script = "echo one; sh -c 'sleep 3600; true'; echo $?; sleep 3600; echo three";
+        let (mut seen, mut hung) = (Vec::new(), 0);
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        let status = watch(&mut command, Duration::from_secs(1), |said| match said {
+            Said::Line(line) => seen.push(line.to_string()),
+            Said::Nothing(_) => hung += 1,
+        });
+        assert!(status.unwrap().success());
+        // The shell itself says that its child was killed.
+        seen.retain(|line| !line.contains("Killed"));
+        assert_eq!((seen, hung), (vec!["one".to_owned(), "137".to_owned(), "three".to_owned()], 2));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The results of the tests, from the output of `cargo test -- --show-output`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::Duration;
 
 /// Counts and names over all test programs of a run.
 #[derive(Debug, Default)]
@@ -19,6 +20,8 @@ pub(crate) struct Summary {
     listing: bool,
     /// The test whose output follows.
     test: Option<String>,
+    /// Tests that run for long.
+    slow: BTreeSet<String>,
 }
 
 impl Summary {
@@ -31,6 +34,11 @@ impl Summary {
         } else if let Some(program) = program(line) {
             self.program = program;
             self.test = None;
+            self.slow.clear();
+        } else if let Some(name) = slow(line) {
+            self.slow.insert(name.to_string());
+        } else if let Some((name, _)) = line.strip_prefix("test ").and_then(|it| it.split_once(" ... ")) {
+            self.slow.remove(name);
         } else if let Some(name) = output_header(line) {
             self.test = Some(name.to_string());
         } else if let Some(counts) = line.strip_prefix("test result: ") {
@@ -65,6 +73,18 @@ impl Summary {
         self.broken.push(what.to_string());
     }
 
+    /// Records that the running test program hung, with the tests that had not ended.
+    pub(crate) fn hung(&mut self, silence: Duration) {
+        let tests = self.slow.iter().cloned().collect::<Vec<_>>().join(", ");
+        let minutes = silence.as_secs() / 60;
+        let what = format!(
+            "{}: ended after {minutes} minutes without a word from it; running: {tests}",
+            self.program
+        );
+        println!("{what}");
+        self.ended_badly(&what);
+    }
+
     /// Tests that failed by name so far.
     pub(crate) fn failures(&self) -> usize {
         self.failed.len()
@@ -88,6 +108,12 @@ fn program(line: &str) -> Option<String> {
     }
     let file = line.strip_prefix("Running ")?.strip_suffix(')')?.rsplit_once("/deps/")?.1;
     Some(file.rsplit_once('-')?.0.to_string())
+}
+
+/// The test's name in the line that says that it takes long.
+fn slow(line: &str) -> Option<&str> {
+    let name = line.strip_prefix("test ")?;
+    Some(name.split_once(" has been running for over ")?.0)
 }
 
 /// The test's name in the line before its output, `---- NAME stdout ----`.
@@ -215,6 +241,19 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n";
         assert_eq!(
             read("enter", text).to_string(),
             "skipped  enter: #1: with_rights needs root\n1 passed, 0 failed, 1 skipped"
+        );
+    }
+
+    #[test]
+    fn what_hung_is_named_with_the_tests_that_had_not_ended() {
+        let text = "test a has been running for over 60 seconds\ntest b has been running for over 60 seconds\ntest a ... ok";
+        let mut summary = read("console", text);
+        summary.hung(Duration::from_mins(8));
+        assert!(!summary.is_good());
+        let text = summary.to_string();
+        assert!(
+            text.contains("failed   console: ended after 8 minutes without a word from it; running: b\n"),
+            "{text}"
         );
     }
 }

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Instant;
 
 use crate::phases::{Phases, timed};
-use crate::run::{StepError, Workspace, describe, lines, step};
+use crate::run::{Said, StepError, Workspace, describe, lines, step};
 use crate::summary::Summary;
 use crate::{fuzz, models, nested, packages, torture};
 
@@ -127,7 +127,10 @@ fn test(
         None => command.env(torture::SECONDS, "0"),
     };
     let before = summary.failures();
-    let status = lines(command, |line| summary.line(line))?;
+    let status = lines(command, |said| match said {
+        Said::Line(line) => summary.line(line),
+        Said::Nothing(silence) => summary.hung(silence),
+    })?;
     if !status.success() && summary.failures() == before {
         summary.ended_badly(&format!("{} ({status})", describe(command)));
     }
