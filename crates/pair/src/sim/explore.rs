@@ -99,21 +99,6 @@ fn tell(seeds: Range<u64>, stats: &Stats, took: Duration) {
     kinds.iter().for_each(|(kind, count)| println!("{count:>12} x {kind}"));
 }
 
-/// What no schedule can see by itself.
-fn what_must_hold(faults: Faults, stats: &Stats) {
-    if !matches!(faults, Faults::Many | Faults::Copies) {
-        assert_eq!(stats.vm_lost, 0, "one fault cost the VM: {faults:?}, {stats:?}");
-    }
-    match faults {
-        Faults::None => {
-            let asked = (stats.links_lost, stats.unreachable, stats.takeovers);
-            assert_eq!(asked, (0, 0, 0), "without a fault: {stats:?}");
-        }
-        Faults::Stop | Faults::Worthless => assert_eq!(stats.takeovers, 0, "{faults:?}: {stats:?}"),
-        _ => {}
-    }
-}
-
 /// One seed with its trace, or new ones for some time or up to some number.
 #[test]
 fn new_seeds_hold_the_invariants_too() {
@@ -146,7 +131,6 @@ fn new_seeds_hold_the_invariants_too() {
             if let Some((seed, what)) = found {
                 panic!("{}", describe(seed, faults, None, &what));
             }
-            what_must_hold(faults, &some);
             stats.add(&some);
         }
         next += left;

@@ -131,7 +131,6 @@ fn a_slow_standby_costs_no_protection() {
     let (stats, found) = search(0..1_000, Faults::None, None);
     assert_eq!(found, None);
     assert!(stats.slow_applies > 200 && stats.tried >= 1_000 && stats.long_works > 200, "{stats:?}");
-    assert_eq!((stats.links_lost, stats.unreachable, stats.takeovers), (0, 0, 0), "{stats:?}");
 }
 
 /// If one thread hangs for good on a host where everything else continues, that costs neither the VM nor,

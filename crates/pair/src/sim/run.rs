@@ -95,6 +95,24 @@ pub(super) fn schedule(seed: u64, faults: Faults, bug: Option<Bug>) -> Result<St
     schedule_of(seed, faults, bug, &mut Strikes::default(), false)
 }
 
+/// What these faults must not do, although it breaks no invariant: cost a VM, or move it.
+fn amiss(faults: Faults, stats: &Stats) -> Option<String> {
+    let disturbed = (stats.links_lost, stats.unreachable, stats.takeovers) != (0, 0, 0);
+    let what = match faults {
+        Faults::None if disturbed => "without a fault something happened",
+        Faults::Stop if stats.takeovers > 0 => "a standby that was stopped took over",
+        // A link that is lost before the standby has left is decided by the arbiter, and while that is out of reach
+        // the primary's turn goes by.
+        Faults::Worthless if stats.takeovers > 0 && stats.unreachable == 0 => {
+            "a worthless copy was taken over"
+        }
+        Faults::Many | Faults::Copies => return None,
+        _ if stats.vm_lost > 0 => "one fault cost the VM",
+        _ => return None,
+    };
+    Some(format!("{what}: {stats:?}"))
+}
+
 /// The same without some of its faults; returns how many there were. Prints what happens if that is wanted.
 pub(super) fn schedule_of(
     seed: u64,
@@ -175,7 +193,8 @@ pub(super) fn schedule_of(
         world.check_liveness(tip);
     }
     *strikes = world.strikes;
-    match world.truth.violation.take() {
+    let amiss = || if bug.is_none() { amiss(faults, &world.stats) } else { None };
+    match world.truth.violation.take().or_else(amiss) {
         Some(what) => Err(what),
         None => Ok(world.stats),
     }
