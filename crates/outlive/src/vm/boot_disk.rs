@@ -137,6 +137,8 @@ fn read(
 #[derive(Default)]
 pub(crate) struct BootReader {
     thread: Option<JoinHandle<()>>,
+    /// Whether the thread still reads. It tells what it has read before it ends, and who hears it may begin again.
+    reads: Arc<AtomicBool>,
     wanted: Arc<AtomicBool>,
     lent: Arc<Lent>,
 }
@@ -153,7 +155,8 @@ impl BootReader {
         until: Option<Instant>,
         tell: impl FnOnce(Result<FromDisk, BootDiskError>) + Send + 'static,
     ) -> Result<(), BootDiskError> {
-        if self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+        let lives = self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        if lives && self.reads.load(Ordering::Acquire) {
             let why = "the disk has not answered an earlier read of its kernel";
             return Err(BootDiskError::NoThread(why.into()));
         }
@@ -163,10 +166,16 @@ impl BootReader {
         let of_thread = wanted.clone();
         let disk = ImageDisk::new(image, move || of_thread.load(Ordering::Relaxed));
         let (lent, memory) = (disk.lent.clone(), machine.ram().bytes());
-        let thread = outlive_machine::spawn(THREAD, move || tell(read(disk, &from, memory, until)));
+        let reads = Arc::new(AtomicBool::new(true));
+        let reading = reads.clone();
+        let thread = outlive_machine::spawn(THREAD, move || {
+            let read = read(disk, &from, memory, until);
+            reading.store(false, Ordering::Release);
+            tell(read);
+        });
         let thread =
             thread.map_err(|error| BootDiskError::NoThread(format!("cannot start a thread: {error}")))?;
-        (self.thread, self.wanted, self.lent) = (Some(thread), wanted, lent);
+        (self.thread, self.reads, self.wanted, self.lent) = (Some(thread), reads, wanted, lent);
         Ok(())
     }
 

@@ -148,6 +148,7 @@ fn a_stray_reaches_a_running_guest_and_only_so_many_wait() {
     let taken = (0..3000).take_while(|_| stray(2)).count();
     assert_eq!(taken, 1024, "without buffers of the driver they wait");
     driver.give_buffer(1, 1526);
+    rig.kick_rx();
     wait_for("one that has waited", || driver.rx_used() == 2);
     assert_eq!((driver.received(0), driver.received(1)), (frame(1, 60), frame(2, 60)));
     assert!(!rig.device.give_stray(0, &vec![0; MAX_PACKET + 1]));
