@@ -339,6 +339,19 @@ fn a_repeated_syn_does_not_open_a_second_connection() {
     }
 }
 
+/// A standby that gets nothing done for half a minute costs a client that connects just then only time.
+#[test]
+fn a_connection_whose_answers_are_held_for_long_comes_about() {
+    let mut world = World::new(8);
+    *world.server_credit.borrow_mut() = 0;
+    let client = world.dial();
+    (0..31_000).for_each(|_| world.step(1000));
+    assert_eq!(world.state(client), State::SynSent);
+    *world.server_credit.borrow_mut() = usize::MAX;
+    (0..20_000).for_each(|_| world.step(1000));
+    assert_eq!(world.ask(client, "PING"), "+PONG\r\n");
+}
+
 #[test]
 fn an_idle_client_keeps_its_connection() {
     let mut world = World::new(8);
