@@ -202,8 +202,16 @@ fn a_shared_disk_that_does_not_answer_moves_nothing_and_is_told_of() {
     drop(thaws);
     active.wait_for("told that it answers", |e| matches!(e, Event::HostMended { part: Part::Disk }));
     writing.wait_written(Side::A);
-    let of_disk = |e: &&Event| matches!(e, Event::HostFault { .. });
-    assert_eq!(active.events().filter(of_disk).count(), 1, "{}", active.log());
+    // Once for each time that it hangs: the storage of a busy machine does so by itself, too.
+    let faults: Vec<bool> = active
+        .events()
+        .filter_map(|event| match event {
+            Event::HostFault { .. } => Some(true),
+            Event::HostMended { .. } => Some(false),
+            _ => None,
+        })
+        .collect();
+    assert!(faults.chunks(2).all(|pair| pair[0] && pair.get(1) != Some(&true)), "{}", active.log());
     assert!(!restarted(&mut active) && !standby.took_over());
     // They hold files there.
     drop((active, standby));
