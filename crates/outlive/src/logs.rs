@@ -28,6 +28,19 @@ const PANIC_WORDS: Duration = Duration::from_millis(50);
 
 static WRITER: OnceLock<LossyWriter<Box<[u8]>>> = OnceLock::new();
 
+/// A panic of any thread ends the process. Its host is gone then, and the standby takes over; otherwise a VM would
+/// stand still with its heartbeats going on.
+///
+/// By a hook and not by `panic = "abort"`: tests unwind, and cargo would build everything twice, once for the program
+/// and once for its tests.
+pub fn end_with_a_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
+}
+
 /// Starts logging; `RUST_LOG` says what.
 pub fn init() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
@@ -90,6 +103,7 @@ fn on_panic(panic: &PanicHookInfo<'_>) {
     if let Some(writer) = WRITER.get() {
         writer.flush(PANIC_WORDS);
     }
+    std::process::abort();
 }
 
 /// Lets a line into the log once a second, so that connections cannot fill the disk.
@@ -147,5 +161,39 @@ impl Sink for StandardErrorSink {
         let line =
             format!("outlive: {lost} line{plural} of this log lost here: standard error was not read\n");
         self.0.write(line.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use super::*;
+
+    /// Runs in a process of its own, see below.
+    #[test]
+    #[ignore = "ends the process"]
+    fn a_thread_panics() {
+        end_with_a_panic();
+        if std::env::var_os("OUTLIVE_TEST_NEVER_WAITS").is_some() {
+            never_wait().unwrap();
+        }
+        let _ = std::thread::spawn(|| panic!("as planned")).join();
+    }
+
+    #[test]
+    fn a_panic_of_any_thread_ends_the_process_and_is_told() {
+        for never_waits in [false, true] {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["--exact", "logs::tests::a_thread_panics", "--ignored", "--nocapture"]);
+            if never_waits {
+                command.env("OUTLIVE_TEST_NEVER_WAITS", "1");
+            }
+            let output = command.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.signal(), Some(6), "SIGABRT, not {:?}: {said}", output.status);
+            assert!(said.contains("as planned"), "{said}");
+        }
     }
 }

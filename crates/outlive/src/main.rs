@@ -10,6 +10,7 @@ use outlive::cli::{self, Cli};
 use outlive::{exit, logs};
 
 fn main() -> ExitCode {
+    logs::end_with_a_panic();
     match cli::complete() {
         Ok(false) => {}
         Ok(true) => return ExitCode::SUCCESS,
