@@ -46,6 +46,7 @@ Examples:
   cargo xtask bench guest                      what a guest that writes much notices; as root, in network namespaces
   cargo xtask bench clients                    what clients of a protected VM wait for, also when its host is killed
   cargo xtask bench hand-over --count 50       what clients notice of hand-overs; as root, in network namespaces
+  cargo xtask bench rate                       how many checkpoints a second are held; as root, in network namespaces
   cargo xtask bench link                       what TLS costs, beside a plain link; as root, in network namespaces
   cargo xtask bench pause --quick              the pause of a checkpoint beside what KVM alone needs for it
 
@@ -70,6 +71,8 @@ enum Bench {
     Wire,
     /// The pause of a checkpoint as a vCPU sees it, compared with its floor: kick, state and copy on bare KVM
     Pause,
+    /// Checkpoints a second at short intervals, and what they leave of the guest's time
+    Rate,
     /// Checkpoints and the base over TLS, compared with a plain link and with a copy over the same one
     Link,
     /// The time of a request, the requests of many clients, and the longest wait around a kill, compared with the same
@@ -87,6 +90,7 @@ impl Bench {
             Bench::Guest => "guest",
             Bench::Wire => "wire",
             Bench::Pause => "pause",
+            Bench::Rate => "rate",
             Bench::Link => "link",
             Bench::Clients => "clients",
             Bench::HandOver => "hand-over",
@@ -96,7 +100,7 @@ impl Bench {
     fn package(self) -> &'static str {
         match self {
             Bench::Dirty | Bench::Migrate => "outlive-dirty",
-            Bench::Guest | Bench::Link | Bench::Clients | Bench::HandOver => "outlive",
+            Bench::Guest | Bench::Rate | Bench::Link | Bench::Clients | Bench::HandOver => "outlive",
             Bench::Wire => "outlive-epoch",
             Bench::Pause => "outlive-machine",
         }
@@ -111,9 +115,13 @@ impl Bench {
         match self {
             Bench::Dirty => dirty::plots(rows),
             Bench::Migrate => migrate::plots(rows),
-            Bench::Guest | Bench::Wire | Bench::Pause | Bench::Link | Bench::Clients | Bench::HandOver => {
-                Vec::new()
-            }
+            Bench::Guest
+            | Bench::Wire
+            | Bench::Pause
+            | Bench::Rate
+            | Bench::Link
+            | Bench::Clients
+            | Bench::HandOver => Vec::new(),
         }
     }
 }
@@ -186,8 +194,13 @@ fn command(workspace: &Workspace, options: &BenchOptions, what: Bench, found: &P
         return example(workspace, options, what, found);
     }
     let mut command = workspace.cargo(["bench", "--package", what.package(), "--bench"]);
+    match what.package() {
+        // One program has them all.
+        "outlive" => command.args(["hosts", "--", what.name()]),
+        _ => command.args([what.name(), "--"]),
+    };
     // Absolute, because cargo runs a bench in the directory of its package.
-    command.args([what.name(), "--", "--json"]).arg(found);
+    command.arg("--json").arg(found);
     if options.quick {
         command.arg("--quick");
     }
@@ -257,7 +270,10 @@ mod tests {
         assert!(full.ends_with(" bench --package outlive-dirty --bench dirty -- --json /f"), "{full}");
         assert!(words(&parse(&["dirty", "--quick"]).unwrap()).ends_with("--json /f --quick"));
         let handed = words(&parse(&["hand-over", "--count", "50"]).unwrap());
-        assert!(handed.ends_with(" --package outlive --bench hand-over -- --json /f --count 50"), "{handed}");
+        assert!(
+            handed.ends_with(" --package outlive --bench hosts -- hand-over --json /f --count 50"),
+            "{handed}"
+        );
         assert!(parse(&["hand-over", "--count", "0"]).is_err());
         let full = words(&parse(&["migrate"]).unwrap());
         assert!(full.ends_with("--example migrate -- --gib 1,64,512 --rounds 8 --json /f"), "{full}");

@@ -1,5 +1,5 @@
 //! What clients notice of a VM's protection: `cargo xtask bench clients`, or
-//! `cargo bench -p outlive --bench clients -- [--quick] [--json FILE]`.
+//! `cargo bench -p outlive --bench hosts -- clients [--quick] [--json FILE]`.
 //!
 //! Both hosts, the link and the clients are on this machine, in network namespaces, which only root may make. Clients
 //! set keys of 64 bytes, first at a guest without a standby and then at one with the default protection, in turns: the
@@ -7,22 +7,12 @@
 //! the longest wait of clients that ask all the time, and of clients that rest 2 ms between two requests, beside the
 //! longest that they wait without a kill.
 
-// As in the tests, of which each uses a part.
-#[allow(dead_code, unused_imports)]
-#[path = "../tests/survive/support/mod.rs"]
-mod support;
-
-// Likewise.
-#[allow(dead_code)]
-mod common;
-
-use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use common::{Scales, median, quantile, row};
-use support::{Client, Side, Value, World};
+use crate::common::{Amount, Scales, median, quantile, row};
+use crate::support::{Client, Side, Value, World};
 
 /// Clients, and how many requests each has under way.
 const LOADS: [(usize, usize); 3] = [(10, 1), (50, 1), (50, 16)];
@@ -36,7 +26,7 @@ struct Scale {
     kills: usize,
 }
 
-const SCALES: Scales<Scale> = Scales {
+static SCALES: Scales<Scale> = Scales {
     full: Scale { loads: &LOADS, rounds: 5, time: Duration::from_secs(4), kills: 50 },
     quick: Scale { loads: &LOADS, rounds: 1, time: Duration::from_secs(2), kills: 5 },
     smoke: Scale { loads: &[(4, 4)], rounds: 1, time: Duration::from_millis(200), kills: 1 },
@@ -178,9 +168,8 @@ fn kills(scale: &Scale, text: &mut String) -> Option<()> {
     Some(())
 }
 
-fn main() -> ExitCode {
-    common::run(SCALES, |scale, rows| {
-        requests(scale, rows)?;
-        kills(scale, rows)
-    })
+pub(crate) fn run(amount: Amount, rows: &mut String) -> Option<()> {
+    let scale = SCALES.of(amount);
+    requests(scale, rows)?;
+    kills(scale, rows)
 }

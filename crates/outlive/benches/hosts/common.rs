@@ -1,21 +1,38 @@
-//! What the benches of the whole product share: how much is measured, rows, and the command line.
-
-use std::fs::File;
-use std::io::Write;
-use std::process::ExitCode;
+//! What the benches of the whole product share: how much is measured, and rows.
 
 use outlive::events::{Event, Stats};
 
-use crate::support::Process;
+use crate::support::{Client, Process, Value};
+
+/// More writes than any guest gets to.
+pub(crate) const NO_LIMIT: u64 = 1_000_000_000;
 
 /// How much is measured.
-pub(crate) struct Scales<S> {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Amount {
     /// Enough for a figure that somebody will read.
-    pub(crate) full: S,
+    Full,
     /// A look.
-    pub(crate) quick: S,
+    Quick,
     /// So little that it only shows that the bench does not rot: under `cargo test`.
+    Smoke,
+}
+
+/// What each of these amounts is for a bench.
+pub(crate) struct Scales<S> {
+    pub(crate) full: S,
+    pub(crate) quick: S,
     pub(crate) smoke: S,
+}
+
+impl<S> Scales<S> {
+    pub(crate) fn of(&self, amount: Amount) -> &S {
+        match amount {
+            Amount::Full => &self.full,
+            Amount::Quick => &self.quick,
+            Amount::Smoke => &self.smoke,
+        }
+    }
 }
 
 /// The newest counters of a primary. They come five times a second.
@@ -25,6 +42,14 @@ pub(crate) fn stats(primary: &mut Process) -> Stats {
         _ => None,
     });
     newest.last().unwrap_or_default()
+}
+
+/// Writes of the guest since its load was set.
+pub(crate) fn writes(client: &mut Client) -> u64 {
+    let Ok(Value::Array(fields)) = client.ask("WORK STAT") else { panic!("no statistics") };
+    let at = fields.iter().position(|it| *it == Value::Bulk(Some("writes".into()))).expect("a field");
+    let Value::Integer(writes) = fields[at + 1] else { panic!("not a number: {:?}", fields[at + 1]) };
+    writes as u64
 }
 
 /// The value in the middle. Panics if there is none.
@@ -49,34 +74,4 @@ pub(crate) fn row(
     format!(
         "{{\"bench\":\"{bench}\",\"case\":{case},\"value\":{value:.3},\"unit\":\"{unit}\",\"peer\":\"{peer}\",\"peer_value\":{peer_value:.3}}}\n"
     )
-}
-
-/// Runs a bench as its command line says, and writes the rows that `measure` adds. `None` from it: this machine cannot
-/// run the bench, which it has said.
-pub(crate) fn run<S>(scales: Scales<S>, measure: impl FnOnce(&S, &mut String) -> Option<()>) -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let has = |option: &str| arguments.iter().any(|it| it == option);
-    if has("--list") {
-        println!("the_bench_runs: test");
-        return ExitCode::SUCCESS;
-    }
-    let scale = match (has("--bench"), has("--quick")) {
-        (false, _) => scales.smoke,
-        (true, true) => scales.quick,
-        (true, false) => scales.full,
-    };
-    let mut rows = String::new();
-    let Some(()) = measure(&scale, &mut rows) else {
-        // Under `cargo test` that is no failure.
-        return if has("--bench") { ExitCode::from(2) } else { ExitCode::SUCCESS };
-    };
-    let json = arguments.iter().position(|it| it == "--json").and_then(|at| arguments.get(at + 1));
-    let written = json.map(|file| File::create(file).and_then(|mut file| file.write_all(rows.as_bytes())));
-    match written.transpose() {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench: {error}");
-            ExitCode::from(2)
-        }
-    }
 }

@@ -1,32 +1,20 @@
 //! What a guest notices of its protection, and what its checkpoints cost on the link: `cargo xtask bench guest`, or
-//! `cargo bench -p outlive --bench guest -- [--quick] [--json FILE]`.
+//! `cargo bench -p outlive --bench hosts -- guest [--quick] [--json FILE]`.
 //!
 //! Both hosts, the link and the clients are on this machine, in network namespaces, which only root may make. A
 //! guest that writes its memory (`WORK SET pages hot-percent`) is measured in turns without a standby and with
 //! one, and the medians stand beside each other. The bytes of a checkpoint stand beside those of its pages raw.
 
-// As in the tests, of which each uses a part.
-#[allow(dead_code, unused_imports)]
-#[path = "../tests/survive/support/mod.rs"]
-mod support;
-
-// Likewise.
-#[allow(dead_code)]
-mod common;
-
-use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use outlive::events::Stats;
 
-use common::{Scales, median, row, stats};
-use support::{Client, Side, Value, World};
+use crate::common::{Amount, NO_LIMIT, Scales, median, row, stats, writes};
+use crate::support::{Client, Side, Value, World};
 
 /// Pages, and how many of a hundred writes go to a tenth of them.
 const LOADS: [(u64, u32); 4] = [(16, 100), (300, 50), (1000, 90), (3000, 50)];
-/// More than any guest gets to.
-const NO_LIMIT: u64 = 1_000_000_000;
 const PAGE: u64 = 4096;
 /// The beginning and the end of a checkpoint of which nothing has changed.
 const LEAST_BYTES: u64 = 128;
@@ -37,7 +25,7 @@ struct Scale {
     time: Duration,
 }
 
-const SCALES: Scales<Scale> = Scales {
+static SCALES: Scales<Scale> = Scales {
     full: Scale { loads: &LOADS, rounds: 5, time: Duration::from_secs(3) },
     quick: Scale { loads: &LOADS, rounds: 1, time: Duration::from_secs(2) },
     smoke: Scale { loads: &[(100, 50)], rounds: 1, time: Duration::from_millis(300) },
@@ -62,14 +50,6 @@ impl Sent {
             pages: pages(after) - pages(before),
         }
     }
-}
-
-/// Writes of the guest since the load was set.
-fn writes(client: &mut Client) -> u64 {
-    let Ok(Value::Array(fields)) = client.ask("WORK STAT") else { panic!("no statistics") };
-    let at = fields.iter().position(|it| *it == Value::Bulk(Some("writes".into()))).expect("a field");
-    let Value::Integer(writes) = fields[at + 1] else { panic!("not a number: {:?}", fields[at + 1]) };
-    writes as u64
 }
 
 /// Writes a second under this load.
@@ -168,9 +148,8 @@ fn wire(scale: &Scale, rows: &mut String) -> Option<()> {
     Some(())
 }
 
-fn main() -> ExitCode {
-    common::run(SCALES, |scale, rows| {
-        work(scale, rows)?;
-        wire(scale, rows)
-    })
+pub(crate) fn run(amount: Amount, rows: &mut String) -> Option<()> {
+    let scale = SCALES.of(amount);
+    work(scale, rows)?;
+    wire(scale, rows)
 }

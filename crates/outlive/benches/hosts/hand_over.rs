@@ -1,5 +1,5 @@
 //! What clients notice of a hand-over: `cargo xtask bench hand-over`, or
-//! `cargo bench -p outlive --bench hand-over -- [--quick] [--count N] [--json FILE]`.
+//! `cargo bench -p outlive --bench hosts -- hand-over [--quick] [--count N] [--json FILE]`.
 //!
 //! Both hosts, the link and the clients are on this machine, in network namespaces, which only root may make. Clients ask
 //! a VM without a pause, each over its own connection, and a load inside the VM writes all over its memory, while the VM
@@ -10,16 +10,7 @@
 //! * *wait*: of each client, the longest time of a request that was under way in that time;
 //! * *protected*: from `takeover` until the base of the old host, which is the standby then, is committed.
 
-// As in the tests, of which each uses a part.
-#[allow(dead_code, unused_imports)]
-#[path = "../tests/survive/support/mod.rs"]
-mod support;
-
-// Likewise.
-#[allow(dead_code)]
-mod common;
-
-use std::process::{Command, ExitCode};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -28,8 +19,8 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use outlive::events::{Event, Record};
 
-use common::{Scales, quantile, row};
-use support::{Client, MemoryLoad, PROGRAM, Process, Side, Value, World};
+use crate::common::{Amount, Scales, quantile, row};
+use crate::support::{Client, MemoryLoad, PROGRAM, Process, Side, Value, World};
 
 const CLIENTS: usize = 4;
 /// How long the VM stays where it is.
@@ -229,6 +220,6 @@ fn rows(scale: &usize, text: &mut String) -> Option<()> {
     Some(())
 }
 
-fn main() -> ExitCode {
-    common::run(SCALES, rows)
+pub(crate) fn run(amount: Amount, text: &mut String) -> Option<()> {
+    rows(SCALES.of(amount), text)
 }

@@ -1,30 +1,20 @@
 //! What encryption of the link costs: `cargo xtask bench link`, or
-//! `cargo bench -p outlive --bench link -- [--quick] [--json FILE]`.
+//! `cargo bench -p outlive --bench hosts -- link [--quick] [--json FILE]`.
 //!
 //! Both hosts and the link are on this machine, in network namespaces, which only root may make. The same VM is
 //! protected in turns over TLS 1.3 and over a plain link (`--insecure`), and the medians stand beside each other:
 //! checkpoints of 16 pages as fast as they come, and the base of a VM whose memory is full of random bytes. A copy of
 //! as many bytes between two sockets on the same link is the floor of the base.
 
-// As in the tests, of which each uses a part.
-#[allow(dead_code, unused_imports)]
-#[path = "../tests/survive/support/mod.rs"]
-mod support;
-
-// Likewise.
-#[allow(dead_code)]
-mod common;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use outlive::events::Event;
 
-use common::{Scales, median, stats};
-use support::{Client, Process, Side, Value, World};
+use crate::common::{Amount, Scales, median, stats};
+use crate::support::{Client, Process, Side, Value, World};
 
 /// A guest that writes to so many pages all the time.
 const LOAD: &str = "WORK SET 16 100 1000000000";
@@ -40,7 +30,7 @@ struct Scale {
     memory: u64,
 }
 
-const SCALES: Scales<Scale> = Scales {
+static SCALES: Scales<Scale> = Scales {
     full: Scale { rounds: 5, time: Duration::from_secs(5), memory: 2048 },
     quick: Scale { rounds: 1, time: Duration::from_secs(3), memory: 1024 },
     smoke: Scale { rounds: 1, time: Duration::from_millis(300), memory: 64 },
@@ -154,7 +144,7 @@ fn measure(is_plain: bool, scale: &Scale) -> Option<Taken> {
 fn row(bench: &str, (value, unit): (f64, &str), (peer, peer_value): (&str, f64)) -> String {
     let percent = peer_value * 100.0 / value;
     println!("{bench}: {value:.1} {unit}; {peer} {peer_value:.1} {unit}: {percent:.0} % of its speed");
-    common::row(bench, "{\"link\":\"tls1.3\"}", (value, unit), (peer, peer_value))
+    crate::common::row(bench, "{\"link\":\"tls1.3\"}", (value, unit), (peer, peer_value))
 }
 
 fn rows(scale: &Scale, text: &mut String) -> Option<()> {
@@ -179,6 +169,6 @@ fn rows(scale: &Scale, text: &mut String) -> Option<()> {
     Some(())
 }
 
-fn main() -> ExitCode {
-    common::run(SCALES, rows)
+pub(crate) fn run(amount: Amount, text: &mut String) -> Option<()> {
+    rows(SCALES.of(amount), text)
 }
