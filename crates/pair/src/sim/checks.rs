@@ -1,10 +1,30 @@
-//! What must be true of the world at the end of a schedule, long after its last fault.
+//! What must be true at the end of a schedule, long after its last fault: of the world, and of what was counted.
 
 use super::hosts::Process;
 use super::images::Image;
+use super::run::Faults;
+use super::stats::Stats;
 use super::truth::Life;
 use super::world::{Host, World};
 use crate::PrimaryStatus;
+
+/// What these faults must not do, although it breaks no invariant: cost a VM, or move it.
+pub(super) fn amiss(faults: Faults, stats: &Stats) -> Option<String> {
+    let disturbed = (stats.links_lost, stats.unreachable, stats.takeovers) != (0, 0, 0);
+    let what = match faults {
+        Faults::None if disturbed => "without a fault something happened",
+        Faults::Stop if stats.takeovers > 0 => "a standby that was stopped took over",
+        // A link that is lost before the standby has left is decided by the arbiter, and while that is out of reach
+        // the primary's turn goes by.
+        Faults::Worthless if stats.takeovers > 0 && stats.unreachable == 0 => {
+            "a worthless copy was taken over"
+        }
+        Faults::Many | Faults::Copies => return None,
+        _ if stats.vm_lost > 0 => "one fault cost the VM",
+        _ => return None,
+    };
+    Some(format!("{what}: {stats:?}"))
+}
 
 impl World {
     /// Some host makes progress and is protected again, unless the VM has ended or was lost to a second

@@ -5,7 +5,8 @@ use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::run::{self, FAULT_NAMES, Faults, Strikes};
+use super::faults::FAULT_NAMES;
+use super::run::{self, Faults, Strikes};
 use super::stats::Stats;
 use super::{from_environment, search};
 use crate::planted::Bug;

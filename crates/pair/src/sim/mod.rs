@@ -13,6 +13,7 @@ mod broken;
 mod checks;
 mod copies;
 mod explore;
+mod faults;
 mod hosts;
 mod images;
 mod ports;
