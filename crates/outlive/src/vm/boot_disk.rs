@@ -4,7 +4,6 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use outlive_bootdisk::{Found, Limits, ReadError};
@@ -136,8 +135,8 @@ fn read(
 /// Reads a disk beside the VM's life. A read at a time: one whose disk does not answer is not joined by others.
 #[derive(Default)]
 pub(crate) struct BootReader {
-    thread: Option<JoinHandle<()>>,
-    /// Whether the thread still reads. It tells what it has read before it ends, and who hears it may begin again.
+    /// Whether a thread reads. Not whether one lives: it tells what it has read before it ends, and whoever hears that
+    /// may begin again at once.
     reads: Arc<AtomicBool>,
     wanted: Arc<AtomicBool>,
     lent: Arc<Lent>,
@@ -155,8 +154,7 @@ impl BootReader {
         until: Option<Instant>,
         tell: impl FnOnce(Result<FromDisk, BootDiskError>) + Send + 'static,
     ) -> Result<(), BootDiskError> {
-        let lives = self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
-        if lives && self.reads.load(Ordering::Acquire) {
+        if self.reads.load(Ordering::Acquire) {
             let why = "the disk has not answered an earlier read of its kernel";
             return Err(BootDiskError::NoThread(why.into()));
         }
@@ -168,14 +166,13 @@ impl BootReader {
         let (lent, memory) = (disk.lent.clone(), machine.ram().bytes());
         let reads = Arc::new(AtomicBool::new(true));
         let reading = reads.clone();
-        let thread = outlive_machine::spawn(THREAD, move || {
+        outlive_machine::spawn(THREAD, move || {
             let read = read(disk, &from, memory, until);
             reading.store(false, Ordering::Release);
             tell(read);
-        });
-        let thread =
-            thread.map_err(|error| BootDiskError::NoThread(format!("cannot start a thread: {error}")))?;
-        (self.thread, self.reads, self.wanted, self.lent) = (Some(thread), reads, wanted, lent);
+        })
+        .map_err(|error| BootDiskError::NoThread(format!("cannot start a thread: {error}")))?;
+        (self.reads, self.wanted, self.lent) = (reads, wanted, lent);
         Ok(())
     }
 
