@@ -28,11 +28,11 @@ const PANIC_WORDS: Duration = Duration::from_millis(50);
 
 static WRITER: OnceLock<LossyWriter<Box<[u8]>>> = OnceLock::new();
 
-/// A panic of any thread ends the process. Its host is gone then, and the standby takes over; otherwise a VM would
-/// stand still with its heartbeats going on.
+/// From now on a panic of any thread ends the process, after the present hook has told of it. For others the host is
+/// then gone, and the standby takes over; otherwise a VM would stand still while its heartbeats go on.
 ///
-/// By a hook and not by `panic = "abort"`: tests unwind, and cargo would build everything twice, once for the program
-/// and once for its tests.
+/// A hook does this and not `panic = "abort"`: tests unwind, so cargo would build everything twice, once for the
+/// program and once for its tests.
 pub fn end_with_a_panic() {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -72,7 +72,8 @@ pub(crate) fn never_wait() -> Result<(), LogError> {
     let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let writer = LossyWriter::start("log", WAITING, StandardErrorSink(LineFile::new(file)))?;
     WRITER.set(writer).map_err(|_| LogError::Twice)?;
-    std::panic::set_hook(Box::new(on_panic));
+    std::panic::set_hook(Box::new(tell_of_panic));
+    end_with_a_panic();
     Ok(())
 }
 
@@ -89,8 +90,8 @@ pub fn finish() {
     }
 }
 
-/// Makes a panic end this process after one line, which must not wait for a reader either.
-fn on_panic(panic: &PanicHookInfo<'_>) {
+/// One line, which must not wait for a reader either.
+fn tell_of_panic(panic: &PanicHookInfo<'_>) {
     restore_terminal();
     let name = std::thread::current().name().unwrap_or("without a name").to_owned();
     let text = format!("outlive: thread {name}: {panic}");
@@ -103,7 +104,6 @@ fn on_panic(panic: &PanicHookInfo<'_>) {
     if let Some(writer) = WRITER.get() {
         writer.flush(PANIC_WORDS);
     }
-    std::process::abort();
 }
 
 /// Lets a line into the log once a second, so that connections cannot fill the disk.
@@ -171,26 +171,23 @@ mod tests {
 
     use super::*;
 
-    /// Runs in a process of its own, see below.
-    #[test]
-    #[ignore = "ends the process"]
-    fn a_thread_panics() {
-        end_with_a_panic();
-        if std::env::var_os("OUTLIVE_TEST_NEVER_WAITS").is_some() {
-            never_wait().unwrap();
-        }
-        let _ = std::thread::spawn(|| panic!("as planned")).join();
-    }
+    /// Names this test to itself: its own program, started again, is the process that ends.
+    const PLAYS: &str = "OUTLIVE_TEST_PANICS";
 
     #[test]
     fn a_panic_of_any_thread_ends_the_process_and_is_told() {
-        for never_waits in [false, true] {
-            let mut command = Command::new(std::env::current_exe().unwrap());
-            command.args(["--exact", "logs::tests::a_thread_panics", "--ignored", "--nocapture"]);
-            if never_waits {
-                command.env("OUTLIVE_TEST_NEVER_WAITS", "1");
+        if let Some(never_waits) = std::env::var_os(PLAYS) {
+            end_with_a_panic();
+            if never_waits == "true" {
+                never_wait().unwrap();
             }
-            let output = command.output().unwrap();
+            let _ = std::thread::spawn(|| panic!("as planned")).join();
+            return;
+        }
+        for never_waits in ["false", "true"] {
+            let mut again = Command::new(std::env::current_exe().unwrap());
+            again.args(["--exact", "logs::tests::a_panic_of_any_thread_ends_the_process_and_is_told"]);
+            let output = again.arg("--nocapture").env(PLAYS, never_waits).output().unwrap();
             let said = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.signal(), Some(6), "SIGABRT, not {:?}: {said}", output.status);
             assert!(said.contains("as planned"), "{said}");
