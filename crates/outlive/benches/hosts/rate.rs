@@ -12,10 +12,7 @@ use std::time::{Duration, Instant};
 use outlive::events::Event;
 
 use crate::common::{Amount, NO_LIMIT, Scales, median, row, stats, writes};
-use crate::support::{Client, Process, Side, Value, World};
-
-/// For the counters, which come five times a second, and the phases, which come once.
-const COUNTERS: Duration = Duration::from_millis(1250);
+use crate::support::{Client, Process, Side, Value, World, wait_until};
 
 struct Scale {
     /// Microseconds; the options take nothing shorter than 100.
@@ -49,7 +46,7 @@ fn load(world: &World) -> Client {
     client
 }
 
-/// Microseconds of the pauses as the vCPU saw them, of all that was measured so far, and of how many.
+/// Microseconds of all pauses that were told of so far, as the vCPU saw them, and how many there were.
 fn away(primary: &mut Process) -> (f64, f64) {
     let measured = primary.events().filter_map(|event| match event {
         Event::Measured(measured) => Some(measured),
@@ -72,9 +69,11 @@ fn protected(interval: u64, time: Duration) -> Option<Seen> {
     sleep(time);
     let (written, seconds) = ((writes(&mut client) - written) as f64, began.elapsed().as_secs_f64());
     let taken = (stats(&mut primary).checkpoints - taken).max(1) as f64;
-    sleep(COUNTERS);
+    // They are told of once a second, and less often later.
+    let told = away(&mut primary);
+    wait_until("the last pauses are told of", || away(&mut primary).1 > told.1);
     let now = away(&mut primary);
-    let pause = (now.0 - paused.0) / (now.1 - paused.1).max(1.0);
+    let pause = (now.0 - paused.0) / (now.1 - paused.1);
     let rate = taken / seconds;
     Some(Seen { writes: written / seconds, checkpoints: rate, running: 100.0 - rate * pause / 1e4 })
 }
