@@ -15,7 +15,8 @@ use nix::unistd::Pid;
 /// output counts as complete.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A test program that prints nothing for so long hangs. Each prints a line for each test, and none takes half of it.
+/// A test program that prints nothing for this long has hung: it prints a line for each test, and no test takes half
+/// as long.
 const SILENCE: Duration = Duration::from_mins(8);
 
 /// Why a command of xtask failed.
@@ -125,13 +126,13 @@ pub(crate) fn step(command: &mut Command) -> Result<(), StepError> {
 pub(crate) enum Said<'a> {
     /// One line.
     Line(&'a str),
-    /// Not a word for so long; what it had started is ended.
+    /// Nothing for this long; what it had started is ended.
     Nothing(Duration),
 }
 
 /// Runs a command that starts one test program after another, and passes every line of its output to `said`,
-/// after printing it. A program that hangs is ended, and the rest runs: the time limit of a whole run names
-/// nothing.
+/// after printing it. A program that hangs is ended, and the rest runs: a time limit of the whole run would not say
+/// which it was.
 ///
 /// Standard output and standard error come through one pipe, so that cargo's line about a test program
 /// precedes the program's output.

@@ -20,7 +20,7 @@ pub(crate) struct Summary {
     listing: bool,
     /// The test whose output follows.
     test: Option<String>,
-    /// Tests that run for long.
+    /// Tests that have run for long and have not ended.
     slow: BTreeSet<String>,
 }
 
@@ -85,9 +85,9 @@ impl Summary {
         self.ended_badly(&what);
     }
 
-    /// Tests that failed by name so far.
+    /// Failures so far.
     pub(crate) fn failures(&self) -> usize {
-        self.failed.len()
+        self.failed.len() + self.broken.len()
     }
 
     pub(crate) fn is_good(&self) -> bool {

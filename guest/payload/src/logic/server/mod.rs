@@ -37,8 +37,8 @@ const NET_TIME_FACTOR: u64 = 20;
 const SPARE_LISTENERS: usize = 2;
 /// Frames taken before the connections are served.
 const INGRESS_BATCH: usize = 64;
-/// A new connection must be complete within this time: Linux waits as long. An answer may be held for as long as a
-/// standby gets nothing done.
+/// A new connection must be complete within this time, for which Linux waits, too (`tcp_synack_retries`, tcp(7)). The
+/// guest's answer may be held for many seconds: while an arbiter does not answer, or a standby gets nothing done.
 const HANDSHAKE_TIMEOUT: u64 = 63_000_000;
 /// A peer that does not answer for this long is gone.
 const PEER_TIMEOUT: u64 = 180_000_000;
