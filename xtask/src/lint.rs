@@ -7,6 +7,8 @@ use crate::{dependencies, releases};
 
 /// The payload is not a member of the workspace, so cargo does not check it with the rest.
 const PAYLOAD: &str = "guest/payload/Cargo.toml";
+/// Nor are the fuzz targets.
+const FUZZ: &str = "fuzz/Cargo.toml";
 
 /// Each feature of outlive-dirty by itself, none, and all: other VMMs take some of them. `self-test` brings
 /// `kvm-ioctls`.
@@ -46,6 +48,7 @@ fn checks(workspace: &Workspace) -> Vec<Command> {
         payload_clippy,
         documentation(workspace),
     ];
+    checks.extend([PAYLOAD, FUZZ].map(|manifest| lock(workspace, manifest)));
     checks.extend(DIRTY_FEATURES.map(|features| dirty_with(workspace, features)));
     checks.extend(deny(workspace));
     checks
@@ -78,6 +81,14 @@ fn dirty_with(workspace: &Workspace, features: &str) -> Command {
     let mut check =
         workspace.cargo(["clippy", "--release", "-p", "outlive-dirty", "--lib", "--no-default-features"]);
     check.args(["--features", features, "--", "-D", "warnings"]);
+    check
+}
+
+/// Fails if the next build would change this manifest's lock file, which leaves every checkout changed.
+fn lock(workspace: &Workspace, manifest: &str) -> Command {
+    let mut check = workspace.cargo(["metadata", "--locked", "--format-version", "1", "--quiet"]);
+    check.args(["--filter-platform", "x86_64-unknown-linux-gnu", "--manifest-path", manifest]);
+    check.stdout(Stdio::null());
     check
 }
 

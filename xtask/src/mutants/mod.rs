@@ -8,12 +8,14 @@
 //! find.rs      what can be changed in a file
 //! weave.rs     the text of a file with all changes and their switches
 //! nursery.rs   the copy of the sources: builds it, and runs its tests with one change
+//! verdicts.rs  verdicts of a run that was ended, for the next one
 //! known.rs     changes that no test needs to notice, with the reasons (docs/mutants.md)
 //! ```
 
 mod find;
 mod known;
 mod nursery;
+mod verdicts;
 mod weave;
 
 use std::fs;
@@ -25,11 +27,13 @@ use std::thread;
 use self::find::{Site, What};
 use self::known::Known;
 use self::nursery::{Nursery, Round, Verdict};
+use self::verdicts::Verdicts;
 use crate::run::{StepError, Workspace};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask mutants                         all of them: some hundred, half an hour on two cores
+  cargo xtask mutants                         all of them: some hundred, an hour or two on two cores
+  cargo xtask mutants                         the same command once more, after Ctrl-C: goes on from there
   cargo xtask mutants --file claim.rs         those of one file
   cargo xtask mutants --sample 20 --seed 7    twenty, drawn by a seed
   cargo xtask mutants --list                  only says what would be changed
@@ -76,6 +80,9 @@ pub(crate) struct MutantsOptions {
     /// How many changes are tried at a time [default: one on each core]
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
+    /// Try again what an earlier run has tried; otherwise its verdicts count, if the tests are the same
+    #[arg(long)]
+    again: bool,
     /// Only lists the changes
     #[arg(long)]
     list: bool,
@@ -117,12 +124,16 @@ pub(crate) fn run(workspace: &Workspace, options: &MutantsOptions) -> Result<(),
     let known = Known::read(&workspace.root)?;
     let mut nursery = Nursery::build(workspace, &sources)?;
     nursery.check_without_changes()?;
+    let path = workspace.target.join("mutants/verdicts");
+    let verdicts = Verdicts::open(&path, &nursery.programs(), options.again)
+        .map_err(|source| StepError::File { path, source })?;
+    let judge = Judge { nursery: &nursery, verdicts: &verdicts, jobs: options.jobs };
     let before = mutants.len();
     mutants.retain(|mutant| !nursery.does_not_compile(mutant.number));
     let every: Vec<&Mutant> = mutants.iter().collect();
-    let suspects = try_all(&nursery, &every, Round::Quick, options.jobs)?;
+    let suspects = judge.all(&every, Round::Quick)?;
     println!("the whole simulator, for {} of {}", suspects.len(), every.len());
-    let unnoticed = try_all(&nursery, &suspects, Round::Thorough, options.jobs)?;
+    let unnoticed = judge.all(&suspects, Round::Thorough)?;
     let (accepted, missing): (Vec<_>, Vec<_>) =
         unnoticed.into_iter().partition(|mutant| known.reason(mutant).is_some());
     println!(
@@ -140,33 +151,47 @@ pub(crate) fn run(workspace: &Workspace, options: &MutantsOptions) -> Result<(),
     }
 }
 
-/// Runs a round of the tests with each change. Returns those that no test has noticed, in their order.
-fn try_all<'a>(
-    nursery: &Nursery,
-    mutants: &[&'a Mutant],
-    round: Round,
+/// Has changes judged.
+struct Judge<'j> {
+    nursery: &'j Nursery,
+    verdicts: &'j Verdicts,
     jobs: Option<usize>,
-) -> Result<Vec<&'a Mutant>, StepError> {
-    let jobs = jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
-    let (next, unnoticed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let work = || {
-        while let Some(&mutant) = mutants.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let verdict = nursery.judge(mutant.number, round)?;
-            let at = mutant.number as usize;
-            println!("{at:4} {verdict:?}: {mutant}");
-            if verdict == Verdict::Unnoticed {
-                unnoticed.lock().unwrap().push(mutant);
+}
+
+impl Judge<'_> {
+    /// Runs a round of the tests with each change. Returns those that no test has noticed, in their order.
+    fn all<'a>(&self, mutants: &[&'a Mutant], round: Round) -> Result<Vec<&'a Mutant>, StepError> {
+        let jobs = self.jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
+        let (next, unnoticed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        let work = || {
+            while let Some(&mutant) = mutants.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if self.one(mutant, round)? == Verdict::Unnoticed {
+                    unnoticed.lock().unwrap().push(mutant);
+                }
             }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+            workers.into_iter().try_for_each(|worker| worker.join().expect("a worker panicked"))
+        })?;
+        let mut unnoticed = unnoticed.into_inner().unwrap();
+        unnoticed.sort_by_key(|mutant| mutant.number);
+        Ok(unnoticed)
+    }
+
+    fn one(&self, mutant: &Mutant, round: Round) -> Result<Verdict, StepError> {
+        let at = mutant.number;
+        if let Some(verdict) = self.verdicts.known(at, round) {
+            println!("{at:4} {verdict:?} before: {mutant}");
+            return Ok(verdict);
         }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
-        workers.into_iter().try_for_each(|worker| worker.join().expect("a worker panicked"))
-    })?;
-    let mut unnoticed = unnoticed.into_inner().unwrap();
-    unnoticed.sort_by_key(|mutant| mutant.number);
-    Ok(unnoticed)
+        let verdict = self.nursery.judge(at, round)?;
+        println!("{at:4} {verdict:?}: {mutant}");
+        let kept = self.verdicts.keep(at, round, verdict);
+        kept.map_err(|source| StepError::File { path: "target/mutants/verdicts".into(), source })?;
+        Ok(verdict)
+    }
 }
 
 fn read(path: &Path) -> Result<String, StepError> {

@@ -75,6 +75,11 @@ impl Nursery {
         }
     }
 
+    /// The programs with the tests.
+    pub(super) fn programs(&self) -> Vec<&Path> {
+        self.steps.iter().map(|step| &*step.program).collect()
+    }
+
     /// Whether a change could not be built.
     pub(super) fn does_not_compile(&self, number: u32) -> bool {
         self.dropped.contains(&number)
@@ -189,7 +194,7 @@ impl Nursery {
 const QUICK: [&[&str]; 2] = [&["--skip", "sim::"], &["sim::the_invariants_hold_in_every_schedule"]];
 
 /// Which tests run with a change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Round {
     /// Those that take seconds. They notice nearly everything.
     Quick,
