@@ -46,7 +46,8 @@ impl SharedDisks {
 }
 
 impl Coordinator {
-    /// For how long the oldest request at a shared disk has waited.
+    /// For how long the oldest request at a shared disk has waited. Also while the guest stands still: the disks'
+    /// threads do nothing then, but what the storage has answered is known.
     fn shared_unanswered(&self) -> Duration {
         let shared = self.with.machine.disks().iter().filter(|disk| disk.is_shared());
         shared.map(|disk| disk.unanswered_for()).max().unwrap_or_default()

@@ -3,30 +3,45 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use outlive::events::Event;
 
-use crate::support::{Process, Proxy, Side, WRITTEN, World, wait_until, writer_kernel};
+use crate::hand_over::hand_over;
+use crate::support::{Process, Proxy, Side, Small, WRITTEN, World, wait_until, writer_kernel};
 
 /// Long, so that a busy machine does not decide who is faster.
 const DEAD_AFTER: Duration = Duration::from_secs(8);
+
+/// An operator does not wait longer for the answer than 15 s, and the standby waits for this time.
+const SOON_DEAD: Duration = Duration::from_secs(4);
+
+/// Bytes that the guest writes at a time.
+const BLOCK: usize = 4096;
 
 /// A guest that writes to the shared disk all the time.
 struct Sharing {
     world: World,
     disk: PathBuf,
+    dead_after: Duration,
 }
 
 impl Sharing {
     fn new() -> Option<Self> {
         let world = World::new()?;
         fs::write(world.dir().join("writer"), writer_kernel()).unwrap();
-        let disk = world.dir().join("shared.img");
-        File::create(&disk).unwrap().set_len(WRITTEN + (1 << 20)).unwrap();
-        Some(Self { world, disk })
+        let mut sharing = Self { world, disk: PathBuf::new(), dead_after: DEAD_AFTER };
+        let place = sharing.world.dir().to_path_buf();
+        sharing.put_disk(&place);
+        Some(sharing)
+    }
+
+    /// The disk is in this directory.
+    fn put_disk(&mut self, place: &Path) {
+        self.disk = place.join("shared.img");
+        File::create(&self.disk).unwrap().set_len(WRITTEN + (1 << 20)).unwrap();
     }
 
     fn standby(&self, side: Side) -> Process {
@@ -37,7 +52,7 @@ impl Sharing {
     fn run(&self, side: Side, more: &[&str]) -> Process {
         let disk = format!("path={},shared", self.disk.display());
         let kernel = self.world.dir().join("writer").display().to_string();
-        let dead_after = format!("{}s", DEAD_AFTER.as_secs());
+        let dead_after = format!("{}s", self.dead_after.as_secs());
         let options = ["--disk", &disk, "--kernel", &kernel, "--dead-after", &dead_after];
         self.world.run_with(side, &[&options[..], more].concat())
     }
@@ -66,6 +81,32 @@ impl Sharing {
         let note: String = self.note().lines().map(of_machine).collect();
         fs::write(format!("{}.outlive-shared", self.disk.display()), note).unwrap();
     }
+}
+
+/// How many writes the guest has made, if its disk is as these leave it, one after the other: the guest makes the next
+/// one when the last one is complete. Its numbers and places are those of `support/writer.rs`.
+fn writes_in_order(disk: &[u8]) -> Option<usize> {
+    let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
+    let ends = |block: &[u8]| [number(&block[..8]), number(&block[BLOCK - 8..])];
+    let found: Vec<_> = disk.chunks(BLOCK).map(ends).collect();
+    let mut left = vec![0; found.len()];
+    let is_right = |left: &[u64], at: usize| found[at] == [left[at]; 2];
+    let mut wrong = (0..found.len()).filter(|&at| !is_right(&left, at)).count();
+    let mut number: u64 = 0x9e37_79b9;
+    // Far more than a test has time for.
+    for count in 1..=1 << 24 {
+        number ^= number << 13;
+        number ^= number >> 7;
+        number ^= number << 17;
+        let at = (number as usize & 0x3ff8) * 512 / BLOCK;
+        wrong -= usize::from(!is_right(&left, at));
+        left[at] = number;
+        wrong += usize::from(!is_right(&left, at));
+        if wrong == 0 {
+            return Some(count);
+        }
+    }
+    None
 }
 
 /// From the last word of the lost host to the VM's first instruction here.
@@ -116,6 +157,36 @@ fn a_connection_that_ends_at_the_standby_only_takes_no_shared_disk_from_a_primar
         assert!(!active.ended());
     }
     sharing.wait_written();
+}
+
+/// The guest always has a write under way, and waits for it, so the last checkpoint holds one. It is let out while the
+/// guest stands still, and must count as done as soon as the storage has it. Nobody fences: what the old host wrote late
+/// would stay.
+#[test]
+fn a_vm_that_writes_to_a_shared_disk_is_handed_over() {
+    let Some(mut sharing) = Sharing::new() else { return };
+    // In memory: the storage of a busy machine may hang for longer than a hand-over waits.
+    let memory = Small::mount(sharing.world.dir().join("memory"), 16);
+    sharing.put_disk(memory.path());
+    sharing.dead_after = SOON_DEAD;
+    let mut standby = sharing.standby(Side::B);
+    let mut active = sharing.run(Side::A, &["--standby", &Side::B.addr().to_string()]);
+    active.wait_protected();
+    sharing.wait_written();
+    let (code, said) = hand_over(&active);
+    assert_eq!(code, Some(0), "{said}: {}", active.log());
+    assert!(said.contains("generation 2"), "{said}");
+    assert_eq!(standby.wait_takeover(), 2);
+    active.wait_end();
+    let blamed = active.has(|e| matches!(e, Event::HostFault { .. } | Event::HandOver { kept: Some(_) }));
+    assert!(!blamed, "{}", active.log());
+    sharing.wait_written();
+    let restarted = standby.has(|e| matches!(e, Event::GuestRestarted { .. }));
+    assert!(!restarted, "a write has failed: {}", standby.log());
+    // Nobody writes any more.
+    standby.kill();
+    let count = writes_in_order(&sharing.written()).expect("a disk as the guest's writes leave it");
+    println!("the guest has made {count} writes");
 }
 
 #[test]

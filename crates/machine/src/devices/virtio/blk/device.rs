@@ -235,9 +235,14 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
 
     /// For how long the host's disk has not answered a request. Zero if it has none. A request that it has
     /// failed is answered.
+    ///
+    /// May be asked while the gate is closed, and is about the disk alone then, too: what follows from an answer waits
+    /// until the gate opens. Zero behind a closed gate means that nothing that was given to the disk can still change
+    /// it. A request that needs another operation begins that only once the gate is open.
     pub fn unanswered_for(&self) -> Duration {
-        let oldest = self.shared().core().model.oldest_at_disk();
-        oldest.map_or(Duration::ZERO, |since| since.elapsed())
+        let oldest = self.shared().core().model.oldest_at_disk(self.model());
+        // A coarse clock must not make it look answered.
+        oldest.map_or(Duration::ZERO, |since| since.elapsed().max(Duration::from_nanos(1)))
     }
 
     /// Adds the chunks that requests in flight may have changed, or may still change. Complete once the machine
@@ -267,7 +272,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
 
     /// Whether the host's disk has a request that was in flight on another host when the VM came from there.
     pub fn has_reissued(&self) -> bool {
-        self.shared().core().model.has_reissued()
+        self.shared().core().model.has_reissued(self.model())
     }
 
     /// Takes no new requests and waits until none is in flight, except for held writes of a shared disk. For

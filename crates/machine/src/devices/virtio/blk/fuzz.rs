@@ -105,6 +105,10 @@ fn work<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, 
                 _ => None,
             };
             manual.complete(usize::from(choice / 8) % waiting, outcome);
+            if choice >= 128 {
+                // Answers are noted before the next turn takes them.
+                device.unanswered_for();
+            }
         }
     }
 }

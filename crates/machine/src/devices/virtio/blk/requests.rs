@@ -37,7 +37,7 @@ const BATCH: usize = 64;
 /// Most bytes of bounce buffers of a disk.
 const BOUNCE_BYTES: usize = 16 << 20;
 
-/// The requests of a disk, and how far each is. Used inside the gate.
+/// The requests of a disk, and how far each is. Used inside the gate, except where it says something else.
 pub struct Requests {
     pub(super) table: Table,
     pool: Pool,
@@ -47,6 +47,7 @@ pub struct Requests {
     reissuing: bool,
     /// Operations for the engine, which are submitted outside the gate.
     pub(super) outbox: Vec<Submission>,
+    /// The engine's results that no batch has taken yet: see [`note_answers`](Self::note_answers).
     completions: Vec<Completion>,
     unblocked: Vec<u16>,
     filling: VecDeque<u16>,
@@ -178,7 +179,21 @@ impl Requests {
         !self.reissue.is_empty() || self.table.iter().any(|(_, entry)| !waits_for_commit(entry.stage))
     }
 
-    /// Takes the engine's results.
+    /// Notes which operations the host's disk has answered, for somebody who asks while the gate may be closed. What
+    /// follows from an answer waits for the next batch: it may belong into the log or into guest memory, and a
+    /// checkpoint may be under way that has neither.
+    ///
+    /// An operation that was answered counts as answered even if its request needs another one. That one begins in a
+    /// batch, so until then the disk has nothing of this request that could still reach the storage.
+    fn note_answers(&mut self, disk: &Disk) {
+        let noted = self.completions.len();
+        disk.engine.try_reap(&mut self.completions);
+        for completion in &self.completions[noted..] {
+            self.table.get_mut(completion.token).since = None;
+        }
+    }
+
+    /// Takes the engine's results, those first that were noted before.
     fn collect(&mut self, disk: &Disk) {
         let mut completions = std::mem::take(&mut self.completions);
         disk.engine.reap(&mut completions);
@@ -236,8 +251,10 @@ impl Requests {
         self.disk_done(disk, token, Status::IoError);
     }
 
-    /// Since when the host's disk has the request that it has had for the longest time.
-    pub(super) fn oldest_at_disk(&self) -> Option<Instant> {
+    /// Since when the host's disk has the operation that it has had for the longest time. Also while the gate is
+    /// closed.
+    pub(super) fn oldest_at_disk(&mut self, disk: &Disk) -> Option<Instant> {
+        self.note_answers(disk);
         self.table
             .iter()
             .filter(|(_, entry)| entry.stage == Stage::Running)
@@ -245,13 +262,17 @@ impl Requests {
             .min()
     }
 
-    /// Whether there are failed requests of which the guest has not heard.
+    /// Whether there are failed requests of which the guest has not heard. A failure that was only noted counts: nobody
+    /// must take the disk for mended because its answer waits for a batch.
     pub(super) fn has_failed(&self) -> bool {
-        !self.failed.is_empty()
+        let noted = self.completions.iter().any(|it| matches!(it.result, Some(Err(_))));
+        noted || !self.failed.is_empty()
     }
 
-    /// Whether the host's disk has a request that was in flight on another host before.
-    pub(super) fn has_reissued(&self) -> bool {
+    /// Whether the host's disk has a request that was in flight on another host before. Also while the gate is
+    /// closed.
+    pub(super) fn has_reissued(&mut self, disk: &Disk) -> bool {
+        self.note_answers(disk);
         self.table.iter().any(|(_, it)| it.reissued && it.stage == Stage::Running && it.since.is_some())
     }
 

@@ -50,7 +50,7 @@ pub(super) struct Entry {
     pub(super) reissued: bool,
     /// How many unfinished earlier requests it overlaps.
     pub(super) waits: u16,
-    /// Since when the host's disk has it, in this stage.
+    /// Since when the host's disk has its operation; `None` once that was answered.
     pub(super) since: Option<Instant>,
     /// When it was taken: says when a write to a shared disk may leave.
     pub(super) tag: Tag,

@@ -77,6 +77,10 @@ impl Engine for Manual {
         completions.append(&mut lock(&self.shared.done));
     }
 
+    fn try_reap(&self, completions: &mut Vec<Completion>) {
+        self.reap(completions);
+    }
+
     fn event(&self) -> &EventFd {
         &self.shared.event
     }

@@ -102,8 +102,12 @@ pub(super) trait Engine: Send + Sync {
     /// from the device's own thread.
     fn submit(&self, submissions: &mut Vec<Submission>);
 
-    /// Adds finished operations to the list. Does not wait.
+    /// Adds finished operations to the list. Waits for a thread that submits, so only the device's own thread calls it.
     fn reap(&self, completions: &mut Vec<Completion>);
+
+    /// The same for any thread: it never waits for the disk. While another thread submits, which may take as long as
+    /// the kernel pleases, it may add nothing.
+    fn try_reap(&self, completions: &mut Vec<Completion>);
 
     /// Readable when an operation is done.
     fn event(&self) -> &EventFd;

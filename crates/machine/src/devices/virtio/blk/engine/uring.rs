@@ -9,7 +9,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use io_uring::register::Restriction;
@@ -92,6 +92,14 @@ impl Engine for Uring {
 
     fn reap(&self, completions: &mut Vec<Completion>) {
         self.inner().reap(completions);
+    }
+
+    fn try_reap(&self, completions: &mut Vec<Completion>) {
+        match self.inner.try_lock() {
+            Ok(mut inner) => inner.reap(completions),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().reap(completions),
+            Err(TryLockError::WouldBlock) => {}
+        }
     }
 
     fn event(&self) -> &EventFd {

@@ -171,6 +171,28 @@ fn a_failed_request_of_a_driver_that_has_reset_the_disk_goes_with_it() {
     assert_eq!((driver.used(0), driver.status(0), rig.device.in_flight()), (1, OK, 0));
 }
 
+/// Whoever decides hears of it when the gate is open; until then nobody must take the disk for mended.
+#[test]
+fn a_failure_behind_a_closed_gate_is_an_answer_and_still_a_failure() {
+    let (images, memory) = (Images::in_memory(), memory());
+    let (rig, told, driver) = live(&images, &memory);
+    driver.write(0, 0, 3, &[1; 512]);
+    rig.turn();
+    assert!(!rig.device.unanswered_for().is_zero());
+    rig.gate.close();
+    rig.engine().complete(0, Some(Err(libc::EIO)));
+    assert_eq!((rig.device.unanswered_for(), count(&told)), (Duration::ZERO, 0));
+    assert!(rig.device.has_failed());
+    rig.gate.open();
+    rig.turn();
+    assert_eq!((count(&told), driver.used(0)), (1, 0));
+    assert!(rig.device.has_failed());
+    rig.device.tell_errors();
+    rig.run();
+    assert!(!rig.device.has_failed());
+    assert_eq!((driver.used(0), driver.status(0)), (1, IOERR));
+}
+
 #[test]
 fn a_disk_that_does_not_answer_is_seen() {
     let (images, memory) = (Images::in_memory(), memory());

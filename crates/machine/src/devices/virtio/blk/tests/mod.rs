@@ -1,5 +1,6 @@
 //! The disk with our own driver on one side and image files on the other.
 
+mod answers;
 mod driver;
 mod engines;
 mod faults;
@@ -27,7 +28,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use self::driver::Driver;
 use super::engine::manual::Manual;
-use super::{BlockDevice, DiskOptions, EngineKind, Image, ReleasedWrites, WriteLog};
+use super::{BlockDevice, DiskOptions, EngineKind, Image, MAX_IN_FLIGHT, ReleasedWrites, WriteLog, engine};
 use crate::devices::Device;
 use crate::devices::valve::tests::Times;
 use crate::devices::valve::{EpochError, Lease, OutputMode, Permit, Valve};
@@ -146,6 +147,16 @@ impl Rig {
             let engine = Box::new(manual.clone());
             let device = BlockDevice::with_engine(options, 0, log, permit, host, (image, engine)).unwrap();
             (device, Some(manual))
+        })
+    }
+
+    /// A disk with its own engine and without a thread: each turn is the test's.
+    fn by_turns(memory: &Arc<Memory>, options: &DiskOptions) -> Self {
+        Self::build(memory, Times::lease(), |log, permit, host| {
+            let image = Arc::new(Image::open(&options.path, options.readonly, options.shared, None).unwrap());
+            let asked = options.shared.then(|| permit.clone());
+            let engine = engine::start(options.engine, &image, MAX_IN_FLIGHT as u16, asked).unwrap();
+            (BlockDevice::with_engine(options, 0, log, permit, host, (image, engine)).unwrap(), None)
         })
     }
 

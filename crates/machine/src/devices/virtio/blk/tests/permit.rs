@@ -109,6 +109,28 @@ fn what_waits_for_slow_storage_is_discarded_and_issued_again_elsewhere() {
     assert_eq!((Driver::resumed(&there).used(0), written(&path)), (WRITES, WRITES));
 }
 
+/// The storage never gets it, so nothing of it can land later.
+#[test]
+fn what_the_engine_refuses_behind_a_closed_gate_is_not_at_the_disk_and_is_held_again() {
+    let (images, memory) = (Images::in_memory(), memory());
+    let path = images.sparse("disk", 1 << 20);
+    let (rig, driver, asked) = rig(&path, &memory, 0);
+    driver.write(0, 0, 0, &[1; 512]);
+    rig.kick(0);
+    wait_for("the write", || rig.device.stats().held == 1);
+    rig.gate.close();
+    rig.valve.begin(2).unwrap();
+    assert_eq!(rig.release(1).writes, 1);
+    wait_for("the engine to refuse it", || rig.device.unanswered_for().is_zero());
+    assert_eq!((asked.get(), written(&path), rig.device.in_flight()), (1, 0, 1));
+    assert_eq!(rig.device.stats().held, 0, "what follows waits for the gate");
+    rig.gate.open();
+    wait_for("it to be held again", || rig.device.stats().held == 1);
+    assert_eq!(rig.open().writes, 1);
+    wait_for("the write", || driver.used(0) == 1);
+    assert_eq!((written(&path), driver.status(0)), (1, OK));
+}
+
 #[test]
 fn the_end_of_a_disk_carries_nothing_out() {
     let (images, memory) = (Images::in_memory(), memory());
