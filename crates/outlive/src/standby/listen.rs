@@ -13,7 +13,7 @@ use outlive_epoch::{
     Hello, IncomingError, IncomingLimits, Message, PAGE_SIZE, Peer, ProtocolVersion, ReadError, RefuseCode,
     SectionReader, StrayKey, VersionRange, VmId, WireError,
 };
-use outlive_pair::{Introduction, Link, Unwelcome};
+use outlive_pair::{Introduction, Link, LossReason, StandbyEvent, Unwelcome};
 
 use super::applier::Applier;
 use super::audit::Comparing;
@@ -246,6 +246,9 @@ fn serve(
             if outbox.may_leave() {
                 rest.drop_the_rest();
             }
+            // A copy that is being given up counts again if its primary is gone before it has heard so. The reader has
+            // ended with what it refused, so nobody else says that the connection has ended.
+            decisions.handle(StandbyEvent::LinkLost { link: number, why: LossReason::Closed });
         }
         Err(refusal @ Refusal::OnlyAsked) => decisions.answer(number, &refusal),
         Err(refusal) => decisions.refuse(number, refusal.code(), refusal.to_string()),

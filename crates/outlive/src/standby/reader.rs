@@ -103,8 +103,11 @@ impl SessionReader {
         let link = self.link;
         let section = self.sections.read_section(&mut self.from).map_err(|error| match error {
             ReadError::Closed | ReadError::Truncated { .. } => End::Lost(LossReason::Closed),
-            // A record that was changed on its way: TLS says so before a message is looked at.
-            ReadError::Io(error) if error.kind() == ErrorKind::InvalidData => End::Bad(error.to_string()),
+            // A record that was changed on its way: TLS says so before a message is looked at, and ends both
+            // directions, so that no leave would be heard. The copy is whole.
+            ReadError::Io(error) if error.kind() == ErrorKind::InvalidData => {
+                End::Lost(LossReason::Protocol(error.to_string()))
+            }
             ReadError::Io(error) => End::Lost(LossReason::Error(error.to_string())),
             ReadError::Wire(error) => End::Bad(error.to_string()),
         })?;

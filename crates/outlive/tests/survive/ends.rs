@@ -1,10 +1,15 @@
 //! Orderly is not dead: the standby follows an end on purpose and does not take over.
 
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
 use nix::sys::signal::Signal;
 use outlive::events::Event;
 
 use crate::support::{
-    Client, Dice, MEMORY, Process, Proxy, Side, Value, Way, Witnesses, World, flip_program_bit,
+    Client, Dice, MEMORY, Pace, Process, Proxy, Side, Slow, Value, Way, Witnesses, World, flip_program_bit,
+    wait_until,
 };
 
 /// Both processes have ended in order, for this reason, and the standby has not run the VM.
@@ -134,7 +139,7 @@ fn an_orderly_stop_of_the_standby_needs_no_arbiter() {
 /// continues at once in its generation, and the copy is made anew, without the arbiter.
 #[test]
 fn a_worthless_copy_needs_no_arbiter() {
-    // Over TLS a record that was changed ends both directions, so that the last word is not heard.
+    // Over TLS a record that was changed ends both directions, so that no last word would be heard.
     let Some(world) = World::plain() else { return };
     let proxy = Proxy::start(&world, Side::A);
     let audited = ["--audit", "100", "--dead-after", "2s"];
@@ -164,5 +169,63 @@ fn a_worthless_copy_needs_no_arbiter() {
     }
     active.kill();
     assert_eq!(standby.wait_takeover(), 2);
+    witnesses.finish(&world);
+}
+
+/// Over TLS nothing more is said after a record that was changed. The copy is whole, so it goes on where the primary
+/// cannot: here it does not reach the arbiter.
+#[test]
+fn a_record_that_was_changed_is_a_lost_link() {
+    let Some(mut world) = World::new() else { return };
+    let proxy = Proxy::start(&world, Side::A);
+    let mut standby = world.standby(Side::B);
+    let mount = world.dir().join("arbiter-of-a");
+    std::os::unix::fs::symlink(world.arbiter(), &mount).unwrap();
+    world.ask_arbiter(format!("file:{}", mount.display()));
+    let mut active = world.run_with(Side::A, &["--standby", &proxy.addr()]);
+    active.wait_protected();
+    let witnesses = Witnesses::start(&world, 2);
+    std::fs::remove_file(&mount).unwrap();
+    proxy.flip(Way::ToStandby, Dice::new().below(1 << 40));
+    active.wait_for("asking in vain", |e| matches!(e, Event::ArbiterUnreachable { .. }));
+    assert_eq!(standby.wait_takeover(), 2);
+    witnesses.hear_all();
+    std::os::unix::fs::symlink(world.arbiter(), &mount).unwrap();
+    assert_eq!(active.wait_exit(), 3, "{}", active.log());
+    witnesses.finish(&world);
+}
+
+/// The primary dies before it has heard that the copy of its standby is given up, which is still being written down.
+#[test]
+fn a_whole_copy_is_not_thrown_away_when_its_primary_is_gone() {
+    let Some(world) = World::plain() else { return };
+    let behind = world.dir().join("behind");
+    std::fs::create_dir(&behind).unwrap();
+    for image in [behind.join("image"), world.dir().join("image")] {
+        std::fs::File::create(image).unwrap().set_len(1 << 20).unwrap();
+    }
+    let Some(slow) = Slow::mount(world.dir().join("slow"), &behind) else { return };
+    let disk = |place: &Path| format!("path={}", place.join("image").display());
+    let proxy = Proxy::start(&world, Side::A);
+    let patience = ["--dead-after", "3s"];
+    let theirs = disk(slow.path());
+    let mut standby = world.standby_with(Side::B, &[&["--disk", &theirs][..], &patience].concat());
+    let (there, ours) = (proxy.addr(), disk(world.dir()));
+    let mut active =
+        world.run_with(Side::A, &[&["--standby", &there, "--disk", &ours][..], &patience].concat());
+    active.wait_protected();
+    let witnesses = Witnesses::start(&world, 1);
+    slow.set(Pace { sync: Duration::from_secs(3600), ..Pace::default() });
+    proxy.flip(Way::ToStandby, Dice::new().below(1 << 40));
+    wait_until("it is being written down", || slow.waiting() > 0);
+    active.kill();
+    // It would be given up if it were written down now.
+    let killed = Instant::now();
+    while !standby.has(|e| matches!(e, Event::LinkLost { .. })) && killed.elapsed() < Duration::from_secs(1) {
+        thread::sleep(Duration::from_millis(10));
+    }
+    slow.set(Pace::default());
+    assert_eq!(standby.wait_takeover(), 2);
+    witnesses.hear_all();
     witnesses.finish(&world);
 }

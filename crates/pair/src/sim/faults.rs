@@ -187,11 +187,11 @@ impl World {
         self.after(start, Happening::Cut { from: primary.0, to: standby.0 });
     }
 
-    /// A fault on one of the newest connections: a reset by a third party, damage, stray base pages, or a
-    /// fault at the primary itself.
+    /// A fault on one of the newest connections: a reset by a third party, damage of an open or an encrypted
+    /// link, stray base pages, or a fault at the primary itself.
     fn strike_link(&mut self) {
         let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
-        match self.rng.range(0, 4) {
+        match self.rng.range(0, 5) {
             0 => {
                 self.conns[conn].broken = true;
                 for side in 0..2 {
@@ -203,6 +203,7 @@ impl World {
             }
             1 => self.send(conn, 0, Msg::Bad),
             2 => self.send(conn, 0, Msg::Base),
+            3 => self.send(conn, 0, Msg::Garbled),
             _ => {
                 let life = self.conns[conn].ends[1];
                 if self.alive(life) && self.frozen(life) <= self.now {

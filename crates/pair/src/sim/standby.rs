@@ -395,7 +395,10 @@ impl World {
         let Some(copy) = &mut s.driver.ports_mut().copy else { return };
         let (link, why) = (copy.link, String::from("of no use"));
         let event = match kind {
-            0 => StandbyEvent::BadStream { link, why },
+            0 => {
+                self.conns[link.0 as usize].refused = true;
+                StandbyEvent::BadStream { link, why }
+            }
             1 => {
                 copy.failed = true;
                 StandbyEvent::Failed { link, why }
@@ -411,6 +414,10 @@ impl World {
     /// A message has arrived at the standby. The reader takes every message, whatever the applier does.
     pub(super) fn standby_hears(&mut self, life: Life, conn: usize, msg: Msg) {
         let link = Link(conn as u64);
+        // The reader has ended with what it refused. What still comes is dropped until the connection ends.
+        if self.conns[conn].refused && !matches!(msg, Msg::Closed) {
+            return;
+        }
         let early = self.bug == Some(Bug::AckWhilePartial);
         let now = self.believed(life.0);
         let Some(s) = self.standby_of(life) else { return };
@@ -483,8 +490,10 @@ impl World {
             Msg::VmEnd(reason) => StandbyEvent::End { link, reason },
             Msg::Dismiss => StandbyEvent::Dismissed { link },
             Msg::Closed => StandbyEvent::LinkLost { link, why: LossReason::Closed },
+            Msg::Garbled => StandbyEvent::LinkLost { link, why: LossReason::Protocol("a bad record".into()) },
             other => StandbyEvent::BadStream { link, why: format!("{other:?}") },
         };
+        self.conns[conn].refused |= matches!(event, StandbyEvent::BadStream { .. });
         self.standby(life, event);
     }
 

@@ -71,6 +71,8 @@ pub(super) enum Msg {
     Dismiss,
     /// Damage on the way, or a primary with an error.
     Bad,
+    /// Damage on the way of an encrypted link, which ends with it in both directions.
+    Garbled,
     Accept {
         dead_after: Duration,
         holds: bool,
@@ -237,6 +239,8 @@ pub(super) struct Conn {
     pub(super) open: [bool; 2],
     /// Whether a third party has reset it.
     pub(super) broken: bool,
+    /// Whether the standby's reader has refused what came, so that only the end of the connection is heard there.
+    pub(super) refused: bool,
 }
 
 pub(super) struct Host {
@@ -498,6 +502,7 @@ impl World {
             arrival: [0; 2],
             open: [true; 2],
             broken: false,
+            refused: false,
         });
         self.conns.len() - 1
     }

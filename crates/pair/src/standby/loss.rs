@@ -8,7 +8,7 @@ use super::giving_up::Worthless;
 use super::{Action, Attached, Committed, GivenUp, Note, RELEASE, Standby, StandbyExit, State};
 use crate::claim::{Claim, Step, Verdict};
 use crate::planted::planted;
-use crate::{ClaimResult, Link, LossReason, TailUse};
+use crate::{ClaimResult, Link, LossReason, TailUse, Timing};
 
 impl Standby {
     pub(super) fn end(&mut self, link: Link, reason: EndReason, out: &mut Vec<Action>) {
@@ -30,8 +30,10 @@ impl Standby {
         // still lasts, and would let output out when it continues. Nor does the end of a connection that
         // somebody else has reset; frames may then leave twice, but a write to storage that both sides use
         // must not land after this side's own.
+        // Whoever sent what is no stream any more lives, most likely, and is let ahead: its guest runs.
         let storage = attached.shared_storage && !planted!(bug, ClaimsWithinLease);
         let ask_at = match why {
+            LossReason::Protocol(_) => now + dead_after * Timing::GIVES_WAY,
             _ if storage => heard + dead_after,
             LossReason::Local(_) => heard + dead_after,
             _ => now,
@@ -209,6 +211,11 @@ impl Standby {
             }
             State::GivingUp(given) => given.gets_worse(Worthless::Failed(why), out),
             State::Committed { .. } => self.give_up(Worthless::Failed(why), out),
+            // Between two claims: one of them may have been heard though its answer was lost.
+            State::Claiming { claim, .. } if claim.was_asked() => {
+                let why = may_be_won(&why, claim.generation);
+                self.exit(StandbyExit::Failed(why), out);
+            }
             _ => self.leave(LeaveReason::Failed, StandbyExit::Failed(why), out),
         }
     }
@@ -259,8 +266,7 @@ impl Standby {
                 self.exit(StandbyExit::Failed(why), out);
             }
             (Err(_), Some(why)) => {
-                let why = format!("{why}; the arbiter may have heard the claim of generation {generation}");
-                self.exit(StandbyExit::Failed(why), out);
+                self.exit(StandbyExit::Failed(may_be_won(&why, generation)), out);
             }
         }
     }
@@ -318,4 +324,9 @@ impl Standby {
             self.exit(exit, out);
         }
     }
+}
+
+/// What the operator must know of a copy that failed after it was claimed for.
+fn may_be_won(why: &str, generation: u64) -> String {
+    format!("{why}; the arbiter may have heard the claim of generation {generation}")
 }

@@ -51,6 +51,10 @@ fn lost() -> StandbyEvent {
     LinkLost { link: LINK, why: LossReason::Closed }
 }
 
+fn garbled() -> StandbyEvent {
+    LinkLost { link: LINK, why: LossReason::Protocol("a bad record".into()) }
+}
+
 /// The actions at the loss of the link, with this checkpoint applied.
 fn gone_at(checkpoint: u64) -> [StandbyAction; 2] {
     [Hangup { link: LINK }, Settle { link: LINK, checkpoint }]

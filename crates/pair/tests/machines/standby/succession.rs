@@ -182,7 +182,11 @@ fn a_failure_during_arbitration_waits_for_the_answer() {
     assert!(said(host.claimed(unreachable.clone())).contains("may have heard"));
     let mut host = Host::claiming();
     host.claimed(unreachable);
-    assert_eq!(said(host.acts(failed())), "input/output error", "no question is open");
+    assert!(said(host.acts(failed())).contains("may have heard"), "between two questions, too");
+    let mut host = Host::protected();
+    host.acts(garbled());
+    host.acts(settled(11));
+    assert_eq!(said(host.acts(failed())), "input/output error", "nothing was asked yet");
 }
 
 /// A side that has asked the arbiter may already own the VM; if it walks away, nobody has the VM.
@@ -242,6 +246,23 @@ fn asks_when_the_lease_is_over(mut host: Host, lost: StandbyEvent) {
 fn a_link_that_fails_here_gives_the_primary_the_time_of_its_lease() {
     let why = LossReason::Local("a write failed".into());
     asks_when_the_lease_is_over(Host::protected(), LinkLost { link: LINK, why });
+}
+
+/// Nothing more can be said over an encrypted link, and its primary may be in good health: it asks first.
+#[test]
+fn a_primary_whose_link_is_garbled_is_let_ahead() {
+    for shared_storage in [false, true] {
+        let mut host = Host::protected_with(shared_storage);
+        host.now = 300;
+        assert_eq!(host.acts(garbled()), gone_at(11), "no leave, and the copy is kept");
+        assert_eq!(host.acts(settled(11)), []);
+        host.now = 4299;
+        assert_eq!(host.acts(Tick), []);
+        host.now = 4300;
+        assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
+        assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, false)]);
+    }
+    assert_eq!(Host::attached().acts(garbled()), [Hangup { link: LINK }, Discard { link: LINK }]);
 }
 
 /// A write that the primary has let out could otherwise land after this side's own.
