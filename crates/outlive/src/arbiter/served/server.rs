@@ -1,7 +1,8 @@
 //! `outlive arbiter serve`: the test-and-set of a directory, for hosts that reach it over the network.
 //!
 //! Each connection has a thread for its one question, and there is room for few of them (`visitors.rs`). A question must
-//! be whole within [`PATIENCE`]. So whoever connects and says nothing, too much or nonsense holds up nothing for long.
+//! be whole within [`PATIENCE`], and until it is, a connection goes for the next one. So whoever connects and says
+//! nothing, too much or nonsense holds up nothing for long.
 //! With keys nothing that a connection sends is read as a question before its host has shown a certificate, and a
 //! question about a VM is answered only if the certificate names the VM.
 
@@ -201,13 +202,19 @@ impl Server {
         socket.set_nonblocking(false)?;
         prepare(&socket, PATIENCE)?;
         let (mut stream, host) = to_host(socket, &self.security, PATIENCE)?;
-        if host.is_some() {
-            visitor.becomes_known();
+        if let Err(forbidden) = host.as_ref().map_or(Ok(()), may_come) {
+            self.complain(|| forbidden.to_string());
+            return say(&mut stream, &Answer::Forbidden { why: forbidden.to_string() });
         }
+        let name = host.as_ref().map(|host| &*host.name);
         let mut claims = None;
         let answer = match hear::<Question>(&mut stream, LONGEST_QUESTION, Instant::now() + PATIENCE) {
+            Ok(_) if !visitor.asks(name) => {
+                let why = format!("too many questions of host {} at a time", name.unwrap_or_default());
+                self.complain(|| why.clone());
+                Answer::Unable { why }
+            }
             Ok(question) => {
-                visitor.becomes_known();
                 claims = question.ask.claims().copied();
                 self.reply(question, host.as_ref())
             }
@@ -300,6 +307,12 @@ impl Server {
 /// A question that this host may not ask.
 #[derive(Debug, thiserror::Error)]
 enum Forbidden {
+    /// Somebody who has no business here.
+    #[error(
+        "the certificate of {0} allows no VM, and does not let it be the arbiter: ask with a host's keys (`outlive keys \
+         issue --host NAME`)"
+    )]
+    Anything(String),
     /// A host that has nothing to do with the VM.
     #[error(
         "host {host} may neither send nor hold VM {vm}: give it a certificate that allows it beside what it has \
@@ -313,6 +326,12 @@ enum Forbidden {
          `outlive arbiter release`)"
     )]
     Forget(VmId),
+}
+
+/// Whether whoever shows this certificate could ask anything: an operator of nodes could not.
+fn may_come(host: &Certificate) -> Result<(), Forbidden> {
+    let may = host.grant.has_vms() || host.grant.arbiter;
+    if may { Ok(()) } else { Err(Forbidden::Anything(host.name.clone())) }
 }
 
 /// Whoever may send or hold a VM may ask for its generations, and nobody else. Whoever may be the arbiter may look after

@@ -1,7 +1,8 @@
 //! The connections that a served arbiter has, and room for few of them.
 //!
-//! Each has a deadline. While there is no room, the oldest one that has not shown who it is goes for the next: a host
-//! needs some milliseconds for that, and a stranger that says nothing has been here for longer.
+//! Each has a deadline. While there is no room, the oldest one that has not asked goes for the next: a host needs some
+//! milliseconds for a certificate and its question, and whoever says nothing has been here for longer. A certificate alone
+//! keeps no place: each VM's host has one, and a host that somebody has broken into must not keep others from the arbiter.
 
 use std::io;
 use std::net::{IpAddr, Shutdown, TcpStream};
@@ -10,8 +11,10 @@ use std::time::{Duration, Instant};
 
 /// How many there may be.
 const MOST: usize = 64;
-/// How many of one address.
+/// How many of one address that have not asked.
 const MOST_OF_ONE: usize = 16;
+/// How many questions of one certificate's name there may be.
+const MOST_OF_NAME: usize = 16;
 /// How many threads there may be, with those whose connection has been ended and that have not noticed it yet.
 const MOST_THREADS: usize = 2 * MOST;
 
@@ -30,8 +33,10 @@ struct Entry {
     address: IpAddr,
     since: Instant,
     socket: TcpStream,
-    /// It has shown who it is.
-    known: bool,
+    /// It has asked, and is answered.
+    asks: bool,
+    /// Who asks, if that was shown.
+    name: Option<String>,
     /// It has been ended.
     gone: bool,
 }
@@ -68,15 +73,17 @@ impl Visitors {
     pub(super) fn admit(self: &Arc<Self>, socket: &TcpStream, address: IpAddr) -> io::Result<Entrance> {
         let mut all = self.all();
         let here = |it: &&mut Entry| !it.gone;
-        let of_one = all.visitors.iter_mut().filter(here).filter(|it| it.address == address).count();
+        // Those that ask are bounded by their names: many VMs' hosts may have one address.
+        let of_one =
+            all.visitors.iter_mut().filter(here).filter(|it| it.address == address && !it.asks).count();
         let (full, full_of_one) =
             (all.visitors.iter_mut().filter(here).count() >= MOST, of_one >= MOST_OF_ONE);
         if all.visitors.len() >= MOST_THREADS {
             return Ok(Entrance::Full);
         }
         if full || full_of_one {
-            let mut strangers = all.visitors.iter_mut().filter(here).filter(|it| !it.known);
-            let Some(oldest) = strangers.find(|it| !full_of_one || it.address == address) else {
+            let mut silent = all.visitors.iter_mut().filter(here).filter(|it| !it.asks);
+            let Some(oldest) = silent.find(|it| !full_of_one || it.address == address) else {
                 return Ok(Entrance::Full);
             };
             oldest.end();
@@ -85,7 +92,7 @@ impl Visitors {
         let number = all.last;
         let socket = socket.try_clone()?;
         let since = Instant::now();
-        all.visitors.push(Entry { number, address, since, socket, known: false, gone: false });
+        all.visitors.push(Entry { number, address, since, socket, asks: false, name: None, gone: false });
         let visitor = Visitor { visitors: self.clone(), number };
         Ok(if full || full_of_one { Entrance::Instead(visitor) } else { Entrance::Free(visitor) })
     }
@@ -110,12 +117,18 @@ impl Visitors {
 }
 
 impl Visitor {
-    /// It has shown who it is.
-    pub(super) fn becomes_known(&self) {
+    /// It has asked, and shown this name before, if it has shown one. Returns whether there is room for its question; then
+    /// it stays until it has the answer.
+    pub(super) fn asks(&self, name: Option<&str>) -> bool {
         let mut all = self.visitors.all();
-        if let Some(entry) = all.visitors.iter_mut().find(|it| it.number == self.number) {
-            entry.known = true;
+        let of_name = |it: &&Entry| it.asks && !it.gone && it.name.as_deref() == name;
+        if name.is_some() && all.visitors.iter().filter(of_name).count() >= MOST_OF_NAME {
+            return false;
         }
+        if let Some(entry) = all.visitors.iter_mut().find(|it| it.number == self.number) {
+            (entry.asks, entry.name) = (true, name.map(str::to_owned));
+        }
+        true
     }
 }
 
@@ -156,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_stranger_goes_for_the_next_and_no_host_does() {
+    fn the_oldest_that_is_silent_goes_for_the_next_and_none_that_asks_does() {
         let visitors = Arc::new(Visitors::default());
         let mut all = Vec::new();
         for number in 0..MOST {
@@ -165,16 +178,18 @@ mod tests {
             assert!(matches!(entrance, Entrance::Free(_)), "{number}");
             all.push((visitor(entrance), there));
         }
-        all[0].0.becomes_known();
+        assert!(all[0].0.asks(Some("host 0")));
         let (here, _there) = connection();
         let entrance = visitors.admit(&here, address(1000)).unwrap();
         assert!(matches!(entrance, Entrance::Instead(_)));
-        assert!(!is_ended(&mut all[0].1), "it has shown who it is");
-        assert!(is_ended(&mut all[1].1) && !is_ended(&mut all[2].1), "the oldest stranger");
-        // Once all are known there is no room until one has its answer.
-        all.iter().for_each(|(visitor, _)| visitor.becomes_known());
+        assert!(!is_ended(&mut all[0].1), "it has asked");
+        assert!(is_ended(&mut all[1].1) && !is_ended(&mut all[2].1), "the oldest silent one");
+        // Once all have asked there is no room until one has its answer.
+        for (number, (visitor, _)) in all.iter().enumerate().skip(1) {
+            assert!(visitor.asks(Some(&format!("host {number}"))));
+        }
         let newest = visitor(entrance);
-        newest.becomes_known();
+        assert!(newest.asks(None));
         assert!(matches!(visitors.admit(&here, address(1001)).unwrap(), Entrance::Full));
         drop(all.swap_remove(5));
         assert!(matches!(visitors.admit(&here, address(1001)).unwrap(), Entrance::Free(_)));
@@ -182,6 +197,24 @@ mod tests {
         assert!(all.iter_mut().all(|(_, there)| is_ended(there)));
         drop((all, newest));
         assert!(visitors.is_empty());
+    }
+
+    #[test]
+    fn one_name_has_few_questions_at_a_time_whatever_its_addresses_are() {
+        let visitors = Arc::new(Visitors::default());
+        let come = |number| {
+            let (here, there) = connection();
+            (visitor(visitors.admit(&here, address(number)).unwrap()), there)
+        };
+        let mut all: Vec<_> = (0..=MOST_OF_NAME).map(come).collect();
+        let last = all.pop().unwrap();
+        assert!(all.iter().all(|(visitor, _)| visitor.asks(Some("a"))));
+        assert!(!last.0.asks(Some("a")), "as many as it may have");
+        let others: Vec<_> = (100..100 + 2 * MOST_OF_NAME).map(come).collect();
+        // Where nobody shows a name there is none that has too many.
+        assert!(others.iter().all(|(visitor, _)| visitor.asks(None)) && come(200).0.asks(Some("b")));
+        drop(all.pop());
+        assert!(last.0.asks(Some("a")), "once one has its answer");
     }
 
     #[test]
@@ -209,5 +242,15 @@ mod tests {
             assert!(more.len() <= MOST_THREADS);
         }
         assert_eq!(others.len() + crowd.len() + more.len(), MOST_THREADS);
+        // Those that ask leave the room of their address to the next ones.
+        drop((others, crowd, more));
+        let come = || {
+            let (here, there) = connection();
+            (visitor(visitors.admit(&here, address(9)).unwrap()), there)
+        };
+        let asking: Vec<_> = (0..MOST_OF_ONE).map(|_| come()).collect();
+        assert!(asking.iter().all(|(visitor, _)| visitor.asks(Some("a"))));
+        let (here, _there) = connection();
+        assert!(matches!(visitors.admit(&here, address(9)).unwrap(), Entrance::Free(_)));
     }
 }

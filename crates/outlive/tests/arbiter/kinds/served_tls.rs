@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use outlive::arbiter::{self, Arbiter, Claim, FileArbiter, Mode};
 use outlive::keys::{self as made, Grant, Order, Vms};
+use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 
 use super::keys::{self, Keys, order};
@@ -18,6 +19,9 @@ use super::proxy::Proxy;
 use super::server::Server;
 use crate::conformance::answer;
 use crate::support::{OTHER_VM, VM, directory, why};
+
+#[path = "../../common/tls.rs"]
+mod tls;
 
 /// A server complains about strangers once a second.
 const COMPLAINT: Duration = Duration::from_millis(1100);
@@ -303,6 +307,71 @@ fn a_flood_of_half_open_connections_holds_nobody_up_and_fills_no_log() {
     let start = Instant::now();
     let _ = silent.read(&mut [0; 100]);
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+/// The host of some VM, or whoever has broken into it, comes again and again with its certificate and asks nothing: from as
+/// many addresses as fill all places, this one among them, and with the keys of a second VM.
+#[test]
+fn a_host_that_shows_its_certificate_and_asks_nothing_keeps_no_other_host_out() {
+    let stage = Stage::set();
+    let mut host = stage.open(&stage.keys.host()).unwrap();
+    let its = Grant { send: Vms::Only(vec![OTHER_VM]), ..Grant::NONE };
+    let keys = ["other", "another"].map(|name| stage.issue(&order(name, its.clone())));
+    let knock = |number: usize| silent(&stage, 1 + number as u8 % 5, &keys[number % 2]);
+    // More than there is room for, of five addresses and of all.
+    for generation in 1..=3 {
+        let open: Vec<_> = (0..100).filter_map(knock).collect();
+        assert!(open.len() > 64, "{} have shown their certificate", open.len());
+        assert_eq!(answer(host.as_mut(), generation, "primary"), Claim::Won);
+    }
+    // And while they come.
+    let ends = AtomicBool::new(false);
+    scope(|threads| {
+        threads.spawn(|| {
+            let mut open = std::collections::VecDeque::new();
+            for number in (0..).take_while(|_| !ends.load(Ordering::Relaxed)) {
+                open.extend(knock(number));
+                if open.len() > 80 {
+                    open.pop_front();
+                }
+            }
+        });
+        for generation in 4..=20 {
+            assert_eq!(answer(host.as_mut(), generation, "primary"), Claim::Won);
+        }
+        ends.store(true, Ordering::Relaxed);
+    });
+    let log = stage.server.log();
+    assert!(log.iter().any(|line| line.contains("the oldest are dropped")), "{log:#?}");
+    assert!(!log.iter().any(|line| line.contains("too many connections; one of")), "{log:#?}");
+}
+
+/// Shows a certificate to the server, and asks nothing. Nothing comes of it if the server drops it before.
+fn silent(stage: &Stage, last: u8, keys: &Path) -> Option<tls::Tls> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 1, last], 0)).into()).unwrap();
+    socket.connect(&stage.server.address.into()).unwrap();
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut stranger = tls::tls(stream, Some(keys));
+    while stranger.conn.is_handshaking() {
+        stranger.conn.complete_io(&mut stranger.sock).ok()?;
+    }
+    Some(stranger)
+}
+
+/// It counts, and allows nothing here: that is said before a question is read.
+#[test]
+fn who_may_have_no_vm_and_be_no_arbiter_is_sent_away_at_once() {
+    let stage = Stage::set();
+    let operator = stage.issue(&order("alice", Grant::OPERATOR));
+    let told = stage.refusal(&operator);
+    assert!(told.contains("the certificate of alice allows no VM"), "{told}");
+    let mut told = String::new();
+    let mut stranger = silent(&stage, 1, &operator).expect("its certificate counts");
+    drop(stranger.read_to_string(&mut told));
+    assert!(told.contains("forbidden") && told.contains("`outlive keys issue --host NAME`"), "{told}");
+    assert_eq!(answer(stage.open(&stage.keys.host()).unwrap().as_mut(), 1, "primary"), Claim::Won);
 }
 
 #[test]
