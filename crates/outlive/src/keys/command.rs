@@ -181,6 +181,11 @@ fn revoke(keys: &Path, who: &str, out: &mut dyn Write) -> Result<(), CommandErro
     let serials = make::revoke(keys, who)?;
     let file = keys.join(super::REVOKED);
     writeln!(out, "revoked {}: copy {} to every host", serials.join(", "), file.display())?;
+    writeln!(
+        out,
+        "copy it also into each other directory of keys, as those of VMs that have keys of their own (--keys): where the list \
+         is an old one, whoever was revoked is still let in"
+    )?;
     writeln!(out, "a link that is open goes on until it ends: restart the standby to end it now")?;
     Ok(())
 }

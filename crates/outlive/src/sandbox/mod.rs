@@ -27,7 +27,7 @@ mod state;
 mod steward;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use clap::ValueEnum;
@@ -44,6 +44,8 @@ use run::{NotHidden, Own};
 use secrets::Exposed;
 use state::{InReach, States};
 pub(crate) use steward::{Ending, Pending, Steward, StewardError, command};
+
+use crate::keys;
 
 /// Whether a process is confined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -102,6 +104,9 @@ static IS_ON: OnceLock<bool> = OnceLock::new();
 /// Why a process that stays root can reach the sockets of others.
 static IN_REACH: OnceLock<String> = OnceLock::new();
 
+/// The keys that an escape from the guest would have, where that matters.
+static EXPOSED_KEYS: OnceLock<PathBuf> = OnceLock::new();
+
 /// Who has the rights that this process has given up; `None` if it has them itself.
 pub(crate) fn steward() -> Option<&'static Steward> {
     STEWARD.get()
@@ -150,6 +155,9 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
     filter(&otherwise)?;
     let _ = STEWARD.set(steward);
     let _ = IS_ON.set(plan.mode == Mode::On);
+    if let Some(keys) = &plan.exposed_keys {
+        let _ = EXPOSED_KEYS.set(keys.clone());
+    }
     Ok(())
 }
 
@@ -182,6 +190,23 @@ pub(crate) fn say_what_remains() {
              VM, where the guest is not trusted"
         );
     }
+    if let Some(line) = EXPOSED_KEYS.get().and_then(|keys| too_wide(keys)) {
+        tracing::warn!("{line}");
+    }
+}
+
+/// The complaint about keys that are good for other VMs than that of the process which has them. What is wrong with keys
+/// that cannot be read is said elsewhere.
+fn too_wide(keys: &Path) -> Option<String> {
+    let host = keys::load(keys).ok()?.host;
+    host.grant.concerns_all_or(None).then(|| {
+        format!(
+            "the keys in {} allow every VM, and an escape from this guest would have them: where the guest is not trusted, \
+             give this VM keys of its own (`outlive keys issue --host {}-NAME --vm ID`, where ID is this VM's id)",
+            keys.display(),
+            host.name
+        )
+    })
 }
 
 fn confine_to(places: &Places) -> Result<(), RulesetError> {
@@ -259,6 +284,20 @@ fn confine_thread(name: &str) {
     }
 }
 
+/// A thread of this process that has real-time priority may not keep a core for longer than a second without waiting, or
+/// the kernel ends the process: cgroups do not bind such threads. For sentinels, which wait nearly all the time, and not
+/// for a process with vCPUs: an operator may give those a real-time priority.
+pub(crate) fn bound_real_time() {
+    privileges::bound_real_time();
+}
+
+/// From now on no thread of a confined process can become a real-time one.
+pub(crate) fn end_real_time() {
+    if FILTERS.get().is_some() {
+        privileges::end_real_time();
+    }
+}
+
 /// Confines a helper process to what its role needs.
 pub(crate) fn enter_sentinel() {
     let confined = privileges::drop_own_capabilities().map_err(|error| error.to_string()).and_then(|()| {
@@ -269,5 +308,32 @@ pub(crate) fn enter_sentinel() {
     });
     if let Err(error) = confined {
         tracing::debug!(error, "a sentinel is not confined");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use outlive_epoch::VmId;
+
+    use super::*;
+    use crate::keys::{Grant, Order, Vms};
+
+    #[test]
+    fn keys_for_every_vm_are_too_wide_and_those_for_one_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let order = |host: &str, grant| Order { host: host.into(), grant, life: Duration::from_secs(3600) };
+        keys::init(&path("keys"), &order("hosta", Grant::ALL)).unwrap();
+        let line = too_wide(&path("keys")).unwrap();
+        assert!(line.contains("--host hosta-NAME --vm ID") && !line.contains('\n'), "{line}");
+        let hold = Grant { hold: Vms::Any, ..Grant::NONE };
+        keys::issue(&path("keys"), &order("hostb", hold), &path("b")).unwrap();
+        assert!(too_wide(&path("b")).is_some(), "whoever may hold them has their memory");
+        let one = Vms::Only(vec![VmId([1; 16])]);
+        let own = Grant { send: one.clone(), hold: one, ..Grant::NONE };
+        keys::issue(&path("keys"), &order("hosta-web", own), &path("web")).unwrap();
+        assert_eq!((too_wide(&path("web")), too_wide(&path("none"))), (None, None));
     }
 }

@@ -1,12 +1,12 @@
 //! What a process needs, from its command line.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::unistd::User;
 
 use super::places::Places;
 use super::privileges::find_user;
-use super::steward::Charter;
+use super::steward::{AllowedVlan, Charter};
 use super::{Mode, PrivilegeError};
 use crate::cli::{ActiveOptions, ConsoleSpec, NetSpec, RunOptions, StandbyOptions};
 use crate::link::Security;
@@ -18,6 +18,8 @@ pub(crate) struct Plan {
     pub(super) user: Option<User>,
     pub(super) places: Places,
     pub(super) charter: Charter,
+    /// Its keys, where it has a user of its own because the guest is not trusted.
+    pub(super) exposed_keys: Option<PathBuf>,
     /// Whether all of its memory is to be locked.
     pub(super) lock_memory: bool,
 }
@@ -29,6 +31,9 @@ impl Plan {
     /// The user that is named.
     pub(crate) fn of_run(options: &RunOptions) -> Result<Self, PrivilegeError> {
         let mut plan = Self::of(&options.active, options.net.as_ref(), options.arbiter.as_deref())?;
+        if let Some(net) = &options.net {
+            plan.charter.vlan = AllowedVlan::Only(net.vlan);
+        }
         if plan.mode == Mode::Off {
             return Ok(plan);
         }
@@ -65,10 +70,16 @@ impl Plan {
         let user = active.user.as_deref().map(find_user).transpose()?;
         let charter = Charter {
             card: net.map(|net| (net.tap.clone(), net.bridge.clone())),
+            vlan: AllowedVlan::Any,
             fence: active.fence().map(|fence| (fence.command, fence.limit)),
         };
         let (mode, lock_memory) = (active.sandbox, active.lock_memory);
-        let mut plan = Self { mode, places: Places::of(user.clone()), user, charter, lock_memory };
+        let exposed_keys = match active.security() {
+            Security::Keys(directory) if user.is_some() => Some(directory.to_path_buf()),
+            _ => None,
+        };
+        let places = Places::of(user.clone());
+        let mut plan = Self { mode, places, user, charter, exposed_keys, lock_memory };
         if plan.mode != Mode::Off {
             plan.add(active, arbiter);
         }
@@ -132,6 +143,14 @@ mod tests {
         let cli = Cli::try_parse_from(["outlive", "run"].iter().chain(&own).chain(options)).unwrap();
         let Command::Run(options) = cli.command else { unreachable!() };
         Plan::of_run(&options).unwrap()
+    }
+
+    #[test]
+    fn the_card_of_a_run_stays_in_its_vlan() {
+        let directory = tempfile::tempdir().unwrap();
+        let of = |net: &str| plan(directory.path(), &["--net", net]).charter.vlan;
+        assert_eq!(of("tap=vm0,bridge=br0,vlan=10"), AllowedVlan::Only(Some(10)));
+        assert_eq!(of("tap=vm0,bridge=br0"), AllowedVlan::Only(None));
     }
 
     #[test]

@@ -75,6 +75,25 @@ pub(super) fn raise_limits() -> bool {
     getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(now, _)| now == RLIM_INFINITY)
 }
 
+/// How long a thread of real-time priority may run without waiting, in microseconds.
+const REAL_TIME: u64 = 1_000_000;
+
+/// See [`bound_real_time`](super::bound_real_time). Both limits: SIGXCPU comes at the first one, and may be blocked.
+pub(super) fn bound_real_time() {
+    if let Err(error) = setrlimit(Resource::RLIMIT_RTTIME, REAL_TIME, REAL_TIME) {
+        tracing::debug!(%error, "real-time threads have no limit");
+    }
+}
+
+/// Takes the real-time priority back that [`raise_limits`] gave. The keepers have theirs, and the steward, whose limits are
+/// its own, starts sentinels. By it a thread that a guest has taken over would keep a core from everybody else.
+pub(super) fn end_real_time() {
+    // A smaller limit needs no right.
+    if let Err(error) = setrlimit(Resource::RLIMIT_RTPRIO, 0, 0) {
+        tracing::debug!(%error, "threads may still become real-time ones");
+    }
+}
+
 /// Gives up every right but those that are `kept`: becomes `user`, if one is named, drops all other capabilities for
 /// ever, and lets no program that is started get new ones.
 ///

@@ -254,6 +254,51 @@ mod tests {
         }
     }
 
+    /// Root without capabilities may still do it to all processes of root's.
+    #[test]
+    fn no_role_says_when_others_run() {
+        let others = [
+            (libc::SYS_sched_setscheduler, [1, libc::SCHED_IDLE as u64, 0]),
+            (libc::SYS_setpriority, [libc::PRIO_PROCESS as u64, 1, 19]),
+            (libc::SYS_setpriority, [libc::PRIO_PGRP as u64, 0, 19]),
+            (libc::SYS_setpriority, [libc::PRIO_USER as u64, 0, 19]),
+            (libc::SYS_sched_setaffinity, [1, 8, 0]),
+            (libc::SYS_sched_setparam, [1, 0, 0]),
+            (libc::SYS_sched_setattr, [1, 0, 0]),
+            (libc::SYS_ioprio_set, [1, 1, 0]),
+            (libc::SYS_prlimit64, [2, libc::RLIMIT_CPU as u64, 0]),
+            (libc::SYS_prctl, [PR_SCHED_CORE, 2, 1]),
+            (libc::SYS_migrate_pages, [1, 0, 0]),
+            (libc::SYS_move_pages, [1, 0, 0]),
+            (libc::SYS_tgkill, [2, 2, 9]),
+            (libc::SYS_tkill, [2, 9, 0]),
+            (libc::SYS_rt_sigqueueinfo, [2, 9, 0]),
+            (libc::SYS_rt_tgsigqueueinfo, [2, 2, 9]),
+            (libc::SYS_pidfd_open, [2, 0, 0]),
+            (libc::SYS_pidfd_send_signal, [3, 9, 0]),
+            (libc::SYS_process_madvise, [3, 0, 0]),
+            (libc::SYS_process_vm_readv, [2, 0, 0]),
+            (libc::SYS_process_vm_writev, [1, 0, 0]),
+            (libc::SYS_get_robust_list, [2, 0, 0]),
+            (libc::SYS_kcmp, [1, 2, 0]),
+        ];
+        for (role, (number, arguments)) in Role::ALL.into_iter().flat_map(|role| others.map(|it| (role, it)))
+        {
+            assert!(!allows(role, number, arguments), "{role:?} {number} {arguments:?}");
+        }
+        // As the keepers do it.
+        let first = (libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK) as u64;
+        for role in [Role::Control, Role::Keeper] {
+            assert!(allows(role, libc::SYS_sched_setscheduler, [0, first, 0]), "{role:?}");
+            let nice = -20_i64 as u64;
+            assert!(allows(role, libc::SYS_setpriority, [libc::PRIO_PROCESS as u64, 0, nice]), "{role:?}");
+        }
+        assert!(allows(Role::Control, libc::SYS_prlimit64, [0, libc::RLIMIT_RTPRIO as u64, 0]));
+        for role in Role::ALL {
+            assert!(allows(role, libc::SYS_prctl, [libc::PR_SET_TIMERSLACK as u64, 1000, 0]), "{role:?}");
+        }
+    }
+
     /// Landlock has no right for any of it.
     #[test]
     fn no_role_changes_what_a_file_is_for_others_or_when_it_was_made() {

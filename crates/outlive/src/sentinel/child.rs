@@ -23,6 +23,8 @@ use crate::{exit, sandbox};
 
 /// The most wards that it keeps; a host has a handful.
 const MOST: usize = 1024;
+/// Most messages that are heard before the pipes are looked at again: more than a socket holds for an honest parent.
+const TURNS: usize = 4 * MOST;
 /// A message about strays: order, number, the guest's address, the key.
 const MESSAGE: usize = 9 + 6 + 32;
 /// Most descriptors that come with a message: a socket, and a queue for each pair of a card.
@@ -80,6 +82,7 @@ pub(crate) fn command(confined: bool) -> u8 {
         // of its dead parent alive.
         prctl::set_pdeathsig(Signal::SIGCONT)
     });
+    sandbox::bound_real_time();
     outlive_machine::urgent();
     if confined {
         sandbox::enter_sentinel();
@@ -122,6 +125,10 @@ impl Links {
             };
             let over = |pipe: &PollFd<'_>| pipe.any() == Some(true);
             let dead = over(&on[1]) || over(&on[2]);
+            // An error of the socket that no message explains would be there at every turn.
+            let odd = on[0]
+                .revents()
+                .is_some_and(|it| !it.difference(PollFlags::POLLIN | PollFlags::POLLHUP).is_empty());
             // Also when the parent is dead: links that it had told of are still on their way.
             let heard = self.listen(orders);
             // Whatever it has heard: what it has in its care is its last duty, the links first.
@@ -129,17 +136,18 @@ impl Links {
                 self.end();
                 self.follow();
             }
-            if heard? || dead {
+            if heard? || dead || odd {
                 return Ok(());
             }
         }
     }
 
-    /// Hears everything that the parent has said. Returns whether it says nothing any more.
+    /// Hears what the parent has said, but not for longer than [`TURNS`]: the pipes count more. Returns whether it says
+    /// nothing any more.
     fn listen(&mut self, orders: BorrowedFd<'_>) -> io::Result<bool> {
         let mut text = [0; MESSAGE];
         let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
-        loop {
+        for _ in 0..TURNS {
             let mut rights = RecvAncillaryBuffer::new(&mut room);
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
             let heard = match recvmsg(orders, &mut [IoSliceMut::new(&mut text)], &mut rights, flags) {
@@ -158,6 +166,7 @@ impl Links {
             let came = came.flatten().collect();
             self.carry_out(Order::parse(&text[..heard]), came);
         }
+        Ok(false)
     }
 
     pub(super) fn carry_out(&mut self, order: Option<(Order, u64)>, came: Vec<OwnedFd>) {

@@ -56,6 +56,8 @@ pub(crate) fn start() {
     if let Err(error) = try_start() {
         tracing::warn!(%error, "no sentinel: a standby will learn late when this process is killed");
     }
+    // Whatever became of it: the keepers have their priority, and nobody needs one later.
+    sandbox::end_real_time();
 }
 
 fn try_start() -> io::Result<()> {

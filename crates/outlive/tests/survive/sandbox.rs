@@ -8,9 +8,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
 use nix::libc::{
-    AF_PACKET, AF_UNIX, AF_VSOCK, AT_FDCWD, CLONE_NEWUSER, O_RDONLY, O_WRONLY, SOCK_RAW, SOCK_STREAM,
-    SYS_bpf, SYS_execve, SYS_fchmod, SYS_fchmodat, SYS_fork, SYS_ioctl, SYS_kill, SYS_mount, SYS_ptrace,
-    SYS_setuid, SYS_setxattr, SYS_socket, SYS_unshare, SYS_utimensat,
+    AF_PACKET, AF_UNIX, AF_VSOCK, AT_FDCWD, CLONE_NEWUSER, O_RDONLY, O_WRONLY, PRIO_PROCESS, SOCK_RAW,
+    SOCK_STREAM, SYS_bpf, SYS_execve, SYS_fchmod, SYS_fchmodat, SYS_fork, SYS_ioctl, SYS_kill, SYS_mount,
+    SYS_ptrace, SYS_sched_setaffinity, SYS_setpriority, SYS_setuid, SYS_setxattr, SYS_socket, SYS_unshare,
+    SYS_utimensat,
 };
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -41,6 +42,7 @@ const ATTRIBUTE: Forbidden = (SYS_setxattr, [0, 0, 0]);
 /// FS_IOC_SETFLAGS
 const FLAGS: Forbidden = (SYS_ioctl, [0, 0x4008_6602, 0]);
 const SIGNAL: Forbidden = (SYS_kill, [1, 0, 0]);
+const CORES: Forbidden = (SYS_sched_setaffinity, [1, 8, 0]);
 /// Allowed to the main thread.
 const NETWORK: Forbidden = (SYS_socket, [nix::libc::AF_INET as u64, 1, 0]);
 
@@ -93,6 +95,9 @@ fn an_escape_from_any_thread_of_a_primary_ends_it_and_the_vm_is_taken_over() {
         ("links", MODE),
         ("log", MODE_OF_OPEN),
         ("outlive", FLAGS),
+        ("links", CORES),
+        // Of the test, which has started the process: it runs last from then on.
+        ("outlive", (SYS_setpriority, [PRIO_PROCESS as u64, std::process::id().into(), 19])),
     ];
     for ((thread, forbidden), side) in escapees.into_iter().zip([Side::A, Side::B].into_iter().cycle()) {
         witnesses.hear_all();
@@ -242,6 +247,12 @@ fn a_process_has_no_descriptor_of_others_and_leaves_no_core() {
             let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
             let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
             assert_eq!(core.split_whitespace().next(), Some("1"), "{core}");
+            if pid == process.pid() {
+                let first =
+                    limits.lines().find_map(|line| line.strip_prefix("Max realtime priority")).unwrap();
+                let both: Vec<&str> = first.split_whitespace().take(2).collect();
+                assert_eq!(both, ["0", "0"], "its keepers have theirs already: {first}");
+            }
         }
     }
 }
@@ -329,6 +340,7 @@ fn a_vm_of_a_user_without_rights_is_taken_over() {
     for process in [&active, &standby] {
         let main = words(process, &process.pid().to_string());
         assert!(main["Uid"].split_whitespace().all(|it| it == nobody.uid.to_string()), "{}", main["Uid"]);
+        assert!(process.log().contains("allow every VM, and an escape from this guest"), "{}", process.log());
     }
     witnesses.hear_all();
     active.kill();

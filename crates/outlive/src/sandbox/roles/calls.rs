@@ -90,6 +90,7 @@ pub(super) const F_SETOWN_EX: u64 = 15;
 pub(super) const F_SETLEASE: u64 = 1024;
 pub(super) const F_NOTIFY: u64 = 1026;
 pub(super) const F_SET_RW_HINT: u64 = 1036;
+pub(super) const PR_SCHED_CORE: u64 = 62;
 
 /// Memory, time, locks, an end: what any thread does.
 pub(super) const ANY: &[Call] = &[
@@ -140,8 +141,9 @@ pub(super) const ANY: &[Call] = &[
     free(libc::SYS_epoll_pwait),
     free(libc::SYS_epoll_pwait2),
     free(libc::SYS_epoll_ctl),
-    // Names, timer slack, capabilities: all of it about the thread itself, and none of it gives anything back.
-    free(libc::SYS_prctl),
+    // Names, timer slack, capabilities: about the thread itself, and none of it gives anything back. By cookies of cores,
+    // which can be other processes', a thread would keep others away from the second half of its core.
+    Call(libc::SYS_prctl, &[Test::IsNot(0, PR_SCHED_CORE)]),
     // It can only become narrower.
     free(libc::SYS_seccomp),
     free(libc::SYS_getrusage),
@@ -350,17 +352,17 @@ pub(super) const MACHINE: &[Call] = &[
     free(libc::SYS_io_uring_setup),
     free(libc::SYS_io_uring_register),
     Call(libc::SYS_process_vm_readv, &[Test::Own(0)]),
-    free(libc::SYS_sched_setaffinity),
     free(libc::SYS_set_mempolicy),
     free(libc::SYS_get_mempolicy),
     free(libc::SYS_mbind),
 ];
 
-/// A table of descriptors of its own, and the first place in the queue for a core.
+/// A table of descriptors of its own, and the first place in the queue for a core. For the calling thread alone: a process
+/// or a thread that has a number may be another VM's, which would wait for its turn for ever.
 pub(super) const KEEP: &[Call] = &[
     Call(libc::SYS_unshare, &[Test::Is(0, libc::CLONE_FILES as u64)]),
-    free(libc::SYS_sched_setscheduler),
-    free(libc::SYS_setpriority),
+    Call(libc::SYS_sched_setscheduler, &[Test::Is(0, 0)]),
+    Call(libc::SYS_setpriority, &[Test::Is(0, libc::PRIO_PROCESS as u64), Test::Is(1, 0)]),
 ];
 
 /// A mask for files of its own: a socket has its mode from the first moment on.

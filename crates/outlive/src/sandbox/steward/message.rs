@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
@@ -24,8 +25,26 @@ const DESCRIPTORS: usize = 16;
 pub(crate) struct Charter {
     /// The tap, and the bridge that it joins.
     pub(crate) card: Option<(String, Option<String>)>,
+    /// Its VLAN.
+    pub(crate) vlan: AllowedVlan,
     /// The fence command, and how long it may take.
     pub(crate) fence: Option<(String, Duration)>,
+}
+
+/// In which VLAN the card may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum AllowedVlan {
+    /// Any: at a standby the primary says it.
+    #[default]
+    Any,
+    /// The operator of this host has said which one, or that there is none.
+    Only(Option<u16>),
+}
+
+impl AllowedVlan {
+    pub(super) fn allows(self, vlan: Option<u16>) -> bool {
+        self == Self::Any || self == Self::Only(vlan)
+    }
 }
 
 /// What is asked for. The first descriptor is the socket for the answer.
@@ -75,6 +94,10 @@ pub(super) fn say(to: impl AsFd, message: &impl Serialize, with: &[BorrowedFd<'_
 }
 
 /// The next message and its descriptors; `None` at the end.
+///
+/// # Errors
+/// The socket's; [`io::ErrorKind::InvalidData`] for whatever is no such message, also for one that is empty or cut off: the
+/// next one may be better.
 pub(super) fn hear<T: DeserializeOwned>(from: impl AsFd) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut text = vec![0; LONGEST];
     let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
@@ -91,12 +114,21 @@ pub(super) fn hear<T: DeserializeOwned>(from: impl AsFd) -> io::Result<Option<(T
         }
     };
     if heard.bytes == 0 {
-        return Ok(None);
+        let empty = || io::Error::new(io::ErrorKind::InvalidData, "a message is empty");
+        return if is_over(&from) { Ok(None) } else { Err(empty()) };
     }
     let descriptors = rights.drain().filter_map(|it| match it {
         RecvAncillaryMessage::ScmRights(these) => Some(these),
         _ => None,
     });
     let descriptors = descriptors.flatten().collect();
-    Ok(Some((serde_json::from_slice(&text[..heard.bytes])?, descriptors)))
+    // Otherwise what is cut off would be the end of a file.
+    let noise = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    Ok(Some((serde_json::from_slice(&text[..heard.bytes]).map_err(noise)?, descriptors)))
+}
+
+/// Whether the other end says nothing any more. Nothing is heard at the end, and an empty packet is heard in the same way.
+fn is_over(from: &impl AsFd) -> bool {
+    let mut on = [PollFd::new(from.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))];
+    poll(&mut on, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }

@@ -29,7 +29,7 @@ use outlive_epoch::Wiring;
 use outlive_machine::Tap;
 
 pub(crate) use child::command;
-pub(super) use message::Charter;
+pub(super) use message::{AllowedVlan, Charter};
 use message::{Ask, CardAsk, Ended, FenceAsk, hear, say};
 
 use crate::standby::About;
