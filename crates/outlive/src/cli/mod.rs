@@ -49,7 +49,9 @@ pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
 pub use tree::tree;
-pub use values::{BootFrom, ConsoleSpec, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time};
+pub use values::{
+    BootFrom, ConsoleSpec, DiskSpec, DiskUse, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time,
+};
 pub use word::{HandOverOptions, WordOptions};
 
 /// A virtual machine that outlives its host.

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
+use outlive_epoch::VmId;
 
 use super::active::ActiveOptions;
 use super::standby::StandbyOptions;
 use super::values::{
-    BootFrom, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_listen, parse_name, parse_size, parse_vcpus,
+    BootFrom, DiskSpec, DiskUse, IpSpec, NetSpec, StandbyDisk, parse_listen, parse_name, parse_size,
+    parse_vcpus,
 };
 use crate::arbiter;
 use crate::disk::DangerKind;
@@ -201,18 +203,24 @@ impl RunOptions {
     }
 
     /// What this process would have been given as the VM's standby, if it may become one.
-    pub(crate) fn as_standby(&self, name: Option<&str>) -> Option<StandbyOptions> {
+    /// `of` is the VM that ran here, if one did.
+    pub(crate) fn as_standby(&self, name: Option<&str>, of: Option<VmId>) -> Option<StandbyOptions> {
         let (listen, arbiter) = (self.listen.clone()?, self.arbiter.clone()?);
         // The rest of card and disks comes from the primary.
         let card = |net: &NetSpec| NetSpec { mac: None, queues: 1, ..net.clone() };
-        let disk =
-            |disk: &DiskSpec| StandbyDisk { path: disk.path.clone(), overwrite: false, thin: disk.thin };
+        let disk = |disk: &DiskSpec| {
+            let said = Some(DiskUse { readonly: disk.readonly, shared: disk.shared });
+            StandbyDisk { path: disk.path.clone(), overwrite: false, thin: disk.thin, said }
+        };
         Some(StandbyOptions {
             listen,
             arbiter,
             net: self.net.as_ref().map(card),
             disks: self.disks.iter().map(disk).collect(),
             vm: name.map(str::to_owned),
+            max_memory: None,
+            known: of,
+            was_run: true,
             once: false,
             active: self.active.clone(),
         })

@@ -3,9 +3,10 @@
 use std::str::FromStr;
 
 use clap::Args;
+use outlive_epoch::VmId;
 
 use super::active::ActiveOptions;
-use super::values::{NetSpec, StandbyDisk, parse_listen, parse_name, parse_standby_card};
+use super::values::{NetSpec, StandbyDisk, parse_listen, parse_name, parse_size, parse_standby_card};
 use crate::arbiter;
 use crate::network::here::{address, is_of_this_host, split};
 use crate::process;
@@ -36,6 +37,19 @@ pub struct StandbyOptions {
     /// Serve this VM only [default: any that its images allow]
     #[arg(long, value_name = "NAME|ID", value_parser = parse_name)]
     pub vm: Option<String>,
+
+    /// Most memory that a VM may have here, with the kernel and initrd that it was started with; a larger one is refused.
+    /// Checkpoints in flight come on top [default: what this host has available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_memory: Option<u64>,
+
+    /// The VM that ran here last, once one has run in this process.
+    #[arg(skip)]
+    pub(crate) known: Option<VmId>,
+
+    /// These are the options of an `outlive run`: [`vm`](Self::vm) is a name, and its card and disks are as it says.
+    #[arg(skip)]
+    pub(crate) was_run: bool,
 
     /// End with exit code 3 once another host has won the VM, instead of waiting as its standby again
     #[arg(long)]

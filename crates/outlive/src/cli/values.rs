@@ -410,13 +410,25 @@ pub struct StandbyDisk {
     pub overwrite: bool,
     /// Its file system need not have room for all of it.
     pub thin: bool,
+    /// What the disk is, where an operator has said it on this host, as for a VM that ran here before. Otherwise the
+    /// primary says it.
+    pub said: Option<DiskUse>,
+}
+
+/// What a disk is to its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskUse {
+    /// The guest cannot write to it.
+    pub readonly: bool,
+    /// All hosts have the same one.
+    pub shared: bool,
 }
 
 impl FromStr for StandbyDisk {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut disk = Self { path: PathBuf::new(), overwrite: false, thin: false };
+        let mut disk = Self { path: PathBuf::new(), overwrite: false, thin: false, said: None };
         for part in text.split(',') {
             match (part, part.strip_prefix("path=")) {
                 ("overwrite", _) => disk.overwrite = true,

@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use outlive_epoch::VmId;
 use outlive_pair::Differs;
 
 use super::blank::{self, Content};
@@ -103,6 +104,20 @@ impl Target<'_> {
         }
     }
 
+    /// The VMs that the image at `path` is of, as the files beside it say. If it is to be replaced, a sidecar that was
+    /// written for another file does not count: [`check`](Self::check) looks at what the image holds then.
+    ///
+    /// # Errors
+    /// The files cannot be read.
+    pub(crate) fn owners(path: &Path, is_replaced: bool) -> Result<Vec<VmId>, OverwriteError> {
+        let note = Note::read(path)?.map(|note| note.provenance.vm);
+        let sidecar = Sidecar::read_stamped(path)?.filter(|(_, stamp)| {
+            let is_anothers = stamp.as_ref().is_some_and(|it| it.differs(path) == Some(Differs::File));
+            !(is_replaced && is_anothers)
+        });
+        Ok(note.into_iter().chain(sidecar.map(|(sidecar, _)| sidecar.provenance.vm)).collect())
+    }
+
     /// The place of the image's first data.
     fn data(&self) -> Result<Option<u64>, OverwriteError> {
         let found = blank::scan(self.file, PATIENCE);
@@ -145,4 +160,44 @@ fn stranger(
         let name = if name.is_empty() { String::new() } else { format!(" {name}") };
         format!("generation {own} of another VM{name} ({vm})")
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::disk::stamp::Stamp;
+    use crate::disk::tests::provenance;
+
+    const VM: VmId = VmId([9; 16]);
+    const OTHER: VmId = VmId([8; 16]);
+
+    #[test]
+    fn an_image_is_of_the_vms_that_its_sidecar_and_its_note_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image");
+        fs::write(&image, [7; 4096]).unwrap();
+        let owners = |is_replaced| Target::owners(&image, is_replaced).unwrap();
+        assert_eq!(owners(true), []);
+        Sidecar::primary(&provenance(VM), 1, None).write(&image).unwrap();
+        assert_eq!((owners(true), owners(false)), (vec![VM], vec![VM]));
+        Note::here(&provenance(OTHER), 1).unwrap().write(&image).unwrap();
+        assert_eq!((owners(true), owners(false)), (vec![OTHER, VM], vec![OTHER, VM]));
+    }
+
+    #[test]
+    fn the_sidecar_of_another_file_counts_unless_the_image_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, copy) = (directory.path().join("image"), directory.path().join("copy"));
+        fs::write(&image, [7; 4096]).unwrap();
+        Sidecar::primary(&provenance(VM), 1, None).write(&image).unwrap();
+        if !Stamp::of(&image).unwrap().is_certain() {
+            return println!("skipped: a file system with steady numbers for the tests' directory");
+        }
+        fs::copy(&image, &copy).unwrap();
+        fs::copy(beside(&image, "outlive"), beside(&copy, "outlive")).unwrap();
+        let owners = |is_replaced| Target::owners(&copy, is_replaced).unwrap();
+        assert_eq!((owners(true), owners(false)), (vec![], vec![VM]));
+    }
 }

@@ -62,6 +62,12 @@ pub(super) enum CopyError {
     /// It cannot have its memory here.
     #[error(transparent)]
     Memory(#[from] VmMemoryError),
+    /// An operator has set a bound.
+    #[error(
+        "the VM has {} MiB of memory, and this standby was started with --max-memory for {} MiB: start it with more",
+        .bytes >> 20, .most >> 20
+    )]
+    TooLarge { bytes: u64, most: u64 },
     /// The hosts' processors are of two makers.
     #[error("the VM runs on {there}, but this host is {here}: it cannot load the VM's state")]
     Vendor { there: String, here: String },
@@ -118,7 +124,7 @@ impl VmCopy {
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, CopyError> {
         let Equipment { host, options, console, books, .. } = equipment;
-        check(hello)?;
+        check(hello, options.max_memory)?;
         let plan = devices::plan(hello, options)?;
         let provenance = Provenance::introduced(hello, arbiter.identity());
         let images = Images::check(hello, options, &provenance, arbiter.as_mut())?;
@@ -261,9 +267,13 @@ fn note_shared(disks: &[PathBuf], hello: &Hello, provenance: &Provenance) {
 }
 
 /// Whether this host can run the VM.
-fn check(hello: &Hello) -> Result<(), CopyError> {
+fn check(hello: &Hello, max_memory: Option<u64>) -> Result<(), CopyError> {
     if hello.vcpus == 0 || hello.vcpus > u32::from(outlive_machine::MAX_VCPUS) {
         return Err(CopyError::Vcpus(hello.vcpus));
+    }
+    let bytes = hello.memory_bytes.saturating_add(hello.firmware_bytes);
+    if let Some(most) = max_memory.filter(|most| bytes > *most) {
+        return Err(CopyError::TooLarge { bytes, most });
     }
     vm::check_memory(hello.memory_bytes)?;
     let vendor = process::vendor();
@@ -290,6 +300,16 @@ fn differs(there: u64, here: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vm_larger_than_the_operators_bound_is_refused() {
+        let hello = Hello { memory_bytes: 64 << 20, ..crate::primary::test_hello() };
+        let too_large = |most| matches!(check(&hello, most), Err(CopyError::TooLarge { .. }));
+        assert!(too_large(Some((64 << 20) - 1)));
+        assert!(!too_large(Some(64 << 20)) && !too_large(None));
+        let with_kernel = Hello { firmware_bytes: 1, ..hello };
+        assert!(matches!(check(&with_kernel, Some(64 << 20)), Err(CopyError::TooLarge { .. })));
+    }
 
     #[test]
     fn only_microcode_that_both_hosts_know_can_differ() {

@@ -137,7 +137,8 @@ fn unknown(hello: &Hello) -> PlanError {
     PlanError::Unknown { list: list.join(", "), mac }
 }
 
-fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
+/// The VM's disks, in their order.
+pub(super) fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
     hello.devices.iter().filter(|device| device.kind == DeviceKind::Disk)
 }
 

@@ -4,6 +4,8 @@
 //! keep the primary out; their number is bounded ([`HalfOpen`]). With keys, nothing of what a connection sends is
 //! read as Outlive's before its host has shown a certificate.
 
+mod admission;
+
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -19,6 +21,7 @@ use super::applier::Applier;
 use super::audit::Comparing;
 use super::copy::VmCopy;
 use super::decisions::Decisions;
+use super::devices::disks_of;
 use super::half_open::HalfOpen;
 use super::handover::{Ending, Handover};
 use super::outbox::Outbox;
@@ -33,6 +36,8 @@ use crate::link::{Connection, Listener, MayNot, NewConnection, Reader};
 use crate::logs::RateLimit;
 use crate::strays::{self, Intake};
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
+pub(super) use admission::Overreach;
+use admission::{Restricted, are_as_said, believed, is_kept_for, is_wired_as_said};
 
 /// How many connections may be heard at the same time: one is the primary's, and those that [`HalfOpen`] has let
 /// go need a moment to end.
@@ -310,11 +315,21 @@ fn admit(
         return Err(Refusal::OnlyAsked);
     }
     let Hello { vm, name, .. } = hello;
-    let kept_for = decisions.equipment.options.vm.as_ref();
-    if let Some(served) = kept_for.filter(|it| *it != name && **it != vm.to_string()) {
-        let served = may_learn_of(sender, served.parse().ok()).then(|| served.clone());
+    let options = &decisions.equipment.options;
+    let kept_for = options.vm.as_deref();
+    if let Some(served) = kept_for.filter(|it| !is_kept_for(it, options.was_run, name, *vm)) {
+        let served = may_learn_of(sender, served.parse().ok()).then(|| served.to_owned());
         return Err(Refusal::WrongVm { served, name: name.clone(), vm: *vm });
     }
+    let hello = &Hello { lineage: believed(&hello.lineage, sender), ..hello.clone() };
+    if let Some(restricted) = Restricted::of(sender, *vm, options) {
+        if !restricted.continues(options.known, &hello.lineage) {
+            return Err(Refusal::OtherVm);
+        }
+        restricted.may_have(disks_of(hello).zip(&options.disks))?;
+    }
+    are_as_said(disks_of(hello).zip(&options.disks))?;
+    is_wired_as_said(hello, options)?;
     decisions.equipment.differences.check()?;
     if hello.limits.slots > MAX_SLOTS {
         return Err(Refusal::Slots(hello.limits.slots));

@@ -44,6 +44,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use outlive_epoch::VmId;
 use outlive_machine::{Host, HostError};
 use outlive_pair::{StandbyEvent, StandbyExit, StandbyNote, TakeOver};
 
@@ -224,6 +225,11 @@ impl Post {
             differences,
         };
         Ok(Some(Self { equipment, door, stops: launch.stops.clone() }))
+    }
+
+    /// This VM runs here now.
+    pub(crate) fn has_run(&mut self, vm: VmId) {
+        self.equipment.options.known = Some(vm);
     }
 
     /// Whether this process stays as a standby when another host has won the VM.

@@ -8,7 +8,7 @@ use outlive_pair::Unwelcome;
 use super::audit::TooOften;
 use super::copy::CopyError;
 use super::decisions::ClaimsError;
-use super::listen::MAX_SLOTS;
+use super::listen::{MAX_SLOTS, Overreach};
 use crate::arbiter::{ArbiterError, ArbiterSpecError};
 use crate::link::MayNot;
 use crate::vm::Runs;
@@ -62,6 +62,9 @@ pub(super) enum Refusal {
     /// The arbiter does not answer.
     #[error("the standby's arbiter {spec} cannot be read: {source}")]
     Arbiter { spec: String, source: ArbiterError },
+    /// The primary's host has no right to what it asks for.
+    #[error(transparent)]
+    Overreach(#[from] Overreach),
     /// This host cannot have a copy of the VM.
     #[error(transparent)]
     Copy(#[from] CopyError),
@@ -92,7 +95,9 @@ impl Refusal {
         match self {
             Self::Version(_) => RefuseCode::Version,
             Self::Unwelcome(why) => why.code(),
-            Self::WrongVm { .. } | Self::OtherVm | Self::MayNot(_) => RefuseCode::WrongVm,
+            Self::WrongVm { .. } | Self::OtherVm | Self::MayNot(_) | Self::Overreach(_) => {
+                RefuseCode::WrongVm
+            }
             Self::Stale { .. } => RefuseCode::StaleGeneration,
             Self::Copy(why) => why.code(),
             // Nothing is wrong with the primary: it may try again.

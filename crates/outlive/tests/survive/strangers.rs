@@ -1,17 +1,19 @@
 //! Who has no right to a link gets nothing, and disturbs nobody: strangers, hosts of another CA, expired and revoked
 //! ones, hosts without the right to a VM, older versions of TLS, and who says a word at a time.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use outlive::arbiter::VmId;
+use outlive::arbiter::{Arbiter, Claim, FileArbiter, VmId};
 use outlive::events::Event;
 use outlive::keys::{self, Grant, Order, Vms};
 use outlive_epoch::{
-    Encoder, GfnRange, Hello, Layout, Limits, Lineage, Message, Peer, Preface, SectionReader, VersionRange,
+    Ancestor, DeviceFlags, DeviceInfo, DeviceKind, Encoder, GfnRange, Hello, Layout, Limits, Lineage,
+    Message, Peer, Preface, SectionReader, VersionRange,
 };
 
 use crate::support::{PATIENCE, Process, Side, Witnesses, World, tls, wait_until};
@@ -322,4 +324,78 @@ fn a_flood_of_silent_connections_drops_no_protection_and_fills_no_log() {
     let lines = again.log().lines().count();
     assert!(before + lines < 60, "{lines} lines in the log");
     witnesses.finish(&world);
+}
+
+/// The bytes of a host's image, and of its sidecar.
+fn of_image(world: &World, side: Side) -> [Vec<u8>; 2] {
+    let image = world.image(side);
+    [fs::read(&image).unwrap(), fs::read(format!("{}.outlive", image.display())).unwrap()]
+}
+
+/// A VM that says what it is not: host a has a right to send it, and it won its generation.
+fn pretender(world: &World, vm: VmId) -> Hello {
+    let mut arbiter = FileArbiter::open(&world.arbiter()).unwrap();
+    assert_eq!(arbiter.claim(&vm, 1, "primary on host elsewhere"), Claim::Won);
+    let size = fs::metadata(world.image(Side::B)).unwrap().len();
+    let disk = DeviceInfo { size, ..DeviceInfo::new(DeviceKind::Disk, 1) };
+    Hello { devices: vec![disk], arbiter: arbiter.identity().into(), ..hello(vm, 4) }
+}
+
+/// A host may call its VM as another one is called, and may say of it whatever would open that VM's standby and image.
+#[test]
+fn a_host_with_a_right_to_one_vm_gets_no_standby_and_no_image_of_another() {
+    let Some(world) = World::new() else { return };
+    fs::write(world.image(Side::B), vec![0x5a; 1 << 20]).unwrap();
+    let disk = format!("path={}", world.image(Side::B).display());
+    // The image becomes the VM's.
+    let mut primary = world.run_with(Side::B, &["--name", "web", "--disk", &disk]);
+    primary.wait_for("a VM", |e| matches!(e, Event::Started { vm: Some(_), .. }));
+    primary.kill();
+    let before = of_image(&world, Side::B);
+    let sidecar = String::from_utf8_lossy(&before[1]);
+    let id =
+        sidecar.lines().find_map(|line| line.strip_prefix("vm = ")).unwrap().trim_matches('"').to_owned();
+    let web: VmId = id.parse().unwrap();
+
+    let vm = VmId([7; 16]);
+    let elsewhere = world.dir().join("elsewhere");
+    let grant = Grant { send: Vms::Only(vec![vm]), ..Grant::NONE };
+    keys::issue(&world.keys(Side::A), &Order { grant, ..order("elsewhere") }, &elsewhere).unwrap();
+    let comes = pretender(&world, vm);
+    let with = |name: &str, flags: DeviceFlags, lineage: Lineage| {
+        let devices = comes.devices.iter().map(|disk| DeviceInfo { flags, ..disk.clone() }).collect();
+        Hello { name: name.into(), devices, lineage, ..comes.clone() }
+    };
+    let own = DeviceFlags::default();
+    let (shared, read_only) = (DeviceFlags { shared: true, ..own }, DeviceFlags { read_only: true, ..own });
+    let none = Lineage::default;
+    let begun_from_it = Lineage::new([Ancestor { vm: web, through: u64::MAX }]);
+    let is_anothers = "is the image of a VM that host elsewhere may not send";
+    for (served, introductions, words) in [
+        (
+            &id,
+            vec![with(&id, own, none()), with("web", shared, none())],
+            "this standby is kept for another VM",
+        ),
+        (
+            &"web".to_owned(),
+            vec![
+                with("web", own, none()),
+                with("web", shared, none()),
+                with("web", read_only, none()),
+                with("web", own, begun_from_it),
+            ],
+            is_anothers,
+        ),
+    ] {
+        let mut standby = world.standby_with(Side::B, &["--disk", &disk, "--vm", served]);
+        for hello in &introductions {
+            let said = introduce(&world, Side::B, &elsewhere, hello);
+            assert!(said.contains(words) && said.lines().count() == 1, "{hello:?}: {said}");
+        }
+        standby.wait_says(words, 1);
+        unharmed([&mut standby]);
+        standby.kill();
+        assert!(of_image(&world, Side::B) == before, "{served}: the image or its sidecar has changed");
+    }
 }

@@ -29,7 +29,8 @@ fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
 }
 
 fn for_standby(paths: &[&Path]) -> Result<(), String> {
-    let disk = |path: &&Path| StandbyDisk { path: path.to_path_buf(), overwrite: false, thin: false };
+    let disk =
+        |path: &&Path| StandbyDisk { path: path.to_path_buf(), overwrite: false, thin: false, said: None };
     crate::disk::for_standby(&paths.iter().map(disk).collect::<Vec<_>>()).map_err(|error| error.to_string())
 }
 
@@ -214,7 +215,8 @@ fn what_cannot_be_used_is_refused_with_the_remedy() {
     // What cannot be read may be the newest that there is: it is not overwritten unasked.
     let error = for_standby(&[&image]).unwrap_err();
     assert!(error.contains("is invalid") && error.contains("--disk path=...,overwrite"), "{error}");
-    crate::disk::for_standby(&[StandbyDisk { path: image, overwrite: true, thin: false }]).unwrap();
+    crate::disk::for_standby(&[StandbyDisk { path: image, overwrite: true, thin: false, said: None }])
+        .unwrap();
 }
 
 /// Killed with an empty journal, and started with too few disks.
