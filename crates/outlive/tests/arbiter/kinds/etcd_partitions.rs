@@ -11,7 +11,7 @@ use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use namespace::namespace;
 
 use super::etcd_cluster::has_etcd;
-use super::etcd_faults::one_winner_each;
+use super::etcd_faults::{RACE, one_winner_each, wait_for_race};
 use crate::conformance::answer;
 use crate::support::{VM, directory, loser, why};
 
@@ -223,10 +223,10 @@ fn a_host_that_reaches_only_a_minority_wins_nothing() {
 fn members_that_are_cut_off_during_claims_leave_one_winner_each() {
     let Some(lab) = Lab::build("cut") else { return };
     lab.init();
-    let (lab, ends) = (&lab, AtomicBool::new(false));
+    let (lab, ends, reached) = (&lab, AtomicBool::new(false), AtomicU64::new(0));
     let said: Vec<(String, Vec<(u64, Claim)>)> = scope(|threads| {
         let racer = |host: usize| {
-            let ends = &ends;
+            let (ends, reached) = (&ends, &reached);
             move || {
                 lab.on(host, || {
                     let mut arbiter = arbiter::parse(&lab.place(host)).unwrap();
@@ -240,6 +240,7 @@ fn members_that_are_cut_off_during_claims_leave_one_winner_each() {
                             sleep(HEAD_START);
                         }
                         said.push((generation, claim));
+                        reached.fetch_max(generation, Ordering::Relaxed);
                     }
                     (owner, said)
                 })
@@ -256,6 +257,7 @@ fn members_that_are_cut_off_during_claims_leave_one_winner_each() {
         // All three for themselves: nobody has a majority.
         lab.alone(0, || lab.alone(1, || sleep(CUT)));
         sleep(CUT);
+        wait_for_race(&reached);
         ends.store(true, Ordering::Relaxed);
         racers.into_iter().map(|racer| racer.join().unwrap()).collect()
     });
@@ -263,7 +265,7 @@ fn members_that_are_cut_off_during_claims_leave_one_winner_each() {
     let highest = lab.on(0, || arbiter::parse(&lab.place(0)).unwrap().highest(&VM).unwrap());
     assert_eq!(highest, winners.keys().next_back().copied());
     println!("{} generations won", winners.len());
-    assert!(winners.len() > 20, "there was a race: {}", winners.len());
+    assert!(winners.len() as u64 > RACE, "there was a race: {}", winners.len());
     for host in 0..HOSTS {
         let owner = format!("host {host}");
         assert!(winners.values().any(|winner| *winner == owner), "{owner} has won nothing");
