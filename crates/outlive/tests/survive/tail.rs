@@ -138,7 +138,15 @@ fn without_the_option_nothing_is_given_or_repeated() {
 /// Nobody but the dead host has received it, and its client sends it once.
 #[test]
 fn a_request_that_is_sent_into_the_gap_follows_the_guest() {
-    let Some(world) = World::new() else { return };
+    // On a busy machine the request itself may come too late for the gap.
+    let followed = (0..3).any(|_| request_into_gap().is_none_or(|given| given > 0));
+    assert!(followed, "the request has not followed the guest");
+}
+
+/// Sends a request between the death of a host and the takeover. Returns how many frames the guest was given then; `None`,
+/// after saying why, where there are no VMs.
+fn request_into_gap() -> Option<u64> {
+    let world = World::new()?;
     let (active, mut standby) = world.protected(Side::A);
     let mut client = Client::connect(&world);
     assert_eq!(client.ask("INCR gap"), Ok(Value::Integer(1)));
@@ -153,7 +161,7 @@ fn a_request_that_is_sent_into_the_gap_follows_the_guest() {
     let (given, _) = spent(&mut standby);
     let (answer, _client) = asking.join().unwrap();
     assert_eq!(answer, Ok(Value::Integer(2)));
-    assert!(given > 0, "the request has not followed the guest");
+    Some(given)
 }
 
 /// Committed output of long ago is not sent again: the primary has said meanwhile that it has left.
