@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use outlive::events::Event;
 
 use crate::hand_over::hand_over;
-use crate::support::{Process, Proxy, Side, Small, WRITTEN, World, wait_until, writer_kernel};
+use crate::support::{Pace, Process, Proxy, Side, Slow, Small, WRITTEN, World, wait_until, writer_kernel};
 
 /// Long, so that a busy machine does not decide who is faster.
 const DEAD_AFTER: Duration = Duration::from_secs(8);
@@ -165,15 +165,19 @@ fn a_connection_that_ends_at_the_standby_only_takes_no_shared_disk_from_a_primar
 #[test]
 fn a_vm_that_writes_to_a_shared_disk_is_handed_over() {
     let Some(mut sharing) = Sharing::new() else { return };
-    // In memory: the storage of a busy machine may hang for longer than a hand-over waits.
+    // In memory: the storage of a busy machine may hang for longer than a hand-over waits. And slow, so that the write is
+    // still under way when the guest stands still.
     let memory = Small::mount(sharing.world.dir().join("memory"), 16);
-    sharing.put_disk(memory.path());
+    let Some(slow) = Slow::mount(sharing.world.dir().join("slow"), memory.path()) else { return };
+    sharing.put_disk(slow.path());
     sharing.dead_after = SOON_DEAD;
     let mut standby = sharing.standby(Side::B);
     let mut active = sharing.run(Side::A, &["--standby", &Side::B.addr().to_string()]);
     active.wait_protected();
     sharing.wait_written();
+    slow.set(Pace { write: Duration::from_millis(300), ..Pace::default() });
     let (code, said) = hand_over(&active);
+    slow.set(Pace::default());
     assert_eq!(code, Some(0), "{said}: {}", active.log());
     assert!(said.contains("generation 2"), "{said}");
     assert_eq!(standby.wait_takeover(), 2);
