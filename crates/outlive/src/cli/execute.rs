@@ -14,7 +14,7 @@ use super::standby::ItsOwnStandby;
 use super::{ActiveOptions, Command, RunOptions, StandbyOptions};
 use super::{completions, man, node};
 use crate::arbiter::Site;
-use crate::disk::{Held, Part, Provenance};
+use crate::disk::{Held, Part};
 use crate::events::{Event, Role};
 use crate::link::SecurityError;
 use crate::logs::LogError;
@@ -146,7 +146,7 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     logs::never_wait()?;
     hears_words(&options.active, options.arbiter.as_deref())?;
     vm::lock_memory(options.active.lock_memory)?;
-    if let Some(standby) = options.as_standby(None, None) {
+    if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
     }
     for standby in options.active.standbys.iter().filter(|it| here::is_here(it)) {
@@ -286,8 +286,8 @@ fn started(options: &RunOptions, place: Place, launch: Launch) -> Result<Ready, 
         let why = "this host has the newest image of the VM".to_owned();
         launch.events.emit(Event::Decided { starts: true, why });
     }
-    let Provenance { name, vm, .. } = &launch.identity.provenance;
-    let post = match door.zip(options.as_standby(Some(name), Some(*vm))) {
+    let name = &launch.identity.provenance.name;
+    let post = match door.zip(options.as_standby(Some(name))) {
         Some((door, options)) => Post::of(options, door, &launch)?,
         None => None,
     };
@@ -302,7 +302,7 @@ fn wait(
     name: Option<&str>,
     needs_operator: bool,
 ) -> Result<Ready, BeginError> {
-    let standby = options.as_standby(name, None).ok_or(BeginError::CannotWait)?;
+    let standby = options.as_standby(name).ok_or(BeginError::CannotWait)?;
     let Place { standing, server, door, stops } = place;
     standing.waits_here(why);
     let door = door.ok_or(BeginError::CannotWait)?;

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
-use outlive_epoch::VmId;
 
 use super::active::ActiveOptions;
 use super::standby::StandbyOptions;
@@ -203,8 +202,7 @@ impl RunOptions {
     }
 
     /// What this process would have been given as the VM's standby, if it may become one.
-    /// `of` is the VM that ran here, if one did.
-    pub(crate) fn as_standby(&self, name: Option<&str>, of: Option<VmId>) -> Option<StandbyOptions> {
+    pub(crate) fn as_standby(&self, name: Option<&str>) -> Option<StandbyOptions> {
         let (listen, arbiter) = (self.listen.clone()?, self.arbiter.clone()?);
         // The rest of card and disks comes from the primary.
         let card = |net: &NetSpec| NetSpec { mac: None, queues: 1, ..net.clone() };
@@ -219,7 +217,7 @@ impl RunOptions {
             disks: self.disks.iter().map(disk).collect(),
             vm: name.map(str::to_owned),
             max_memory: None,
-            known: of,
+            known: None,
             was_run: true,
             once: false,
             active: self.active.clone(),

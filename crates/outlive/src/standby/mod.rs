@@ -224,7 +224,9 @@ impl Post {
             strays,
             differences,
         };
-        Ok(Some(Self { equipment, door, stops: launch.stops.clone() }))
+        let mut post = Self { equipment, door, stops: launch.stops.clone() };
+        post.has_run(launch.identity.provenance.vm);
+        Ok(Some(post))
     }
 
     /// This VM runs here now.
