@@ -30,9 +30,9 @@ impl Standby {
         // still lasts, and would let output out when it continues. Nor does the end of a connection that
         // somebody else has reset; frames may then leave twice, but a write to storage that both sides use
         // must not land after this side's own.
-        // Whoever sent what is no stream any more lives, most likely, and is let ahead: its guest runs.
         let storage = attached.shared_storage && !planted!(bug, ClaimsWithinLease);
         let ask_at = match why {
+            // Most likely the primary lives, and its guest runs: it is let ahead. This is longer than its lease.
             LossReason::Protocol(_) => now + dead_after * Timing::GIVES_WAY,
             _ if storage => heard + dead_after,
             LossReason::Local(_) => heard + dead_after,

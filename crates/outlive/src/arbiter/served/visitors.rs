@@ -73,7 +73,8 @@ impl Visitors {
     pub(super) fn admit(self: &Arc<Self>, socket: &TcpStream, address: IpAddr) -> io::Result<Entrance> {
         let mut all = self.all();
         let here = |it: &&mut Entry| !it.gone;
-        // Those that ask are bounded by their names: many VMs' hosts may have one address.
+        // Those that ask are bounded by their names: many VMs' hosts may have one address. Without keys there are no names,
+        // and all addresses are this machine's.
         let of_one =
             all.visitors.iter_mut().filter(here).filter(|it| it.address == address && !it.asks).count();
         let (full, full_of_one) =
