@@ -19,6 +19,8 @@ pub(crate) struct Claim {
     asked: Option<Duration>,
     asked_once: bool,
     ask_at: Duration,
+    /// Before this it must not ask, whatever it hears: the other side's lease may last.
+    not_before: Duration,
     reported: Option<String>,
 }
 
@@ -40,7 +42,19 @@ pub(crate) enum Verdict {
 
 impl Claim {
     pub(crate) fn new(generation: u64, ask_at: Duration, retry: Duration) -> Self {
-        Self { generation, retry, asked: None, asked_once: false, ask_at, reported: None }
+        Self { generation, retry, asked: None, asked_once: false, ask_at, not_before: ask_at, reported: None }
+    }
+
+    /// From this time on [`hurry`](Self::hurry) may bring the question forward.
+    pub(crate) fn may_hurry_from(self, not_before: Duration) -> Self {
+        Self { not_before: not_before.min(self.ask_at), ..self }
+    }
+
+    /// Waiting has lost its reason: the question that has not been asked yet is asked as soon as it may.
+    pub(crate) fn hurry(&mut self) {
+        if !self.asked_once {
+            self.ask_at = self.ask_at.min(self.not_before);
+        }
     }
 
     /// Call it after every event, carry the answer out and call it again until it is `Nothing`.
@@ -49,6 +63,7 @@ impl Claim {
             None if now >= self.ask_at => {
                 self.asked = Some(now);
                 self.asked_once = true;
+                self.not_before = Duration::ZERO;
                 Step::Ask
             }
             Some(asked) if now.saturating_sub(asked) >= SLOW_ANSWER => {
@@ -105,6 +120,7 @@ impl Claim {
     pub(crate) fn age(&mut self, move_back: &dyn Fn(&mut Duration)) {
         self.asked.as_mut().map(move_back);
         move_back(&mut self.ask_at);
+        move_back(&mut self.not_before);
     }
 
     fn report(&mut self, why: String) -> Step {

@@ -225,6 +225,7 @@ impl Standby {
         match event {
             Event::Tick => self.ticked = self.now,
             Event::Hello { link, hello } => self.hello(link, hello, out),
+            Event::TurnedAway { hello } => self.turned_away(&hello),
             Event::Heard { link } => self.heard(link, Duration::ZERO),
             Event::Heartbeat { link, stamp } => self.heard(link, stamp),
             Event::OutputReleased { link, through } => self.output_released(link, through),

@@ -309,7 +309,13 @@ fn admit(
         dead_after: Duration::from_micros(hello.dead_after_us),
         shared_storage: hello.devices.iter().any(|device| device.flags.shared),
     };
-    decisions.would_accept(&introduction).map_err(|why| unwelcome(decisions, why, sender))?;
+    if let Err(why) = decisions.would_accept(&introduction) {
+        // Whoever only asks is no primary.
+        if hello.limits.slots > 0 {
+            decisions.handle(StandbyEvent::TurnedAway { hello: introduction });
+        }
+        return Err(unwelcome(decisions, why, sender));
+    }
     // Before anything that a primary must be: whoever asks has made no VM yet.
     if hello.limits.slots == 0 {
         return Err(Refusal::OnlyAsked);

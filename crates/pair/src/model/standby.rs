@@ -159,7 +159,12 @@ impl World {
                 self.send_as_standby(link, Msg::Refuse);
                 return self.hang_up_as_standby(link);
             }
-            Msg::Hello(hello) => Event::Hello { link, hello },
+            Msg::Hello(hello) => {
+                if self.standby(host).is_some_and(|s| s.machine.would_accept(NOW, &hello).is_err()) {
+                    self.standby_event(host, Event::TurnedAway { hello }, bug);
+                }
+                Event::Hello { link, hello }
+            }
             Msg::Checkpoint(checkpoint, stamp) => {
                 let (number, flags) = (checkpoint.number, checkpoint.flags);
                 let copy = self.standby(host).and_then(|standby| standby.copy.as_mut());

@@ -14,11 +14,7 @@ pub(super) fn amiss(faults: Faults, stats: &Stats) -> Option<String> {
     let what = match faults {
         Faults::None if disturbed => "without a fault something happened",
         Faults::Stop if stats.takeovers > 0 => "a standby that was stopped took over",
-        // A link that is lost before the standby has left is decided by the arbiter, and while that is out of reach
-        // the primary's turn goes by.
-        Faults::Worthless if stats.takeovers > 0 && stats.unreachable == 0 => {
-            "a worthless copy was taken over"
-        }
+        Faults::Worthless if stats.from_healthy > 0 => "a worthless copy was taken over",
         Faults::Many | Faults::Copies => return None,
         _ if stats.vm_lost > 0 => "one fault cost the VM",
         _ => return None,

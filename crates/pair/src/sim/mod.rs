@@ -162,8 +162,9 @@ fn a_worthless_copy_asks_no_arbiter() {
     let (stats, found) = search(0..2_000, Faults::Worthless, None);
     assert_eq!(found, None);
     assert!(stats.alone > 1_500 && stats.handed_over > 1_000, "{stats:?}");
-    // Each schedule with a takeover had a primary whose turn went by; see `checks::amiss`.
-    assert!(stats.takeovers < 10, "{stats:?}");
+    // A link that is lost before the standby has left is decided by the arbiter, and while that is out of the
+    // primary's reach its turn goes by.
+    assert_eq!(stats.from_healthy, 0, "{stats:?}");
 }
 
 /// Both hosts write to the same storage, and somebody resets the connection at the standby's end only, while

@@ -240,6 +240,12 @@ impl World {
             self.truth
                 .fail(format!("{life:?} stops a VM that was handed over to it, by an order to a standby"));
         }
+        let owner = self.truth.newest().1;
+        let healthy = match &self.hosts[owner.0].process {
+            Process::Primary(p) => self.alive(owner) && !self.hosts[owner.0].wedged && !p.unanswered,
+            _ => false,
+        };
+        self.stats.from_healthy += u64::from(healthy);
         self.truth.goes_on(generation, life);
         self.stats.takeovers += 1;
         self.write_out_all(life);
@@ -510,6 +516,12 @@ impl World {
     fn hello(&mut self, life: Life, link: Link, hello: Introduction, since: Option<Moment>) {
         let (now, bug) = (self.clock(life.0), Planted(self.bug));
         let mut kept = self.hosts[life.0].kept;
+        if let Some(s) = self.standby_of(life)
+            && s.driver.would_accept(now, &hello).is_err()
+        {
+            let after = s.driver.handle(now, StandbyEvent::TurnedAway { hello });
+            self.standby_after(life, after);
+        }
         if let Some(s) = self.standby_of(life) {
             let accepted = s.driver.would_accept(now, &hello).is_ok();
             s.driver.ports_mut().introduced(link, hello.slots, accepted);

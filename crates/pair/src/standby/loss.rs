@@ -5,7 +5,7 @@ use std::time::Duration;
 use outlive_epoch::{EndReason, LeaveReason};
 
 use super::giving_up::Worthless;
-use super::{Action, Attached, Committed, GivenUp, Note, RELEASE, Standby, StandbyExit, State};
+use super::{Action, Attached, Committed, GivenUp, Introduction, Note, RELEASE, Standby, StandbyExit, State};
 use crate::claim::{Claim, Step, Verdict};
 use crate::planted::planted;
 use crate::{ClaimResult, Link, LossReason, TailUse, Timing};
@@ -76,13 +76,27 @@ impl Standby {
         if stop {
             out.push(Action::Note(Note::StopWaits));
         }
-        let claim = Claim::new(generation + 1, ask_at, timing.retry);
+        let not_before = if attached.shared_storage { heard + timing.dead_after } else { self.now };
+        let claim = Claim::new(generation + 1, ask_at, timing.retry).may_hurry_from(not_before);
         self.state = State::Settling { link, claim, committed, released, stop };
         if !applying || planted!(self.bug, TakeOverBeforeApplied) {
             out.push(Action::Settle { link, checkpoint });
         }
         if planted!(self.bug, ClaimBeforeSettled) {
             self.settled(link, checkpoint, out);
+        }
+    }
+
+    /// A primary that is refused while this side lets the other ahead. With the generation that this side would claim it
+    /// says that the other has asked, and has won: nothing is left to wait for. Only the arbiter is believed, so the
+    /// question is asked at once, and its answer frees this side for the new primary.
+    pub(super) fn turned_away(&mut self, hello: &Introduction) {
+        let ours = matches!(self.seen, Some((vm, _)) if vm == hello.vm);
+        if let State::Settling { claim, .. } | State::Claiming { claim, .. } = &mut self.state
+            && ours
+            && hello.generation >= claim.generation
+        {
+            claim.hurry();
         }
     }
 

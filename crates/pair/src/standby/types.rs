@@ -50,6 +50,13 @@ pub enum StandbyEvent {
         /// The Hello.
         hello: Introduction,
     },
+    /// A valid Hello that [`Standby::would_accept`] does not accept, and that the driver refuses by itself.
+    ///
+    /// [`Standby::would_accept`]: crate::Standby::would_accept
+    TurnedAway {
+        /// The Hello.
+        hello: Introduction,
+    },
     /// Bytes have arrived.
     Heard {
         /// On which connection.

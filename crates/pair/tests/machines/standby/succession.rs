@@ -265,6 +265,45 @@ fn a_primary_whose_link_is_garbled_is_let_ahead() {
     assert_eq!(Host::attached().acts(garbled()), [Hangup { link: LINK }, Discard { link: LINK }]);
 }
 
+/// The primary that was let ahead is back, with the generation that it has won: nothing is left to wait for but a lease.
+#[test]
+fn a_primary_that_comes_back_ends_the_wait_for_it() {
+    let turned_away = |vm, generation| TurnedAway { hello: introduction(vm, generation) };
+    let settles = || {
+        let mut host = Host::protected();
+        host.now = 300;
+        host.acts(garbled());
+        host
+    };
+    let waits = || {
+        let mut host = settles();
+        assert_eq!(host.acts(settled(11)), []);
+        host.now = 400;
+        host
+    };
+    let asks = [Claim { generation: 5 }];
+    assert_eq!(waits().acts(turned_away(VM, 5)), asks);
+    assert_eq!(waits().acts(turned_away(VM, 6)), asks, "it has even gone on alone twice");
+    assert_eq!(waits().acts(turned_away(VM, 4)), [], "an older process of the same host");
+    assert_eq!(waits().acts(turned_away(OTHER, 5)), [], "another VM");
+    let mut host = settles();
+    assert_eq!(host.acts(turned_away(VM, 5)), [], "the disks are not settled");
+    assert_eq!(host.acts(settled(11)), asks);
+
+    let mut host = Host::protected_with(true);
+    host.now = 300;
+    host.acts(garbled());
+    host.acts(settled(11));
+    host.now = 999;
+    assert_eq!(host.acts(turned_away(VM, 5)), [], "its lease lasts");
+    host.now = 1000;
+    assert_eq!(host.acts(Tick), asks);
+    let lost = ClaimResult::Lost { owner: "host-a".into() };
+    assert_eq!(host.acts(turned_away(VM, 5)), [], "it is asked already");
+    let reason = StandbyExit::Lost { generation: 5, owner: "host-a".into() };
+    assert_eq!(host.claimed(lost), [Discard { link: LINK }, Exit { reason }]);
+}
+
 /// A write that the primary has let out could otherwise land after this side's own.
 #[test]
 fn a_primary_with_shared_storage_is_given_the_time_of_its_lease_however_the_link_ends() {
