@@ -36,6 +36,8 @@ pub(crate) enum Bug {
     ClaimForgotten,
     CaptureForAnyLink,
     ClaimsWithinLease,
+    HurriesWithinLease,
+    LetsNobodyAhead,
     GivenToNobody,
     RunsOnWhileHandedOver,
     KeepsAnotherMoment,

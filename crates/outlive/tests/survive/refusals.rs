@@ -326,12 +326,12 @@ fn a_record_that_arrives_damaged_costs_only_the_protection() {
     witnesses.finish(&world);
 }
 
-/// The standby would let the primary ahead for four minutes, longer than these tests wait. But the primary comes back.
+/// The standby would let the primary ahead for 160 seconds, longer than these tests wait. But the primary comes back.
 #[test]
 fn a_primary_that_comes_back_after_a_damaged_record_is_protected_at_once() {
     let Some(world) = World::new() else { return };
     let proxy = Proxy::start(&world, Side::A);
-    let _standby = world.staying_standby_with(Side::B, &["--dead-after", "60s"]);
+    let _standby = world.staying_standby_with(Side::B, &["--dead-after", "40s"]);
     let mut primary = world.run_with(Side::A, &["--standby", &proxy.addr()]);
     primary.wait_protected();
     proxy.flip(Way::ToStandby, Dice::new().below(1 << 60));

@@ -119,7 +119,7 @@ impl Primary {
         if guard.handing == Some(Handing::Captured) && guard.acked == guard.shipped {
             out.push(Action::LetGo);
         }
-        if first {
+        if first && guard.dismissed.is_none() {
             out.push(Action::Note(Note::Protected { generation, checkpoint }));
         }
     }

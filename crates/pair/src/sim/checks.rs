@@ -14,6 +14,10 @@ pub(super) fn amiss(faults: Faults, stats: &Stats) -> Option<String> {
     let what = match faults {
         Faults::None if disturbed => "without a fault something happened",
         Faults::Stop if stats.takeovers > 0 => "a standby that was stopped took over",
+        // While the primary is at long work, which it has announced, it asks nobody.
+        Faults::Garbled if stats.takeovers > 0 && stats.long_works + stats.long_pauses == 0 => {
+            "a damaged record moved the VM"
+        }
         Faults::Worthless if stats.from_healthy > 0 => "a worthless copy was taken over",
         Faults::Many | Faults::Copies => return None,
         _ if stats.vm_lost > 0 => "one fault cost the VM",

@@ -17,13 +17,14 @@ const SECONDS: u64 = 10;
 const CHUNK: u64 = 2_000;
 
 /// Every kind of schedule.
-const ALL: [Faults; 9] = [
+const ALL: [Faults; 10] = [
     Faults::None,
     Faults::One,
     Faults::Many,
     Faults::Wedge,
     Faults::Stop,
     Faults::Worthless,
+    Faults::Garbled,
     Faults::Storage,
     Faults::Power,
     Faults::Copies,

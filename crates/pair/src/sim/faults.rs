@@ -4,7 +4,7 @@ use super::hosts::Process;
 use super::ports::PortFault;
 use super::truth::Life;
 use super::world::{Happening, Msg, World};
-use crate::{LossReason, PrimaryEvent, StandbyEvent};
+use crate::{Introduction, LossReason, PrimaryEvent, StandbyEvent};
 
 /// The kinds of faults that [`World::fault`] draws.
 pub(super) const FAULT_NAMES: [&str; 32] = [
@@ -229,6 +229,28 @@ impl World {
         (self.slow_from, self.slow_until, self.slow_by) = (self.now, until, self.rng.range(5_000, 40_000));
         let delay = self.rng.range(20_000, 120_000);
         self.after(delay, Happening::Reset { conn, side: 0 });
+        let delay = delay + self.rng.range(1, 100_000);
+        self.after(delay, Happening::FalseHello(self.conns[conn].ends[0]));
+    }
+
+    /// The newest link carries a record that nobody can read.
+    pub(super) fn garble(&mut self) {
+        let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
+        self.send(conn, 0, Msg::Garbled);
+    }
+
+    /// A host with a right to the VM says that it has won.
+    pub(super) fn hears_false_hello(&mut self, life: Life) {
+        let generation = self.truth.newest().0 + 1;
+        let timing = self.timing;
+        let hello = Introduction {
+            vm: super::hosts::vm_of(generation),
+            generation,
+            slots: 1,
+            dead_after: timing.dead_after,
+            shared_storage: self.shared_storage,
+        };
+        self.standby(life, StandbyEvent::TurnedAway { hello });
     }
 
     pub(super) fn heal(&mut self) {

@@ -153,7 +153,8 @@ fn an_orderly_stop_of_the_standby_asks_no_arbiter() {
     assert_eq!(found, None);
     assert!(stats.alone > 1_500 && stats.handed_over > 1_500, "{stats:?}");
     assert!(stats.unreachable > 50, "{stats:?}");
-    assert_eq!(stats.takeovers, 0, "{stats:?}");
+    // Nobody could win, so a question counts.
+    assert_eq!((stats.takeovers, stats.standby_asked), (0, 0), "{stats:?}");
 }
 
 /// So does one whose copy is found to be worthless, if it can write that down before the primary hangs up.
@@ -163,8 +164,17 @@ fn a_worthless_copy_asks_no_arbiter() {
     assert_eq!(found, None);
     assert!(stats.alone > 1_500 && stats.handed_over > 1_000, "{stats:?}");
     // A link that is lost before the standby has left is decided by the arbiter, and while that is out of the
-    // primary's reach its turn goes by.
-    assert_eq!(stats.from_healthy, 0, "{stats:?}");
+    // primary's reach its turn may go by. Mostly its question has landed by then.
+    assert!(stats.takeovers < 10 && stats.from_healthy == 0, "{stats:?}");
+}
+
+/// One damaged record costs the VM neither its host nor its protection: the primary is let ahead at the arbiter, and when it
+/// is back, its standby need not wait any longer.
+#[test]
+fn a_damaged_record_costs_only_a_new_base() {
+    let (stats, found) = search(0..2_000, Faults::Garbled, None);
+    assert_eq!(found, None);
+    assert!(stats.alone > 1_500 && stats.hurried > 500 && stats.standby_lost > 500, "{stats:?}");
 }
 
 /// Both hosts write to the same storage, and somebody resets the connection at the standby's end only, while
@@ -268,6 +278,8 @@ fn every_planted_mistake_is_found() {
     let first = [
         (Bug::RightThrownAway, Faults::Stop),
         (Bug::ClaimsWithinLease, Faults::Storage),
+        (Bug::HurriesWithinLease, Faults::Storage),
+        (Bug::LetsNobodyAhead, Faults::Garbled),
         (Bug::GivenToAStandbyThatLeaves, Faults::One),
         (Bug::ThrownAwayUnasked, Faults::One),
         (Bug::EarlierClaimForgotten, Faults::Power),

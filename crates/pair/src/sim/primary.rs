@@ -289,6 +289,9 @@ impl World {
                 self.stats.links_lost += u64::from(matches!(note, PrimaryNote::LinkLost { .. }));
                 self.primary_of(life).into_iter().for_each(|p| p.protected = false);
             }
+            Effect::Note(PrimaryNote::Won { .. }) => {
+                self.primary_of(life).into_iter().for_each(|p| p.unanswered = false);
+            }
             Effect::Note(PrimaryNote::ArbiterUnreachable { .. }) => {
                 self.stats.unreachable += 1;
                 self.primary_of(life).into_iter().for_each(|p| p.unanswered = true);

@@ -31,7 +31,10 @@ pub(super) enum Faults {
     Stop,
     /// The arbiter is out of reach for long, and the copies of all standbys are found to be worthless.
     Worthless,
-    /// Both hosts write to the same storage, and a connection is reset at the standby's end.
+    /// One record of a protected VM's link comes damaged.
+    Garbled,
+    /// Both hosts write to the same storage, a connection is reset at the standby's end, and somebody says there that the
+    /// primary has won.
     Storage,
     /// The hosts lose each other, and all of them lose power while the arbiter, which is slow, has their claims.
     Power,
@@ -79,9 +82,13 @@ pub(super) fn schedule_of(
     world.company = matches!(faults, Faults::Many | Faults::Power | Faults::Copies);
     world.disturbed = !matches!(faults, Faults::None | Faults::One | Faults::Many);
     let count = match faults {
-        Faults::None | Faults::Wedge | Faults::Stop | Faults::Worthless | Faults::Storage | Faults::Power => {
-            0
-        }
+        Faults::None
+        | Faults::Wedge
+        | Faults::Stop
+        | Faults::Worthless
+        | Faults::Garbled
+        | Faults::Storage
+        | Faults::Power => 0,
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
         Faults::Copies => world.rng.range(0, 4),
@@ -114,6 +121,10 @@ pub(super) fn schedule_of(
         let time = world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL);
         world.at(time, Happening::ResetAtStandby);
     }
+    if faults == Faults::Garbled {
+        let time = world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL);
+        world.at(time, Happening::Garble);
+    }
     if faults == Faults::Power {
         let time = world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL);
         (world.arbiter_slow_until, world.quick_restarts) = (FAULTS_UNTIL, true);
@@ -139,8 +150,7 @@ pub(super) fn schedule_of(
         world.check_liveness(tip);
     }
     *strikes = world.strikes;
-    let amiss = || if bug.is_none() { checks::amiss(faults, &world.stats) } else { None };
-    match world.truth.violation.take().or_else(amiss) {
+    match world.truth.violation.take().or_else(|| checks::amiss(faults, &world.stats)) {
         Some(what) => Err(what),
         None => Ok(world.stats),
     }
@@ -174,6 +184,7 @@ impl World {
             | Happening::Settled { life, .. }
             | Happening::Released { life, .. }
             | Happening::LookForRivals(life)
+            | Happening::FalseHello(life)
             | Happening::Superseded { life, .. }
             | Happening::Discarded { life, .. } => Some(*life),
             Happening::Reset { conn, side } => Some(self.conns[*conn].ends[*side]),
@@ -256,6 +267,8 @@ impl World {
             }
             Happening::PowerCut => self.power_cut(),
             Happening::ResetAtStandby => self.reset_at_standby(),
+            Happening::Garble => self.garble(),
+            Happening::FalseHello(life) => self.hears_false_hello(life),
             Happening::Heal => self.heal(),
         }
     }

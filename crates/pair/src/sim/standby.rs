@@ -132,6 +132,7 @@ impl World {
                 self.after(delay, Happening::Discarded { life, link });
             }
             Effect::Claim { generation } => {
+                self.stats.standby_asked += 1;
                 if let Some(image) = &mut self.hosts[life.0].image {
                     image.released = false;
                 }
@@ -519,7 +520,10 @@ impl World {
         if let Some(s) = self.standby_of(life)
             && s.driver.would_accept(now, &hello).is_err()
         {
+            let waited = s.driver.machine().next_deadline();
             let after = s.driver.handle(now, StandbyEvent::TurnedAway { hello });
+            let hurries = s.driver.machine().next_deadline() < waited;
+            self.stats.hurried += u64::from(hurries);
             self.standby_after(life, after);
         }
         if let Some(s) = self.standby_of(life) {

@@ -9,6 +9,9 @@ pub(super) struct Stats {
     pub(super) from_healthy: u64,
     pub(super) alone: u64,
     pub(super) fenced: u64,
+    /// Questions of standbys, and those that came earlier because a primary came back.
+    pub(super) standby_asked: u64,
+    pub(super) hurried: u64,
     pub(super) standby_lost: u64,
     pub(super) protected: u64,
     pub(super) released: u64,
@@ -62,6 +65,8 @@ impl Stats {
         self.from_healthy += other.from_healthy;
         self.alone += other.alone;
         self.fenced += other.fenced;
+        self.standby_asked += other.standby_asked;
+        self.hurried += other.hurried;
         self.standby_lost += other.standby_lost;
         self.protected += other.protected;
         self.released += other.released;

@@ -223,6 +223,10 @@ pub(super) enum Happening {
     },
     /// A third party resets the newest connection at the standby's end.
     ResetAtStandby,
+    /// The newest link carries a record that nobody can read.
+    Garble,
+    /// A host introduces itself to this standby with a generation that it does not have.
+    FalseHello(Life),
     PowerCut,
     Heal,
 }

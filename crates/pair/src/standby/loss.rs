@@ -33,6 +33,7 @@ impl Standby {
         let storage = attached.shared_storage && !planted!(bug, ClaimsWithinLease);
         let ask_at = match why {
             // Most likely the primary lives, and its guest runs: it is let ahead. This is longer than its lease.
+            LossReason::Protocol(_) if planted!(bug, LetsNobodyAhead) => now,
             LossReason::Protocol(_) => now + dead_after * Timing::GIVES_WAY,
             _ if storage => heard + dead_after,
             LossReason::Local(_) => heard + dead_after,
@@ -76,8 +77,9 @@ impl Standby {
         if stop {
             out.push(Action::Note(Note::StopWaits));
         }
-        let not_before = if attached.shared_storage { heard + timing.dead_after } else { self.now };
-        let claim = Claim::new(generation + 1, ask_at, timing.retry).may_hurry_from(not_before);
+        // The primary's lease has ended by then, whoever says what.
+        let lease = if planted!(self.bug, HurriesWithinLease) { self.now } else { heard + timing.dead_after };
+        let claim = Claim::new(generation + 1, ask_at, timing.retry).may_hurry_from(lease);
         self.state = State::Settling { link, claim, committed, released, stop };
         if !applying || planted!(self.bug, TakeOverBeforeApplied) {
             out.push(Action::Settle { link, checkpoint });
@@ -88,8 +90,8 @@ impl Standby {
     }
 
     /// A primary that is refused while this side lets the other ahead. With the generation that this side would claim it
-    /// says that the other has asked, and has won: nothing is left to wait for. Only the arbiter is believed, so the
-    /// question is asked at once, and its answer frees this side for the new primary.
+    /// says that the other has asked, and has won: nothing is left to wait for but the end of a lease, because it may lie.
+    /// Only the arbiter is believed: the question is asked, and its answer frees this side for the new primary.
     pub(super) fn turned_away(&mut self, hello: &Introduction) {
         let ours = matches!(self.seen, Some((vm, _)) if vm == hello.vm);
         if let State::Settling { claim, .. } | State::Claiming { claim, .. } = &mut self.state

@@ -50,7 +50,8 @@ pub enum StandbyEvent {
         /// The Hello.
         hello: Introduction,
     },
-    /// A valid Hello that [`Standby::would_accept`] does not accept, and that the driver refuses by itself.
+    /// A valid Hello that [`Standby::would_accept`] does not accept, under the arbiter of this side. The driver refuses it by
+    /// itself, or hands it in as well. Nobody has checked its generation.
     ///
     /// [`Standby::would_accept`]: crate::Standby::would_accept
     TurnedAway {

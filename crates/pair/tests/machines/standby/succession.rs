@@ -265,20 +265,21 @@ fn a_primary_whose_link_is_garbled_is_let_ahead() {
     assert_eq!(Host::attached().acts(garbled()), [Hangup { link: LINK }, Discard { link: LINK }]);
 }
 
-/// The primary that was let ahead is back, with the generation that it has won: nothing is left to wait for but a lease.
+/// The primary that was let ahead is back, with the generation that it has won: nothing is left to wait for but its lease,
+/// because whoever comes may lie.
 #[test]
 fn a_primary_that_comes_back_ends_the_wait_for_it() {
     let turned_away = |vm, generation| TurnedAway { hello: introduction(vm, generation) };
-    let settles = || {
-        let mut host = Host::protected();
+    let settles = |event, shared_storage| {
+        let mut host = Host::protected_with(shared_storage);
         host.now = 300;
-        host.acts(garbled());
+        host.acts(event);
         host
     };
     let waits = || {
-        let mut host = settles();
+        let mut host = settles(garbled(), false);
         assert_eq!(host.acts(settled(11)), []);
-        host.now = 400;
+        host.now = 1100;
         host
     };
     let asks = [Claim { generation: 5 }];
@@ -286,22 +287,29 @@ fn a_primary_that_comes_back_ends_the_wait_for_it() {
     assert_eq!(waits().acts(turned_away(VM, 6)), asks, "it has even gone on alone twice");
     assert_eq!(waits().acts(turned_away(VM, 4)), [], "an older process of the same host");
     assert_eq!(waits().acts(turned_away(OTHER, 5)), [], "another VM");
-    let mut host = settles();
+    let mut host = settles(garbled(), false);
+    host.now = 1100;
     assert_eq!(host.acts(turned_away(VM, 5)), [], "the disks are not settled");
     assert_eq!(host.acts(settled(11)), asks);
 
-    let mut host = Host::protected_with(true);
-    host.now = 300;
-    host.acts(garbled());
-    host.acts(settled(11));
-    host.now = 999;
-    assert_eq!(host.acts(turned_away(VM, 5)), [], "its lease lasts");
-    host.now = 1000;
-    assert_eq!(host.acts(Tick), asks);
-    let lost = ClaimResult::Lost { owner: "host-a".into() };
-    assert_eq!(host.acts(turned_away(VM, 5)), [], "it is asked already");
-    let reason = StandbyExit::Lost { generation: 5, owner: "host-a".into() };
-    assert_eq!(host.claimed(lost), [Discard { link: LINK }, Exit { reason }]);
+    let local = || LinkLost { link: LINK, why: LossReason::Local("a write failed".into()) };
+    for (event, shared_storage) in [(garbled(), false), (garbled(), true), (local(), false), (lost(), true)] {
+        let mut host = settles(event, shared_storage);
+        host.acts(settled(11));
+        host.now = 999;
+        assert_eq!(host.acts(turned_away(VM, 5)), [], "its lease lasts");
+        assert_eq!(host.acts(Tick), []);
+        host.now = 1000;
+        assert_eq!(host.acts(Tick), asks);
+        assert_eq!(host.acts(turned_away(VM, 5)), [], "it is asked already");
+        host.claimed(ClaimResult::Unreachable { why: "no route".into() });
+        assert_eq!(host.acts(turned_away(VM, 5)), [], "and again after its usual rest only");
+        host.now = 1000 + timing().retry.as_millis() as u64;
+        assert_eq!(host.acts(Tick), asks);
+        let lost = ClaimResult::Lost { owner: "host-a".into() };
+        let reason = StandbyExit::Lost { generation: 5, owner: "host-a".into() };
+        assert_eq!(host.claimed(lost), [Discard { link: LINK }, Exit { reason }]);
+    }
 }
 
 /// A write that the primary has let out could otherwise land after this side's own.
