@@ -19,8 +19,8 @@ pub(crate) struct Claim {
     asked: Option<Duration>,
     asked_once: bool,
     ask_at: Duration,
-    /// Before this it must not ask, whatever it hears: the other side's lease may last.
-    not_before: Duration,
+    /// From when on it may be brought forward. `None`: never, or it was asked already and has its usual rest.
+    hurry_from: Option<Duration>,
     reported: Option<String>,
 }
 
@@ -42,18 +42,18 @@ pub(crate) enum Verdict {
 
 impl Claim {
     pub(crate) fn new(generation: u64, ask_at: Duration, retry: Duration) -> Self {
-        Self { generation, retry, asked: None, asked_once: false, ask_at, not_before: ask_at, reported: None }
+        Self { generation, retry, asked: None, asked_once: false, ask_at, hurry_from: None, reported: None }
     }
 
-    /// From this time on [`hurry`](Self::hurry) may bring the question forward.
-    pub(crate) fn may_hurry_from(self, not_before: Duration) -> Self {
-        Self { not_before: not_before.min(self.ask_at), ..self }
+    /// Lets [`hurry`](Self::hurry) bring the first question forward, to this time at the earliest.
+    pub(crate) fn may_hurry_from(self, time: Duration) -> Self {
+        Self { hurry_from: Some(time), ..self }
     }
 
-    /// Waiting has lost its reason: the question that has not been asked yet is asked as soon as it may.
+    /// Waiting has lost its reason: the first question comes as soon as it may.
     pub(crate) fn hurry(&mut self) {
-        if !self.asked_once {
-            self.ask_at = self.ask_at.min(self.not_before);
+        if let Some(from) = self.hurry_from {
+            self.ask_at = self.ask_at.min(from);
         }
     }
 
@@ -63,7 +63,7 @@ impl Claim {
             None if now >= self.ask_at => {
                 self.asked = Some(now);
                 self.asked_once = true;
-                self.not_before = Duration::ZERO;
+                self.hurry_from = None;
                 Step::Ask
             }
             Some(asked) if now.saturating_sub(asked) >= SLOW_ANSWER => {
@@ -120,7 +120,7 @@ impl Claim {
     pub(crate) fn age(&mut self, move_back: &dyn Fn(&mut Duration)) {
         self.asked.as_mut().map(move_back);
         move_back(&mut self.ask_at);
-        move_back(&mut self.not_before);
+        self.hurry_from.as_mut().map(move_back);
     }
 
     fn report(&mut self, why: String) -> Step {

@@ -310,8 +310,7 @@ fn admit(
         shared_storage: hello.devices.iter().any(|device| device.flags.shared),
     };
     if let Err(why) = decisions.would_accept(&introduction) {
-        // Whoever only asks is no primary.
-        if hello.limits.slots > 0 {
+        if why == Unwelcome::TakingOver && speaks_of_our_arbiter(decisions, hello) {
             decisions.handle(StandbyEvent::TurnedAway { hello: introduction });
         }
         return Err(unwelcome(decisions, why, sender));
@@ -432,6 +431,13 @@ fn buffers(hello: &Hello, disks: &[u64]) -> Result<Handover, IncomingError> {
         + u64::from(limits.max_state_bytes)
         + u64::from(limits.max_disk_bytes);
     Ok(Handover::new(buffers, 2 * largest))
+}
+
+/// Whether this is a primary that says it has its generation from this standby's arbiter. Whoever only asks has none, and a
+/// person is not asked earlier because of what a host says.
+fn speaks_of_our_arbiter(decisions: &Decisions, hello: &Hello) -> bool {
+    let ours = arbiter::parse(&decisions.equipment.options.arbiter);
+    hello.limits.slots > 0 && ours.is_ok_and(|it| !it.is_a_person() && it.identity() == hello.arbiter)
 }
 
 /// Two hosts with different directories would both win every generation. The primary won its generation at

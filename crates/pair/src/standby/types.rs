@@ -50,8 +50,8 @@ pub enum StandbyEvent {
         /// The Hello.
         hello: Introduction,
     },
-    /// A valid Hello that [`Standby::would_accept`] does not accept, under the arbiter of this side. The driver refuses it by
-    /// itself, or hands it in as well. Nobody has checked its generation.
+    /// A primary that says it has its generation from this side's arbiter was refused, because this side is about to take
+    /// over ([`Standby::would_accept`]). Nobody has checked that generation.
     ///
     /// [`Standby::would_accept`]: crate::Standby::would_accept
     TurnedAway {
