@@ -18,7 +18,11 @@ pub(super) fn amiss(faults: Faults, stats: &Stats) -> Option<String> {
         Faults::Garbled if stats.takeovers > 0 && stats.long_works + stats.long_pauses == 0 => {
             "a damaged record moved the VM"
         }
-        Faults::Worthless if stats.from_healthy > 0 => "a worthless copy was taken over",
+        // A link that is lost before the standby has left is decided by the arbiter, and while that is out of reach
+        // the primary's turn goes by.
+        Faults::Worthless if stats.takeovers > 0 && stats.unreachable == 0 => {
+            "a worthless copy was taken over"
+        }
         Faults::Many | Faults::Copies => return None,
         _ if stats.vm_lost > 0 => "one fault cost the VM",
         _ => return None,

@@ -1,6 +1,6 @@
 //! The faults that strike while a schedule runs, and their end.
 
-use super::hosts::Process;
+use super::hosts::{Process, vm_of};
 use super::ports::PortFault;
 use super::truth::Life;
 use super::world::{Happening, Msg, World};
@@ -242,12 +242,11 @@ impl World {
     /// A host with a right to the VM says that it has won.
     pub(super) fn hears_false_hello(&mut self, life: Life) {
         let generation = self.truth.newest().0 + 1;
-        let timing = self.timing;
         let hello = Introduction {
-            vm: super::hosts::vm_of(generation),
+            vm: vm_of(generation),
             generation,
             slots: 1,
-            dead_after: timing.dead_after,
+            dead_after: self.timing.dead_after,
             shared_storage: self.shared_storage,
         };
         self.standby(life, StandbyEvent::TurnedAway { hello });

@@ -163,9 +163,12 @@ fn a_worthless_copy_asks_no_arbiter() {
     let (stats, found) = search(0..2_000, Faults::Worthless, None);
     assert_eq!(found, None);
     assert!(stats.alone > 1_500 && stats.handed_over > 1_000, "{stats:?}");
-    // A link that is lost before the standby has left is decided by the arbiter, and while that is out of the
-    // primary's reach its turn may go by. Mostly its question has landed by then.
-    assert!(stats.takeovers < 10 && stats.from_healthy == 0, "{stats:?}");
+    // While the arbiter is out of the primary's reach its turn may go by; see `checks::amiss`. Mostly its question has landed
+    // by then, if it is let ahead.
+    let (unled, found) = search(0..2_000, Faults::Worthless, Some(Bug::LetsNobodyAhead));
+    assert_eq!(found, None);
+    println!("taken over: {}, and {} if nobody is let ahead", stats.takeovers, unled.takeovers);
+    assert!(stats.takeovers * 4 < unled.takeovers, "{stats:?}, {unled:?}");
 }
 
 /// One damaged record costs the VM neither its host nor its protection: the primary is let ahead at the arbiter, and when it

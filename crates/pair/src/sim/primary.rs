@@ -48,8 +48,6 @@ pub(super) struct PrimaryProcess {
     pub(super) protected: bool,
     /// What the standby has said of its way to the clients.
     pub(super) standby_reaches: Option<bool>,
-    /// Whether the arbiter was out of its reach when it asked.
-    pub(super) unanswered: bool,
     /// Whether the operator wants the VM stopped, so that the guest is asked to shut down.
     pub(super) asked: bool,
     /// Whether it was ever left to a standby.
@@ -116,7 +114,6 @@ impl World {
             came: (checkpoint > 0).then_some(now),
             protected: false,
             standby_reaches: None,
-            unanswered: false,
             asked: false,
             gave: false,
             same_fault: false,
@@ -289,13 +286,7 @@ impl World {
                 self.stats.links_lost += u64::from(matches!(note, PrimaryNote::LinkLost { .. }));
                 self.primary_of(life).into_iter().for_each(|p| p.protected = false);
             }
-            Effect::Note(PrimaryNote::Won { .. }) => {
-                self.primary_of(life).into_iter().for_each(|p| p.unanswered = false);
-            }
-            Effect::Note(PrimaryNote::ArbiterUnreachable { .. }) => {
-                self.stats.unreachable += 1;
-                self.primary_of(life).into_iter().for_each(|p| p.unanswered = true);
-            }
+            Effect::Note(PrimaryNote::ArbiterUnreachable { .. }) => self.stats.unreachable += 1,
             Effect::Note(_) => {}
         }
     }

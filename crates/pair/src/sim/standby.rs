@@ -241,12 +241,6 @@ impl World {
             self.truth
                 .fail(format!("{life:?} stops a VM that was handed over to it, by an order to a standby"));
         }
-        let owner = self.truth.newest().1;
-        let healthy = match &self.hosts[owner.0].process {
-            Process::Primary(p) => self.alive(owner) && !self.hosts[owner.0].wedged && !p.unanswered,
-            _ => false,
-        };
-        self.stats.from_healthy += u64::from(healthy);
         self.truth.goes_on(generation, life);
         self.stats.takeovers += 1;
         self.write_out_all(life);

@@ -5,8 +5,6 @@
 pub(super) struct Stats {
     pub(super) events: u64,
     pub(super) takeovers: u64,
-    /// Those whose primary ran and had not tried in vain to reach the arbiter: its turn to ask had not gone by.
-    pub(super) from_healthy: u64,
     pub(super) alone: u64,
     pub(super) fenced: u64,
     /// Questions of standbys, and those that came earlier because a primary came back.
@@ -62,7 +60,6 @@ impl Stats {
     pub(super) fn add(&mut self, other: &Self) {
         self.events += other.events;
         self.takeovers += other.takeovers;
-        self.from_healthy += other.from_healthy;
         self.alone += other.alone;
         self.fenced += other.fenced;
         self.standby_asked += other.standby_asked;

@@ -190,7 +190,8 @@ impl Standby {
         let State::GivingUp(given) = std::mem::replace(&mut self.state, State::Over) else { return };
         let GivenUp { attached, committed, stop, .. } = given;
         let Some(committed) = committed else { return };
-        let ask_at = self.now + attached.timing.dead_after * Timing::GIVES_WAY;
+        let turns = if planted!(self.bug, LetsNobodyAhead) { 0 } else { Timing::GIVES_WAY };
+        let ask_at = self.now + attached.timing.dead_after * turns;
         self.settle((attached, committed), why, ask_at, stop, out);
     }
 
