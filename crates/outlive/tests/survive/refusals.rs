@@ -326,9 +326,10 @@ fn a_record_that_arrives_damaged_costs_only_the_protection() {
     witnesses.finish(&world);
 }
 
-/// The standby would let the primary ahead for 160 seconds, longer than these tests wait. But the primary comes back.
+/// The standby would let the primary ahead for 160 seconds, longer than these tests wait. But the primary comes back, and then
+/// the standby waits for the end of its lease only.
 #[test]
-fn a_primary_that_comes_back_after_a_damaged_record_is_protected_at_once() {
+fn a_primary_that_comes_back_after_a_damaged_record_is_protected_again() {
     let Some(world) = World::new() else { return };
     let proxy = Proxy::start(&world, Side::A);
     let _standby = world.staying_standby_with(Side::B, &["--dead-after", "40s"]);
