@@ -49,6 +49,8 @@ pub(crate) struct SharedDriver {
     pulse: Arc<Pulse>,
     /// This side has left the VM to its standby and decides nothing any more. Written under the lock.
     left: AtomicBool,
+    /// It was told that another process has the VM.
+    told_lost: AtomicBool,
 }
 
 impl SharedDriver {
@@ -63,7 +65,8 @@ impl SharedDriver {
     ) -> Arc<Self> {
         let pulse = ports.pulse().clone();
         let driver = Mutex::new(PrimaryDriver::new(machine, ports));
-        Arc::new(Self { driver, clock, valve, inbox, totals, pulse, left: AtomicBool::new(false) })
+        let (left, told_lost) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Self { driver, clock, valve, inbox, totals, pulse, left, told_lost })
     }
 
     /// Whether this side may still say that it lives.
@@ -227,7 +230,7 @@ impl SharedDriver {
         let result = match claim {
             Claim::Won => ClaimResult::Won,
             Claim::Lost { owner } => {
-                events.emit(Event::Lost { generation, owner: owner.clone() });
+                self.tell_lost(generation, &owner, events);
                 ClaimResult::Lost { owner }
             }
             Claim::Unreachable { why } => ClaimResult::Unreachable { why },
@@ -235,8 +238,8 @@ impl SharedDriver {
         self.handle(PrimaryEvent::Claimed { generation, result });
     }
 
-    /// Another process has won this generation. While this side asks for one itself, or is over, the answer to that
-    /// tells.
+    /// Another process has won this generation. This side may be asking for it: then that is its standby, as far as is known,
+    /// and whoever hears of it first, this or the answer, ends the VM here.
     pub(super) fn superseded(&self, generation: u64, owner: String, events: &EventWriter) {
         let (status, own) = {
             let driver = self.lock();
@@ -245,17 +248,22 @@ impl SharedDriver {
         if own >= generation || status == PrimaryStatus::Over {
             return;
         }
-        // Its standby, as far as is known.
-        if status == PrimaryStatus::Arbitrating {
-            return self.handle(PrimaryEvent::Superseded { generation, owner });
+        if status != PrimaryStatus::Arbitrating {
+            tracing::error!(
+                generation,
+                owner,
+                "another process has won this VM: an image of it was started elsewhere"
+            );
         }
-        tracing::error!(
-            generation,
-            owner,
-            "another process has won this VM: an image of it was started elsewhere"
-        );
-        events.emit(Event::Lost { generation, owner: owner.clone() });
+        self.tell_lost(generation, &owner, events);
         self.handle(PrimaryEvent::Superseded { generation, owner });
+    }
+
+    /// The VM is lost once, whoever says so first.
+    fn tell_lost(&self, generation: u64, owner: &str, events: &EventWriter) {
+        if !self.told_lost.swap(true, Ordering::Relaxed) {
+            events.emit(Event::Lost { generation, owner: owner.to_owned() });
+        }
     }
 
     /// Since when the oldest output of the running epoch is held, on the driver's clock.

@@ -2,6 +2,7 @@
 
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use outlive_machine::OutputMode;
@@ -9,7 +10,7 @@ use outlive_pair::{ExitReason, LossReason, PrimaryEvent as Event, PrimaryStatus,
 
 use super::rig::{BOUND, Free, LINK, Stuck, beside, connected, wait_for};
 use crate::arbiter::{Arbiter, Claim, ClaimResult, ClaimWorker, FileArbiter, VmId};
-use crate::events::EventWriter;
+use crate::events::{Event as Told, EventWriter};
 use crate::primary::driver::SharedDriver;
 use crate::primary::inbox::Inbox;
 
@@ -86,4 +87,28 @@ fn a_loser_is_silent_before_it_says_so() {
     assert!(coordinator.recv_timeout(Duration::from_millis(50)).is_err(), "a frame is on its way");
     output.set_free();
     assert!(coordinator.recv_timeout(BOUND).is_ok());
+}
+
+/// The thread that looks for rivals may hear of a loss before this side has asked, or at the same time.
+#[test]
+fn a_loss_is_told_once_whoever_hears_of_it_first() {
+    let standby = TcpListener::bind("127.0.0.1:0").unwrap();
+    let output = Arc::new(Stuck::default());
+    let rig = connected(output.clone(), standby.local_addr().unwrap()).accepted();
+    let _end = Free(&output);
+    output.set_free();
+    let events = EventWriter::disabled();
+    let (tell, told) = channel();
+    events.observe(move |event| {
+        if let Told::Lost { generation, owner } = event {
+            tell.send((*generation, owner.clone())).ok();
+        }
+    });
+    assert_eq!(number(&rig.driver), Some(1));
+    rig.driver.handle(Event::LinkLost { link: LINK, why: LossReason::Closed });
+    assert_eq!(rig.driver.status(), PrimaryStatus::Arbitrating, "nobody has asked yet");
+    rig.driver.superseded(2, "the standby".into(), &events);
+    assert!(rig.inbox.waiting().any(|it| matches!(it, Inbox::Exit(ExitReason::Fenced { .. }))));
+    rig.driver.claimed(2, Claim::Lost { owner: "the standby".into() }, &events);
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [(2, "the standby".to_owned())]);
 }
