@@ -42,5 +42,6 @@ mod standby;
 pub mod status;
 mod strays;
 mod threads;
+mod told;
 mod ui;
 mod vm;

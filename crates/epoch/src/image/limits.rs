@@ -3,6 +3,8 @@
 
 use super::page::PAGE_SIZE;
 
+/// The last generation that a VM may be introduced with. No VM comes to it, and what is counted from it does not overflow.
+pub const MAX_GENERATION: u64 = 1 << 62;
 /// Most ranges of a layout.
 pub const MAX_RANGES: usize = 8;
 /// Most devices of a VM.

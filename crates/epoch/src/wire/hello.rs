@@ -8,7 +8,9 @@ use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
 use super::version::{ProtocolVersion, VersionRange};
-use crate::image::limits::{MAX_ANCESTORS, MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT, MAX_VCPU_CONSTANT};
+use crate::image::limits::{
+    MAX_ANCESTORS, MAX_DEVICES, MAX_GENERATION, MAX_RANGES, MAX_SERIAL, MAX_TEXT, MAX_VCPU_CONSTANT,
+};
 use crate::image::{
     Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, Moment, VcpuConstant, VmId,
     Wiring,
@@ -32,7 +34,7 @@ pub struct Limits {
 pub struct Hello {
     /// Identity of the VM.
     pub vm: VmId,
-    /// The generation in which the VM runs.
+    /// The generation in which the VM runs, at most [`MAX_GENERATION`].
     pub generation: u64,
     /// Number of vCPUs.
     pub vcpus: u32,
@@ -237,6 +239,10 @@ impl Hello {
     pub(crate) fn parse(version: u16, payload: &[u8]) -> Result<Self, WireError> {
         let mut fields = Fields::new(SectionKind::Hello, payload);
         let head: &Head = fields.fixed()?;
+        let generation = head.generation.get();
+        if generation > MAX_GENERATION {
+            return Err(fields.malformed("a generation that no VM comes to", generation));
+        }
         let mac = match head.has_mac {
             0 => {
                 fields.reserved(&head.mac)?;
@@ -261,7 +267,7 @@ impl Hello {
         let Extras { vcpu, since } = extras;
         Ok(Self {
             vm: VmId(head.vm),
-            generation: head.generation.get(),
+            generation,
             vcpus: head.vcpus.get(),
             memory_bytes: head.memory_bytes.get(),
             layout,

@@ -51,6 +51,11 @@ enum CommandError {
     /// No VM has such an id.
     #[error("the arbiter knows no VM '{0}': `outlive arbiter list` shows those that it knows")]
     UnknownVm(String),
+    /// Too little of an id, so that a slip of the hand does not name a VM.
+    #[error(
+        "'{0}' is too little of a VM's id: give its first {LEAST_OF_AN_ID} characters or more, from `outlive arbiter list`"
+    )]
+    TooShort(String),
     /// Several VMs have such an id.
     #[error("the ids of {count} begin with '{beginning}': give more of the id")]
     SeveralVms { count: String, beginning: String },
@@ -210,8 +215,14 @@ fn release(place: &str, vm: &str, yes: bool, out: &mut impl Write) -> Result<(),
     print(out, &format!("VM {}  released in generation {generation}: no host goes on with it", vm.vm))
 }
 
+/// Nothing at all, as an empty variable of a script, is the beginning of every id.
+const LEAST_OF_AN_ID: usize = 4;
+
 /// The only VM whose id begins with this text.
 fn find(arbiter: &mut dyn Arbiter, beginning: &str) -> Result<VmId, CommandError> {
+    if beginning.chars().count() < LEAST_OF_AN_ID {
+        return Err(CommandError::TooShort(beginning.to_owned()));
+    }
     let mut vms = arbiter.vms()?;
     vms.retain(|vm| vm_name(vm).starts_with(beginning));
     match vms[..] {
@@ -352,10 +363,37 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(&printed(|out| list(&place, true, out))).unwrap();
         assert_eq!(json["vms"][0]["generations"][11]["owner"], "primary on host a");
         assert_eq!(json["vms"][1]["ended"]["generation"], 1);
-        for (vm, remedy) in [("77", "outlive arbiter list"), ("a", "give more of the id")] {
+        for (vm, remedy) in [
+            ("7777", "the arbiter knows no VM '7777': `outlive arbiter list`"),
+            ("aba", "too little of a VM's id"),
+            ("", "'' is too little of a VM's id"),
+        ] {
             let error = show(&place, vm, false, &mut Vec::new()).unwrap_err().to_string();
             assert!(error.contains(remedy), "{error}");
         }
+    }
+
+    #[test]
+    fn a_beginning_that_two_ids_have_names_neither() {
+        let (_directory, place, mut arbiter) = place();
+        let mut twin = VM;
+        twin.0[15] = 1;
+        assert_eq!(arbiter.claim(&twin, 1, "primary on host b"), Claim::Won);
+        let error = show(&place, "abab", false, &mut Vec::new()).unwrap_err().to_string();
+        assert!(error.contains("the ids of 2 VMs begin with 'abab': give more of the id"), "{error}");
+    }
+
+    #[test]
+    fn an_empty_id_releases_no_vm() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = format!("file:{}", directory.path().display());
+        let (mut arbiter, _) = FileArbiter::init(directory.path()).unwrap();
+        assert_eq!(arbiter.claim(&VM, 1, "primary on host a"), Claim::Won);
+        for little in ["", "a", "aba"] {
+            let error = release(&place, little, true, &mut Vec::new()).unwrap_err();
+            assert!(matches!(error, CommandError::TooShort(_)), "{error}");
+        }
+        assert_eq!(arbiter.highest(&VM).unwrap(), Some(1));
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub enum ArbiterCommand {
         /// The arbiter, as in --arbiter
         #[arg(value_name = "ARBITER")]
         place: String,
-        /// The VM's id, or its first characters
+        /// The VM's id, or its first characters, at least four
         #[arg(value_name = "VM")]
         vm: String,
         /// Print JSON
@@ -53,7 +53,7 @@ pub enum ArbiterCommand {
         /// The arbiter, as in --arbiter
         #[arg(value_name = "ARBITER")]
         place: String,
-        /// The VM's id, or its first characters
+        /// The VM's id, or its first characters, at least four
         #[arg(value_name = "VM")]
         vm: String,
         /// Do it: without this option only say what would be done

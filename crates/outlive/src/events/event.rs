@@ -130,7 +130,7 @@ pub enum Event {
         /// Why, for a person.
         why: String,
     },
-    /// A standby has refused a primary; not told again while the reason stays the same.
+    /// A standby has refused a primary; each reason is told once a minute while that lasts.
     PrimaryRefused {
         /// Why, for a person.
         why: String,
@@ -414,6 +414,12 @@ pub enum Event {
         for_ms: u64,
         /// Milliseconds for which the disk has not finished its last request; 0 if it gets on, or if it is not the disk.
         hangs_ms: u64,
+    },
+    /// A standby takes no primary, because a copy that it has thrown away is not gone: most likely its disk does not answer.
+    /// Told again every minute for as long as that lasts.
+    CopyLingers {
+        /// Milliseconds since it was thrown away.
+        for_ms: u64,
     },
     /// The command of `--fence` has not cut the lost primary off; it is run again, and the VM waits.
     FenceFailed {

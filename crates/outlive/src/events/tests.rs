@@ -89,6 +89,7 @@ fn every_event() -> Vec<Event> {
         Event::StandbySlow { behind_ms: 1_100, in_flight: 4 },
         Event::StandbyCaughtUp { slow_ms: 3_000 },
         Event::SettleSlow { part: SettlePart::Disk, for_ms: 4_000, hangs_ms: 3_500 },
+        Event::CopyLingers { for_ms: 10_000 },
         Event::Takeover {
             generation: 2,
             checkpoint: 99,

@@ -12,10 +12,8 @@ use super::stats::{BaseCost, Totals};
 use crate::events::{Event, EventWriter};
 use crate::link::LinkKind;
 use crate::status::Standing;
+use crate::told::Told;
 use crate::vm::Runs;
-
-/// The log repeats after this time that no standby can be reached.
-const UNREACHABLE_AGAIN: Duration = Duration::from_secs(60);
 
 /// A host that the arbiter has decided against learns of it within moments: after a hand-over it still ends its copy.
 /// One that says for so long that it runs the VM does not learn of it.
@@ -40,8 +38,12 @@ pub(super) struct Notes {
     totals: Arc<Totals>,
     standing: Arc<Standing>,
     reminder: Reminder,
-    /// When the log last said that no standby can be reached.
-    unreachable_since: Option<Instant>,
+    /// Why no standby can be reached, as the log has said it.
+    unreachable: Told,
+    /// What standbys have refused, as the log has said it.
+    refusals: Told,
+    /// Why the arbiter does not answer the question that is open, as the log has said it.
+    no_answer: Told,
     /// When the standby said that it cannot reach the arbiter, while that lasts.
     standby_without_arbiter: Option<Instant>,
     loser: Loser,
@@ -54,7 +56,9 @@ impl Notes {
             totals,
             standing,
             reminder: Reminder::default(),
-            unreachable_since: None,
+            unreachable: Told::default(),
+            refusals: Told::default(),
+            no_answer: Told::default(),
             standby_without_arbiter: None,
             loser: Loser::default(),
         }
@@ -83,11 +87,15 @@ impl Notes {
                 match code {
                     // That it leaves was said already, or it has just come.
                     Ok(RefuseCode::Leaving) => tracing::info!("standby refused: {text}"),
-                    _ => tracing::warn!("standby refused: {text}"),
+                    _ if self.refusals.is_news(&text, Instant::now()) => {
+                        tracing::warn!("standby refused: {text}");
+                    }
+                    _ => tracing::debug!("standby refused: {text}"),
                 }
             }
             Note::Attached { .. } => {
-                (self.unreachable_since, self.standby_without_arbiter) = (None, None);
+                self.standby_without_arbiter = None;
+                (self.unreachable, self.refusals) = (Told::default(), Told::default());
                 // A link that is lost already has no address; what follows says so.
                 let Some((addr, link)) = standby else {
                     return tracing::debug!("a standby accepted, and the link to it is lost already");
@@ -132,6 +140,7 @@ impl Notes {
                 tracing::warn!("{now}; output is held until it answers: {why}");
             }
             Note::Arbitrating { generation } => {
+                self.no_answer = Told::default();
                 self.standing.asking("asking the arbiter who goes on");
                 tracing::info!(generation, "asking the arbiter; output is held until it answers");
                 self.events.emit(Event::Arbitrating { generation });
@@ -148,8 +157,10 @@ impl Notes {
                 } else {
                     self.standing.goes_on(&now)
                 }
-                tracing::error!("{now}");
-                self.events.emit(Event::ArbiterUnreachable { why });
+                if self.no_answer.is_news(&why, Instant::now()) {
+                    tracing::error!("{now}");
+                    self.events.emit(Event::ArbiterUnreachable { why });
+                }
             }
             // Told of with its reason, where the reason is known.
             Note::GivenAway { .. } => {
@@ -231,11 +242,10 @@ impl Notes {
         true
     }
 
-    /// The primary tries again and again; the reason may differ each time although nothing has changed.
+    /// The primary tries again and again.
     fn unreachable(&mut self, why: &str) {
         self.standing.now(&format!("no standby can be reached: {why}"));
-        if self.unreachable_since.is_none_or(|told| told.elapsed() >= UNREACHABLE_AGAIN) {
-            self.unreachable_since = Some(Instant::now());
+        if self.unreachable.is_news(why, Instant::now()) {
             tracing::warn!("standby not reachable, still trying: {why}");
             self.events.emit(Event::StandbyUnreachable { why: why.to_owned() });
         } else {

@@ -247,6 +247,11 @@ impl Decisions {
         })
     }
 
+    /// For how long the last copy has been thrown away and is not gone. No primary is accepted meanwhile.
+    pub(super) fn lingers(&self) -> Option<Duration> {
+        self.with(|driver, _| (driver.ports().lingers(), NOTHING))
+    }
+
     /// Takes the copy out once no decision needs it.
     pub(super) fn take_session(&self) -> Option<Session> {
         self.with(|driver, _| (driver.ports_mut().take_session(), NOTHING))

@@ -370,6 +370,10 @@ fn admit(
         session.handover.end(Ending::Discard);
         Refusal::Attached
     })?;
+    // Not before: what a primary that is refused says of its generation must not become what an operator decides about.
+    if let Ok(mut arbiter) = arbiter::parse(&decisions.equipment.options.arbiter) {
+        arbiter.introduced(&arbiter::VmId(hello.vm.0), hello.generation);
+    }
     if let Some((intake, key)) = strays {
         let sink: Weak<Tail> = Arc::downgrade(&tail);
         intake.expect(&key, sink);
@@ -450,13 +454,13 @@ fn same_arbiter(decisions: &Decisions, hello: &Hello) -> Result<Box<dyn Arbiter>
         let (here, there) = (arbiter.identity().to_owned(), hello.arbiter.clone());
         return Err(Refusal::OtherArbiter { spec, here, there });
     }
-    let vm = arbiter::VmId(hello.vm.0);
-    arbiter.introduced(&vm, hello.generation);
-    match arbiter.highest(&vm) {
+    match arbiter.highest(&arbiter::VmId(hello.vm.0)) {
         Ok(Some(highest)) if highest == hello.generation => Ok(arbiter),
         Ok(Some(highest)) if highest > hello.generation => {
             Err(Refusal::Stale { introduced: hello.generation, highest })
         }
+        // It knows what this process has seen, and hears of this primary once it is accepted.
+        Ok(_) if arbiter.is_a_person() && hello.generation > 0 => Ok(arbiter),
         Ok(_) => Err(Refusal::UnknownVm(spec)),
         Err(source) => Err(Refusal::Arbiter { spec, source }),
     }

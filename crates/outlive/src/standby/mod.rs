@@ -402,7 +402,10 @@ impl Waiting {
                     asked |= matches!(note, StandbyNote::Arbitrating { .. });
                     notes.note(at, note);
                 }
-                Ok(MainMessage::Refused(code, text)) => notes.refused(code, text),
+                Ok(MainMessage::Refused(code, text, untold)) => {
+                    notes.refused(code, text, Instant::now());
+                    drop(untold);
+                }
                 Ok(MainMessage::TakeOver(order)) => return self.take_over(order, &notes),
                 Ok(MainMessage::Exit(reason)) => {
                     let outcome = self.leave(reason, asked);
@@ -422,6 +425,7 @@ impl Waiting {
             if notes.is_settling() {
                 notes.settles(Instant::now(), self.decisions.unsettled());
             }
+            notes.lingers(Instant::now(), self.decisions.lingers());
             self.decisions.equipment.shelf.tidy();
             self.decisions.tick();
         }

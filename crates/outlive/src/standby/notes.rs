@@ -8,6 +8,7 @@ use outlive_pair::{LossReason, StandbyNote as Note};
 
 use crate::events::{Event, EventWriter, SettlePart};
 use crate::status::Standing;
+use crate::told::Told;
 
 /// The times of the steps of a takeover.
 #[derive(Clone, Copy, Debug)]
@@ -30,26 +31,35 @@ const HANGS: Duration = Duration::from_secs(1);
 /// A takeover that has waited for its disks for so long is worth a line, and then again and again.
 const SETTLE_SLOW: Duration = Duration::from_secs(2);
 const SETTLE_AGAIN: Duration = Duration::from_secs(5);
+/// A copy that is thrown away is gone within moments, unless a disk does not answer. It is worth a line then, and again
+/// and again.
+const LINGERS: Duration = Duration::from_secs(10);
+const LINGERS_AGAIN: Duration = Duration::from_secs(60);
 
 /// The writer; see the module.
 pub(super) struct Notes {
     events: EventWriter,
     standing: Arc<Standing>,
     times: Times,
-    /// The refusal that was logged last.
-    last_refusal: String,
+    /// The refusals that were logged.
+    refusals: Told,
+    /// Why the arbiter does not answer the question that is open, as the log has said it.
+    no_answer: Told,
     /// A primary is attached: whoever else is refused changes nothing.
     attached: bool,
     /// The primary is lost, and the copy is not ready: when the next line about that is due.
     settling: Option<Instant>,
+    /// A copy that was thrown away is not gone: when the next line about that is due.
+    lingering: Option<Instant>,
 }
 
 impl Notes {
     pub(super) fn new(events: EventWriter, standing: Arc<Standing>) -> Self {
         let now = Instant::now();
         let times = Times { detect: Duration::ZERO, declared: now, settled: now, won: now, ended: false };
-        let (last_refusal, settling) = (String::new(), None);
-        Self { events, standing, times, last_refusal, attached: false, settling }
+        let (refusals, no_answer) = (Told::default(), Told::default());
+        let (settling, lingering) = (None, None);
+        Self { events, standing, times, refusals, no_answer, attached: false, settling, lingering }
     }
 
     /// Whether a takeover waits until the copy is ready, as far as is known here.
@@ -93,24 +103,48 @@ impl Notes {
         self.events.emit(Event::SettleSlow { part, for_ms, hangs_ms });
     }
 
+    /// Says that this host takes no primary, because the last copy is not gone, if it is time to say so. `lasts`: for how
+    /// long that has been so; `None` if it is gone.
+    pub(super) fn lingers(&mut self, now: Instant, lasts: Option<Duration>) {
+        let Some(lasts) = lasts.filter(|lasts| *lasts >= LINGERS) else {
+            if self.lingering.take().is_some() {
+                tracing::warn!("the copy that was thrown away is gone; this host takes a primary again");
+                self.standing.now("it takes a primary again");
+            }
+            return;
+        };
+        let seconds = lasts.as_secs();
+        let why = format!(
+            "this host takes no primary: the copy that it throws away has not been gone for {seconds} s, most likely              because its disk does not answer"
+        );
+        self.standing.now(&why);
+        if self.lingering.is_some_and(|due| now < due) {
+            return;
+        }
+        self.lingering = Some(now + LINGERS_AGAIN);
+        tracing::error!(
+            "STANDBY OUT OF USE: {why}; look at this host's storage, and let another host protect the VM meanwhile"
+        );
+        self.events.emit(Event::CopyLingers { for_ms: lasts.as_millis() as u64 });
+    }
+
     /// The times of the takeover that is under way.
     pub(super) fn times(&self) -> Times {
         self.times
     }
 
     /// Logs that a primary was refused. It asks five times a second.
-    pub(super) fn refused(&mut self, code: RefuseCode, text: String) {
+    pub(super) fn refused(&mut self, code: RefuseCode, text: String, now: Instant) {
         if !self.attached {
             self.standing.refused(&text);
         }
-        if self.last_refusal != text {
+        if self.refusals.is_news(&text, now) {
             // It is nothing to be alarmed about that a standby which ends takes no primary.
             match code {
                 RefuseCode::Leaving => tracing::info!("refused a primary: {text}"),
                 _ => tracing::warn!(?code, "refused a primary: {text}"),
             }
-            self.events.emit(Event::PrimaryRefused { why: text.clone() });
-            self.last_refusal = text;
+            self.events.emit(Event::PrimaryRefused { why: text });
         }
     }
 
@@ -156,6 +190,7 @@ impl Notes {
                 self.events.emit(Event::LinkLost { reason: why.to_string() });
             }
             Note::Arbitrating { generation } => {
+                self.no_answer = Told::default();
                 (self.times.settled, self.times.won) = (at, at);
                 self.standing.asking("asking the arbiter for the VM");
                 tracing::info!(generation, "asking the arbiter");
@@ -164,8 +199,10 @@ impl Notes {
             Note::ArbiterUnreachable { why } => {
                 let now = self.standing.no_answer("this standby waits", &why);
                 self.standing.asking(&now);
-                tracing::error!("{now}");
-                self.events.emit(Event::ArbiterUnreachable { why });
+                if self.no_answer.is_news(&why, at) {
+                    tracing::error!("{now}");
+                    self.events.emit(Event::ArbiterUnreachable { why });
+                }
             }
             Note::Won { generation } => {
                 self.times.won = at;
@@ -266,20 +303,51 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_does_not_go_away_is_told_of_again_and_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("events");
+        let (standing, events) =
+            (Standing::new(Role::Standby, None, NO_PRIMARY), EventWriter::open(&path).unwrap());
+        let mut notes = Notes::new(events.clone(), standing.clone());
+        let began = Instant::now();
+        let why = || standing.status().why.unwrap();
+        for second in 0..100 {
+            let lasts = Duration::from_secs(second);
+            notes.lingers(began + lasts, Some(lasts));
+            let said = why().contains(&format!("has not been gone for {second} s"));
+            assert_eq!(said, second >= 10, "{second}: {}", why());
+        }
+        notes.lingers(began + Duration::from_secs(100), None);
+        assert!(why().contains("takes a primary again"), "{}", why());
+        // The next one has its own time.
+        notes.lingers(began + Duration::from_secs(101), Some(Duration::from_secs(10)));
+        assert!(events.finish());
+        let text = std::fs::read_to_string(&path).unwrap();
+        let told: Vec<_> = text
+            .lines()
+            .filter_map(|line| match serde_json::from_str::<crate::events::Record>(line).unwrap().event {
+                Event::CopyLingers { for_ms } => Some(for_ms / 1000),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(told, [10, 70, 10]);
+    }
+
+    #[test]
     fn a_primary_that_was_refused_has_come() {
         let standing = Standing::new(Role::Standby, None, NO_PRIMARY);
         let mut notes = Notes::new(EventWriter::disabled(), standing.clone());
         let why = || standing.status().why.unwrap();
         assert_eq!(why(), NO_PRIMARY);
         for _ in 0..2 {
-            notes.refused(RefuseCode::WrongVm, "kept for another".into());
+            notes.refused(RefuseCode::WrongVm, "kept for another".into(), Instant::now());
             assert_eq!(why(), "no primary has been accepted yet; a primary was refused: kept for another");
         }
         notes.note(Instant::now(), Note::Protected { generation: 1, checkpoint: 1 });
         standing.unprotected("why");
         // A second primary is no news while there is one.
         notes.attached = true;
-        notes.refused(RefuseCode::Busy, "another primary is attached".into());
+        notes.refused(RefuseCode::Busy, "another primary is attached".into(), Instant::now());
         assert_eq!(why(), "why");
     }
 }

@@ -35,12 +35,19 @@ pub(super) enum MainMessage {
     /// Something to log, and when it happened.
     Note(Instant, StandbyNote),
     /// A primary was refused.
-    Refused(RefuseCode, String),
+    Refused(RefuseCode, String, Untold),
     /// Run the VM.
     TakeOver(TakeOver),
     /// End the process.
     Exit(StandbyExit),
 }
+
+/// Refusals that wait for the main thread at most: it may be at something long, and whoever may connect is refused as
+/// often as it likes. Those beyond are answered, and not told of.
+const MOST_UNTOLD: usize = 64;
+
+/// Held by a refusal that the main thread has not told of yet.
+pub(super) struct Untold(#[expect(dead_code, reason = "it is counted")] Arc<()>);
 
 /// Why a decision cannot be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -144,9 +151,11 @@ pub(super) struct Ports {
     /// The accepted primary's connection and those that are being answered.
     peers: Vec<(Link, Arc<Outbox>)>,
     session: Option<Session>,
-    /// The thread that throws the last session's copy away, or has done so.
-    discards: Option<JoinHandle<Option<VmCopy>>>,
+    /// The thread that throws the last session's copy away, or has done so, and since when.
+    discards: Option<(JoinHandle<Option<VmCopy>>, Instant)>,
     inbox: Sender<MainMessage>,
+    /// Counts the refusals that wait in the inbox: each holds it.
+    untold: Arc<()>,
     /// Watches this host's way to the guest's clients.
     uplink: Option<Arc<Uplink>>,
     /// What was last said of it, and on which connection.
@@ -174,6 +183,7 @@ impl Ports {
             session: None,
             discards: None,
             inbox,
+            untold: Arc::default(),
             uplink,
             told_reach: None,
             watch,
@@ -237,7 +247,12 @@ impl Ports {
 
     /// The thread that throws a copy away, if there was one.
     pub(super) fn take_discards(&mut self) -> Option<JoinHandle<Option<VmCopy>>> {
-        self.discards.take()
+        self.discards.take().map(|(thread, _)| thread)
+    }
+
+    /// For how long the last copy has been thrown away and is not gone.
+    pub(super) fn lingers(&self) -> Option<Duration> {
+        self.discards.as_ref().filter(|(thread, _)| !thread.is_finished()).map(|(_, since)| since.elapsed())
     }
 
     /// What keeps the copy from following the VM, if it is hopeless.
@@ -347,7 +362,9 @@ impl StandbyPorts for Ports {
 
     fn refuse(&mut self, link: Link, code: RefuseCode, text: String) {
         self.turn_away(link, code, &text);
-        self.tell(MainMessage::Refused(code, text));
+        if Arc::strong_count(&self.untold) <= MOST_UNTOLD {
+            self.tell(MainMessage::Refused(code, text, Untold(self.untold.clone())));
+        }
     }
 
     fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), PortError> {
@@ -436,7 +453,7 @@ impl StandbyPorts for Ports {
         if let Some(session) = self.session.take_if(|session| session.link == link) {
             session.handover.end(Ending::Discard);
             self.deferred.buffers = Some(session.handover);
-            self.discards = Some(session.applier);
+            self.discards = Some((session.applier, Instant::now()));
         }
     }
 

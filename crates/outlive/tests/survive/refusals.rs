@@ -7,8 +7,8 @@ use std::time::Duration;
 use outlive::arbiter::VmId;
 use outlive::events::Event;
 use outlive_epoch::{
-    CheckpointBegin, CheckpointFlags, Encoder, Hello, LeaveReason, Message, PAGE_SIZE, PageEntry, Peer,
-    Preface, RefuseCode, SectionReader,
+    CheckpointBegin, CheckpointFlags, Encoder, Hello, LeaveReason, MAX_GENERATION, Message, PAGE_SIZE,
+    PageEntry, Peer, Preface, RefuseCode, SectionReader,
 };
 
 use crate::support::{
@@ -46,8 +46,13 @@ fn until_closed(mut stream: TcpStream) -> Vec<u8> {
 
 /// The introduction of the real VM, received in place of its standby.
 fn overhear(world: &World) -> (Process, Hello) {
+    overhear_with(world, &[])
+}
+
+/// The same, of a primary with more options.
+fn overhear_with(world: &World, options: &[&str]) -> (Process, Hello) {
     let listener = world.on(Side::B, || TcpListener::bind(Side::B.addr())).unwrap();
-    let primary = world.run(Side::A);
+    let primary = world.run_with(Side::A, options);
     loop {
         let (mut stream, _) = listener.accept().unwrap();
         let mut reader = SectionReader::new(Peer::Primary);
@@ -215,6 +220,30 @@ fn a_second_primary_is_refused() {
     witnesses.finish(&world);
 }
 
+/// With an operator as arbiter a standby knows of a VM's generation by its primaries only, and asks about the next one. Who
+/// is refused has no say in that.
+#[test]
+fn what_a_refused_primary_says_of_its_generation_is_not_believed() {
+    let Some(world) = World::plain() else { return };
+    let other = Side::A.addr().to_string();
+    let by_hand = ["--standby", &other, "--arbiter", "manual"];
+    let (primary, hello) = overhear_with(&world, &["--arbiter", "manual"]);
+    primary.kill();
+    let standby = world.standby_with(Side::B, &by_hand);
+    let far = Hello { generation: 40, ..hello.clone() };
+    FakePrimary::introduce(&world, &Hello { vcpus: 33, ..far.clone() }).assert_refused(RefuseCode::Resources);
+    FakePrimary::introduce(&world, &Hello { generation: 0, ..hello.clone() })
+        .assert_refused(RefuseCode::Resources);
+    drop(FakePrimary::accepted(&world, &hello));
+    // One that was accepted has.
+    drop(FakePrimary::accepted(&world, &far));
+    wait_until("the older one is out of date", || {
+        let answer = FakePrimary::introduce(&world, &hello).answer();
+        answer.contains("StaleGeneration")
+    });
+    drop(standby);
+}
+
 #[test]
 fn primaries_that_do_not_belong_here_are_refused() {
     let Some(world) = World::plain() else { return };
@@ -223,7 +252,7 @@ fn primaries_that_do_not_belong_here_are_refused() {
     primary.wait_protected();
     let witnesses = Witnesses::start(&world, 2);
     // The very same VM in the very same generation, and in others.
-    for generation in [1, 0, 2, u64::MAX] {
+    for generation in [1, 0, 2, MAX_GENERATION] {
         let same = Hello { generation, ..hello.clone() };
         FakePrimary::introduce(&world, &same).assert_refused(RefuseCode::Busy);
     }

@@ -1,9 +1,9 @@
 //! Payloads whose fields make no sense.
 
 use outlive_epoch::{
-    ArbiterSight, Audited, DeviceKind, DiskAudited, EncodeError, Encoder, HEADER_LEN, MAX_AUDIT_CHUNKS,
-    MAX_AUDIT_RANGES, MAX_AUDIT_SPANS, MAX_FRAMES_BYTES, MAX_PACKET_BYTES, Message, ProtocolVersion,
-    SectionKind, StateKind, StateSection, TailBuf, TailFrame,
+    ArbiterSight, Audited, DeviceKind, DiskAudited, EncodeError, Encoder, HEADER_LEN, Hello,
+    MAX_AUDIT_CHUNKS, MAX_AUDIT_RANGES, MAX_AUDIT_SPANS, MAX_FRAMES_BYTES, MAX_GENERATION, MAX_PACKET_BYTES,
+    Message, ProtocolVersion, SectionKind, StateKind, StateSection, TailBuf, TailFrame,
 };
 
 use super::{BASE, begin};
@@ -283,6 +283,23 @@ fn devices_that_make_no_sense_are_refused() {
             .map(|_| ())
             .map_err(|e| e.to_string());
         assert_eq!(error, Err(format!("section Hello: {why}")), "{at}");
+    }
+}
+
+/// What is counted from a peer's generation must not overflow.
+#[test]
+fn a_generation_beyond_every_vms_is_refused() {
+    let parse = |generation| {
+        let mut out = Vec::new();
+        Encoder::new().hello(&mut out, &Hello { generation, ..hello() }).unwrap();
+        let payload = &out[HEADER_LEN..];
+        let parsed = Message::parse_payload(SectionKind::Hello, SectionKind::Hello.version(), payload);
+        parsed.map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(parse(MAX_GENERATION), Ok(()));
+    for (beyond, named) in [(MAX_GENERATION + 1, "0x4000000000000001"), (u64::MAX, "0xffffffffffffffff")] {
+        let why = format!("section Hello: a generation that no VM comes to ({named})");
+        assert_eq!(parse(beyond), Err(why));
     }
 }
 
