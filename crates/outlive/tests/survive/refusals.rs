@@ -46,10 +46,10 @@ fn until_closed(mut stream: TcpStream) -> Vec<u8> {
 
 /// The introduction of the real VM, received in place of its standby.
 fn overhear(world: &World) -> (Process, Hello) {
-    overhear_with(world, &[])
+    overhear_with(world, &["--standby", &Side::B.addr().to_string()])
 }
 
-/// The same, of a primary with more options.
+/// The same, of a primary with these options.
 fn overhear_with(world: &World, options: &[&str]) -> (Process, Hello) {
     let listener = world.on(Side::B, || TcpListener::bind(Side::B.addr())).unwrap();
     let primary = world.run_with(Side::A, options);
@@ -227,7 +227,8 @@ fn what_a_refused_primary_says_of_its_generation_is_not_believed() {
     let Some(world) = World::plain() else { return };
     let other = Side::A.addr().to_string();
     let by_hand = ["--standby", &other, "--arbiter", "manual"];
-    let (primary, hello) = overhear_with(&world, &["--arbiter", "manual"]);
+    let (primary, hello) =
+        overhear_with(&world, &["--standby", &Side::B.addr().to_string(), "--arbiter", "manual"]);
     primary.kill();
     let standby = world.standby_with(Side::B, &by_hand);
     let far = Hello { generation: 40, ..hello.clone() };
