@@ -32,7 +32,7 @@ enum CommandError {
 
 /// Carries the command out. Returns the exit code.
 pub fn command(options: &KeysOptions) -> u8 {
-    let mut out = io::stdout().lock();
+    let mut out = outlive_node::printed();
     let done = match &options.command {
         KeysCommand::Init { directory, host, issue, grant } => {
             init(directory, host.as_deref(), issue, grant, &mut out)
