@@ -18,8 +18,9 @@
 //! - [`api`]: REST on a socket, and over TLS for other hosts. [`remote`]: what the program says of keys and certificates.
 //! - [`cli`]: `outlive node`, `outlive vm` and `outlive top`; `client`: their way to the API; `host`: which one; `sse`: its stream of events, read.
 //!   `page`: the way of a browser to it, `outlive node page`. `top`: the picture in a terminal. `terminal`: texts of others, as they are printed.
+//!   `printed`: standard output.
 //!
-//! Nothing here is waited for by a process that runs a guest, and nothing but `terminal` runs in one.
+//! Nothing here is waited for by a process that runs a guest, and nothing but `terminal` and `printed` runs in one.
 
 #![forbid(unsafe_code)]
 
@@ -47,6 +48,7 @@ mod node_tests;
 mod page;
 pub mod peer;
 mod picture;
+mod printed;
 mod process;
 mod program;
 mod records;
@@ -65,6 +67,7 @@ pub use error::NodeError;
 pub use figures::point_between;
 pub use host::Host;
 pub use node::{Node, Places, STATE, STATE_VARIABLE, StartError};
+pub use printed::{Printed, printed};
 pub use program::{Judge, Program, Remark, Sense, one_line};
 pub use terminal::{shown, shown_in_line};
 pub use view::READ_OF_STATUS;

@@ -128,8 +128,19 @@ impl Program {
 pub fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("Usage:"));
-    let lines: Vec<&str> = lines.take_while(|line| !line.starts_with("For more information")).collect();
-    let said = lines.join(" ");
+    let (mut said, mut lists) = (String::new(), false);
+    for line in lines.take_while(|line| !line.starts_with("For more information")) {
+        let (is_tip, is_choice) = (line.starts_with("tip: "), line.starts_with('['));
+        // Only the ends of lines part a hint from the fault, and things that are listed from each other.
+        said += match (is_tip, lists && !is_choice) {
+            _ if said.is_empty() => "",
+            (true, _) => "; ",
+            (false, true) if !said.ends_with(':') => ", ",
+            _ => " ",
+        };
+        lists = line.ends_with(':') || lists && !is_tip && !is_choice;
+        said += line;
+    }
     said.strip_prefix("error: ").unwrap_or(&said).to_owned()
 }
 
@@ -148,6 +159,44 @@ mod tests {
         assert_eq!((program.kind("help"), program.kind("nothing")), (None, None));
         assert_eq!(program.similar("memry").as_deref(), Some("memory"));
         assert_eq!(program.similar("q"), None);
+    }
+
+    /// Clap says its faults, hints and lists in lines of their own.
+    #[test]
+    fn what_clap_says_in_lines_is_a_sentence_in_one() {
+        use clap::{Arg, ArgAction, Command};
+
+        let flag = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
+        let value = |name: &'static str| Arg::new(name).long(name).required(true);
+        let options = [
+            flag("keys"),
+            flag("alone").conflicts_with_all(["keys", "force"]),
+            flag("force"),
+            Arg::new("kind").long("kind").value_parser(["file", "own"]),
+        ];
+        let run = Command::new("run").args(options);
+        let program = Command::new("outlive").subcommand_required(true).subcommand(run);
+        let program = program.subcommand(Command::new("two").args([value("a"), value("b")]));
+        for (words, expected) in [
+            (
+                &["run", "--kyes"][..],
+                "unexpected argument '--kyes' found; tip: a similar argument exists: '--keys'",
+            ),
+            (&["runn"], "unrecognized subcommand 'runn'; tip: a similar subcommand exists: 'run'"),
+            (
+                &["run", "--alone", "--keys", "--force"],
+                "the argument '--alone' cannot be used with: --keys, --force",
+            ),
+            (&["two"], "the following required arguments were not provided: --a <a>, --b <b>"),
+            (
+                &["run", "--kind", "fil"],
+                "invalid value 'fil' for '--kind <kind>' [possible values: file, own]; tip: a similar value exists: 'file'",
+            ),
+            (&["run", "x"], "unexpected argument 'x' found"),
+        ] {
+            let error = program.clone().try_get_matches_from([&["outlive"], words].concat()).unwrap_err();
+            assert_eq!(one_line(&error), expected, "{words:?}");
+        }
     }
 
     #[test]

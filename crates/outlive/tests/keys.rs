@@ -138,3 +138,144 @@ fn what_would_lose_keys_or_cannot_be_read_is_refused_with_the_remedy() {
         assert!(said.contains(remedy), "{words:?}: {said}");
     }
 }
+
+/// What would be passed over is refused, and nothing is made.
+#[test]
+fn options_that_contradict_each_other_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (a, to, vm) = (path("keys"), path("to"), "7".repeat(32));
+    good(&["init", &a, "--host", "hosta"]);
+    let issue = ["issue", "--host", "hostb", "--keys", &a, "--to", &to];
+    for (words, about) in [
+        (&["--vm", "any", "--vm", &vm][..], "--vm any allows every VM"),
+        (&["--vm", &vm, "--hold", "--vm", "any"], "give one of the two"),
+        (&["--days", "0"], "1..=3650"),
+        (&["--days", "99999"], "1..=3650"),
+    ] {
+        let said = refused(&[&issue, words].concat());
+        assert!(said.contains(about), "{words:?}: {said}");
+    }
+    for (words, about) in [
+        (&["rotate", "--ca", "--days", "5"][..], "'--days <N>'"),
+        (&["rotate", "--forget-old-cas", "--days", "5"], "'--days <N>'"),
+        (&["rotate", "--ca", "--forget-old-cas"], "'--forget-old-cas'"),
+        (&["rotate", "--ca", "--force"], "'--force'"),
+    ] {
+        let said = refused(&[words, &["--keys", &a]].concat());
+        assert!(said.contains("cannot be used with") && said.contains(about), "{words:?}: {said}");
+    }
+    let init = ["init", &path("other"), "--host", "hosta"];
+    for (words, about) in [
+        (&["--issue", "hostb", "--arbiter"][..], "'--arbiter'"),
+        (&["--issue", "hostb", "--hold"], "'--hold'"),
+        (&["--issue", "hosta"], "another host has this name"),
+        (&["--issue", "hostb", "--issue", "hostb"], "another host has this name"),
+        (&["--issue", "hostb", "--issue", "host c"], "use letters, digits"),
+    ] {
+        let said = refused(&[&init, words].concat());
+        assert!(said.contains(about), "{words:?}: {said}");
+    }
+    let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|it| it.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+/// A file from elsewhere is told of by the command that meets it first, and so are rights that go on.
+#[test]
+fn keys_that_do_not_fit_and_certificates_that_go_on_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (a, b, narrow, other) = (path("keys"), path("b"), path("narrow"), path("other"));
+    good(&["init", &a, "--host", "hosta"]);
+    good(&["init", &other, "--host", "hostc"]);
+    let said = good(&["issue", "--host", "hostb", "--keys", &a, "--to", &b]);
+    assert!(!said.contains("still count"), "{said}");
+    let wide = show(&b)["host"]["serial"].as_str().unwrap().to_owned();
+    let said =
+        good(&["issue", "--host", "hostb", "--keys", &a, "--to", &narrow, "--vm", &"7".repeat(32), "--hold"]);
+    let ends = format!("outlive keys revoke {wide} --keys {a}    # may send and hold any VM");
+    assert!(said.contains("still count") && said.contains(&ends), "{said}");
+
+    let said = good(&["revoke", "00112233445566778899aabbccddeeff", "--keys", &a]);
+    assert!(said.contains("no certificate with this serial number was made here"), "{said}");
+    let said = good(&["revoke", &wide, "--keys", &a]);
+    assert!(!said.contains("was made here") && !said.contains("itself"), "{said}");
+    let said = good(&["revoke", "hosta", "--keys", &a]);
+    assert!(said.contains("the certificate of this host itself, hosta: no host accepts it"), "{said}");
+    let run = |keys: &str| {
+        let words =
+            ["run", "--standby", "127.0.0.1:9", "--arbiter", "file:/x", "--sandbox", "off", "--keys", keys];
+        let output = Command::new(env!("CARGO_BIN_EXE_outlive")).args(words).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(run(&a).contains("of hosta is revoked"), "{}", run(&a));
+    good(&["rotate", "--keys", &a]);
+
+    fs::copy(format!("{other}/ca.crt"), format!("{b}/ca.crt")).unwrap();
+    for said in [refused(&["show", "--keys", &b]), run(&b)] {
+        assert!(said.contains(&format!("{b}/host.pem")) && said.contains("issue --host hostb"), "{said}");
+    }
+}
+
+/// Who is not root's umask, and root's.
+#[test]
+fn keys_are_their_owners_whatever_the_umask() {
+    let folder = tempfile::tempdir().unwrap();
+    for umask in ["000", "022", "077", "277"] {
+        let script = format!("umask {umask} && \"$0\" keys init {umask}/keys --host hosta --issue b{umask}");
+        let program = env!("CARGO_BIN_EXE_outlive");
+        let done =
+            Command::new("sh").args(["-c", &script, program]).current_dir(folder.path()).status().unwrap();
+        assert!(done.success(), "{umask}");
+        let at = |name: &str| mode(&folder.path().join(name));
+        let made = ["keys", "keys/host.pem", "keys/ca.crt", "keys-ca", "keys-ca/issued", "keys-ca/ca.pem"];
+        assert_eq!(
+            made.map(|name| at(&format!("{umask}/{name}"))),
+            [0o700, 0o600, 0o644, 0o700, 0o700, 0o600],
+            "{umask}"
+        );
+        assert_eq!(at(umask) & 0o022, 0, "{umask}");
+        assert_eq!(at(&format!("b{umask}.keys")), 0o700);
+    }
+}
+
+/// As in `outlive keys show | head -1`.
+#[test]
+fn a_reader_that_leaves_early_is_no_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (keys, image) = (path("keys"), path("image"));
+    fs::write(&image, [0; 4096]).unwrap();
+    let arbiter = format!("file:{}", path("arbiter"));
+    fs::create_dir(path("arbiter")).unwrap();
+    for words in [
+        &["keys", "init", &keys, "--host", "hosta"][..],
+        &["keys", "issue", "--host", "hostb", "--keys", &keys, "--to", &path("hostb")],
+        &["keys", "show", "--keys", &keys],
+        &["keys", "show", "--json", "--keys", &keys],
+        &["arbiter", "init", &arbiter],
+        &["arbiter", "list", &arbiter, "--json"],
+        &["image", "show", &image],
+        &["completions", "bash"],
+        &["man"],
+        &["vm", "--help"],
+        &["node", "check", "--vms", &path("arbiter"), "--json"],
+    ] {
+        let (read, write) = std::io::pipe().unwrap();
+        drop(read);
+        let command = Command::new(env!("CARGO_BIN_EXE_outlive")).args(words).stdout(write).output().unwrap();
+        let said = String::from_utf8(command.stderr).unwrap();
+        assert!(
+            command.status.code() == Some(0) && said.is_empty(),
+            "{words:?}: {:?} {said}",
+            command.status
+        );
+    }
+    assert!(fs::exists(path("hostb")).unwrap(), "it was made all the same");
+    // A full disk is another matter.
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let words = ["keys", "show", "--keys", &keys];
+    let command = Command::new(env!("CARGO_BIN_EXE_outlive")).args(words).stdout(full).output().unwrap();
+    assert_eq!(command.status.code(), Some(2));
+}

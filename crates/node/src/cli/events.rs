@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::say::{Outcome, print_line};
+use super::say::{Outcome, print_line, warn};
 use super::{Asked, client};
 use crate::sse::Event;
 use crate::terminal::shown_in_line;
@@ -28,7 +28,7 @@ pub(super) fn command(mut last: Option<String>, api: &Asked<'_>) -> Outcome {
         }
         match ended {
             Err(why) if why.lasts() || !was_there => return Err(why.into()),
-            _ if !gone => eprintln!("outlive: the node has gone; it is waited for"),
+            _ if !gone => warn("outlive: the node has gone; it is waited for"),
             _ => {}
         }
         gone = true;

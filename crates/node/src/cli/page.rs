@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use super::say::print_line;
+use super::say::{print_line, warn};
 use super::{OK, Service, USAGE};
 use crate::client::Client;
 use crate::node::NodeView;
@@ -15,7 +15,7 @@ pub(super) fn run(listen: SocketAddr, socket: &Path, service: impl FnOnce() -> i
     match serve(listen, socket, service) {
         Ok(()) => OK,
         Err(why) => {
-            eprintln!("outlive: {why}");
+            warn(&format!("outlive: {why}"));
             USAGE
         }
     }
@@ -30,7 +30,7 @@ fn serve(
     // Whoever may not ask hears it now, and not in the browser.
     let node: NodeView = Client::here(socket)?.get("/v1/node")?;
     let page = page::serve(listen, socket)?;
-    eprintln!("The VMs of host {}, until Ctrl-C. This link opens them in one browser, once:", node.host);
+    warn(&format!("The VMs of host {}, until Ctrl-C. This link opens them in one browser, once:", node.host));
     print_line(&page.link)?;
     // It ends, too, if nobody can give the order any more.
     let _ = stops.recv();

@@ -10,6 +10,7 @@ use crate::api::ErrorBody;
 use crate::client::ClientError;
 use crate::error::{BAD_DEFINITION, BAD_NAME, NAMES};
 use crate::jobs::{Job, JobState};
+use crate::printed;
 use crate::terminal::{shown, shown_in_line};
 
 /// Why a command says no.
@@ -59,7 +60,12 @@ pub(super) type Outcome = Result<(), Said>;
 
 /// Returns the exit code, after the one line that goes with it.
 pub(super) fn conclude(outcome: Outcome) -> u8 {
-    let Err(why) = outcome else { return OK };
+    let why = match outcome {
+        Ok(()) => return OK,
+        // Whoever reads an endless stream (a pipe into head) has what it wants.
+        Err(Said::Print(why)) if why.kind() == io::ErrorKind::BrokenPipe => return OK,
+        Err(why) => why,
+    };
     warn(&format!("outlive: {why}"));
     match why {
         Said::Client(ClientError::Refused(error)) if ![BAD_DEFINITION, BAD_NAME].contains(&&*error.code) => {
@@ -78,15 +84,15 @@ pub(super) fn print<T: Serialize>(json: bool, it: &T, text: impl FnOnce(&T) -> S
     } else {
         shown(&text(it)).into_owned()
     };
-    io::stdout().lock().write_all(text.as_bytes()).map_err(Said::Print)
+    printed().write_all(text.as_bytes()).map_err(Said::Print)
 }
 
-/// A line for standard error, whoever has said it.
+/// A line for standard error, whoever has said it, and if anybody still reads it.
 pub(super) fn warn(line: &str) {
-    eprintln!("{}", shown_in_line(line));
+    let _ = writeln!(io::stderr().lock(), "{}", shown_in_line(line));
 }
 
-/// Prints a line at once, as it is.
+/// Prints a line at once, as it is. If nobody reads it any more, that is an error: a stream ends then.
 pub(super) fn print_line(line: &str) -> Outcome {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(Said::Print)
@@ -145,6 +151,8 @@ mod tests {
         let refused = |code| conclude(Err(ClientError::Refused(error(code, "wait")).into()));
         assert_eq!((refused("busy"), refused(BAD_NAME), refused(BAD_DEFINITION)), (FAILED, USAGE, USAGE));
         assert_eq!(conclude(Err(Said::Name("a b".into()))), USAGE);
+        assert_eq!(conclude(Err(Said::Print(io::ErrorKind::BrokenPipe.into()))), OK);
+        assert_eq!(conclude(Err(Said::Print(io::ErrorKind::StorageFull.into()))), USAGE);
         let line = Said::Definition("web.toml".into(), error(BAD_DEFINITION, "")).to_string();
         assert_eq!(line, "web.toml: memory: too little");
     }

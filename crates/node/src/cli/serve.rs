@@ -33,7 +33,7 @@ pub(super) fn run(
     match serve(options, program, service, keys) {
         Ok(()) => OK,
         Err(why) => {
-            eprintln!("outlive: {why}");
+            warn(&format!("outlive: {why}"));
             USAGE
         }
     }

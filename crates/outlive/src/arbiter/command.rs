@@ -13,7 +13,7 @@ use crate::link::Security;
 
 /// `outlive arbiter`: returns the exit code.
 pub fn command(options: &ArbiterOptions) -> u8 {
-    let mut out = io::stdout().lock();
+    let mut out = outlive_node::printed();
     let done = match &options.command {
         ArbiterCommand::Init { place } => init(place, &mut out),
         ArbiterCommand::List { place, json } => list(place, *json, &mut out),

@@ -67,7 +67,7 @@ fn script(shell: Shell) -> io::Result<Vec<u8>> {
 
 /// `outlive completions`: returns the exit code.
 pub(super) fn command(options: &CompletionsOptions) -> u8 {
-    match script(options.shell).and_then(|text| io::stdout().lock().write_all(&text)) {
+    match script(options.shell).and_then(|text| outlive_node::printed().write_all(&text)) {
         Ok(()) => exit::OK,
         Err(error) => exit::usage(format!("cannot print: {error}")),
     }

@@ -30,8 +30,8 @@ pub enum KeysCommand {
         #[arg(long, value_name = "NAME")]
         host: Option<String>,
         /// Make the keys of the other host, too, as outlive keys issue does: NAME.keys, to be copied there (repeat for
-        /// more)
-        #[arg(long, value_name = "NAME")]
+        /// more). For hosts with different rights use outlive keys issue
+        #[arg(long, value_name = "NAME", conflicts_with_all = ["send", "hold", "arbiter"])]
         issue: Vec<String>,
         /// What it may do.
         #[command(flatten)]
@@ -73,10 +73,10 @@ pub enum KeysCommand {
         #[arg(long, value_name = "DIR", default_value = USUAL)]
         keys: PathBuf,
         /// Make a new CA instead; certificates of the old one still count
-        #[arg(long, conflicts_with = "forget_old_cas")]
+        #[arg(long, conflicts_with_all = ["forget_old_cas", "days"])]
         ca: bool,
         /// From now on accept certificates of the newest CA only
-        #[arg(long)]
+        #[arg(long, conflicts_with = "days")]
         forget_old_cas: bool,
         /// Also if hosts that have certificates of an old CA only would be shut out, or may not know the new CA
         #[arg(long, conflicts_with = "ca")]
@@ -133,11 +133,22 @@ pub struct GrantOptions {
 
 impl GrantOptions {
     /// The VMs; none means any.
-    pub(crate) fn vms(&self) -> Vec<VmId> {
-        let ids: Option<Vec<VmId>> = self.vm.iter().map(|vm| vm.0).collect();
-        ids.unwrap_or_default()
+    ///
+    /// # Errors
+    /// Any VM and one of them.
+    pub(crate) fn vms(&self) -> Result<Vec<VmId>, AnyAndOne> {
+        let ids: Vec<VmId> = self.vm.iter().filter_map(|vm| vm.0).collect();
+        match ids.first() {
+            Some(id) if ids.len() < self.vm.len() => Err(AnyAndOne(*id)),
+            _ => Ok(ids),
+        }
     }
 }
+
+/// Whoever names one VM means no other.
+#[derive(Debug, thiserror::Error)]
+#[error("--vm any allows every VM, so --vm {0} beside it would say nothing: give one of the two")]
+pub(crate) struct AnyAndOne(VmId);
 
 /// A VM's id, or nothing for any.
 #[derive(Clone, Copy, Debug)]

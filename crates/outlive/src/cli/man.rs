@@ -59,7 +59,7 @@ fn program() -> Tree {
 
 fn print(program: &Tree) -> Result<(), ManError> {
     let page = page::of(program, None).map_err(ManError::Print)?;
-    io::stdout().lock().write_all(&page).map_err(ManError::Print)
+    outlive_node::printed().write_all(&page).map_err(ManError::Print)
 }
 
 fn write(program: &Tree, directory: &Path) -> Result<(), ManError> {

@@ -40,6 +40,7 @@ pub use demo::{DemoArbiter, DemoOptions};
 pub use doctor::DoctorOptions;
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
+pub(crate) use keys::AnyAndOne;
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
 pub use man::ManOptions;
 pub use metrics::MetricsOptions;

@@ -18,7 +18,7 @@ use crate::exit;
 
 /// `outlive image`: returns the exit code.
 pub(crate) fn command(options: &ImageOptions) -> u8 {
-    let mut out = io::stdout().lock();
+    let mut out = outlive_node::printed();
     let done = match &options.command {
         ImageCommand::Show { images, arbiter, json } => show(images, arbiter.as_deref(), *json, &mut out),
         ImageCommand::Accept { images, arbiter, name, yes } => {

@@ -35,6 +35,17 @@ pub enum CertificateError {
     NoHost,
 }
 
+/// The public key that a certificate is about, with its kind, as DER.
+pub(super) fn public_key(der: &[u8]) -> Result<Vec<u8>, CertificateError> {
+    let (_, read) = X509Certificate::from_der(der).map_err(|_| CertificateError::Malformed)?;
+    Ok(read.public_key().raw.to_owned())
+}
+
+/// Whether a certificate is one of a CA.
+pub(super) fn is_cas(der: &[u8]) -> bool {
+    X509Certificate::from_der(der).is_ok_and(|(_, read)| read.is_ca())
+}
+
 /// A CA's name.
 fn common_name(name: &X509Name<'_>) -> String {
     name.iter_common_name().find_map(|it| it.as_str().ok()).unwrap_or("a CA").to_owned()
@@ -81,6 +92,21 @@ impl Certificate {
     /// What is left of it; nothing once it has expired.
     pub fn left(&self, now: SystemTime) -> Duration {
         self.until.duration_since(now).unwrap_or_default()
+    }
+
+    /// The complaint about a certificate that does not count yet: this host's clock is wrong, or that of the host with the
+    /// CA was.
+    pub(crate) fn too_early(&self, now: SystemTime) -> Option<String> {
+        let at = humantime::format_rfc3339_seconds;
+        (now < self.from).then(|| {
+            format!(
+                "the certificate of {} counts from {} on, and this host's clock says {}: set the clock, or make new keys where \
+                 the clock is right",
+                self.name,
+                at(self.from),
+                at(now)
+            )
+        })
     }
 
     /// The complaint about a certificate that ends soon or has ended.

@@ -1,7 +1,7 @@
 //! `outlive keys`.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
@@ -10,7 +10,7 @@ use super::certificate::{Certificate, CertificateError};
 use super::load::{self, LoadError, Loaded};
 use super::make::{self, MakeError, Order};
 use super::{Grant, Right, Vms, ca};
-use crate::cli::{GrantOptions, KeysCommand, KeysOptions};
+use crate::cli::{AnyAndOne, GrantOptions, KeysCommand, KeysOptions};
 use crate::{exit, process};
 
 /// Why a command of `outlive keys` failed.
@@ -22,6 +22,25 @@ enum CommandError {
     /// The keys cannot be used.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// Options contradict each other.
+    #[error(transparent)]
+    Vms(#[from] AnyAndOne),
+    /// Two hosts would be one.
+    #[error(
+        "--issue {0}: another host has this name already, by --host or --issue (see `hostname`): give each host its own"
+    )]
+    SameName(String),
+    /// The first keys are made, and not all the others.
+    #[error("{why}; the keys in {} are made, so go on with `outlive keys issue --keys {0} --host {host}`", .keys.display())]
+    Issue {
+        /// Where the first ones are.
+        keys: PathBuf,
+        /// Whose are missing.
+        host: String,
+        /// Why.
+        #[source]
+        why: Box<CommandError>,
+    },
     /// A certificate cannot be read.
     #[error("a CA's certificate cannot be read: {0}")]
     Certificate(#[from] CertificateError),
@@ -32,7 +51,7 @@ enum CommandError {
 
 /// Carries the command out. Returns the exit code.
 pub fn command(options: &KeysOptions) -> u8 {
-    let mut out = io::stdout().lock();
+    let mut out = outlive_node::printed();
     let done = match &options.command {
         KeysCommand::Init { directory, host, issue, grant } => {
             init(directory, host.as_deref(), issue, grant, &mut out)
@@ -56,16 +75,17 @@ pub fn command(options: &KeysOptions) -> u8 {
 }
 
 /// What the options give a host: both rights to all VMs, unless they choose. An arbiter has no VMs, unless they say so.
-fn grant(options: &GrantOptions) -> Grant {
+fn grant(options: &GrantOptions) -> Result<Grant, AnyAndOne> {
     let chooses = options.send || options.hold || !options.vm.is_empty();
     if options.arbiter && !chooses {
-        return Grant::ARBITER;
+        return Ok(Grant::ARBITER);
     }
-    let ids = options.vms();
+    let ids = options.vms()?;
     let vms = if ids.is_empty() { Vms::Any } else { Vms::Only(ids) };
     let both = options.send == options.hold;
     let give = |is: bool| if is || both { vms.clone() } else { Vms::NONE };
-    Grant { send: give(options.send), hold: give(options.hold), arbiter: options.arbiter, ..Grant::NONE }
+    let (send, hold) = (give(options.send), give(options.hold));
+    Ok(Grant { send, hold, arbiter: options.arbiter, ..Grant::NONE })
 }
 
 fn init(
@@ -76,7 +96,14 @@ fn init(
     out: &mut dyn Write,
 ) -> Result<(), CommandError> {
     let host = host.map_or_else(process::host_name, str::to_owned);
-    let order = Order { host, grant: grant(about), life: about.days.life() };
+    let order = Order { host, grant: grant(about)?, life: about.days.life() };
+    // All of it before anything is made.
+    for (at, other) in others.iter().enumerate() {
+        if *other == order.host || others[..at].contains(other) {
+            return Err(CommandError::SameName(other.clone()));
+        }
+        make::can_issue(place, other, &usual_place(other))?;
+    }
     let made = make::init(place, &order)?;
     let beside = ca::place(place);
     writeln!(out, "{} has the keys of {}", place.display(), Told(&made))?;
@@ -89,9 +116,18 @@ fn init(
         )?;
     }
     for other in others {
-        issue(place, other, None, about, out)?;
+        issue(place, other, None, about, out).map_err(|why| CommandError::Issue {
+            keys: place.to_owned(),
+            host: other.clone(),
+            why: Box::new(why),
+        })?;
     }
     Ok(())
+}
+
+/// Where the keys of another host are made if nothing else is said.
+fn usual_place(name: &str) -> PathBuf {
+    format!("{name}.keys").into()
 }
 
 fn issue(
@@ -101,9 +137,9 @@ fn issue(
     about: &GrantOptions,
     out: &mut dyn Write,
 ) -> Result<(), CommandError> {
-    let order = Order { host: host.to_owned(), grant: grant(about), life: about.days.life() };
-    let usual = format!("{host}.keys");
-    let to = to.unwrap_or(Path::new(&usual));
+    let order = Order { host: host.to_owned(), grant: grant(about)?, life: about.days.life() };
+    let usual = usual_place(host);
+    let to = to.unwrap_or(&usual);
     let made = make::issue(keys, &order, to)?;
     let to = to.display();
     writeln!(out, "{to} has the keys of {}", Told(&made))?;
@@ -114,7 +150,36 @@ fn issue(
         "copy its files and remove it here: ssh root@{host} mkdir -p -m 700 {there} && scp -p {to}/* \
          root@{host}:{there}/ && rm -r {to}"
     )?;
+    still_count(keys, &made, out)?;
     who_waits(keys, host, out)
+}
+
+/// Says what else the same host or operator may do, and how that ends: a certificate that is replaced still counts. The keys
+/// are made: what cannot be looked up now is no failure.
+fn still_count(keys: &Path, made: &Certificate, out: &mut dyn Write) -> Result<(), CommandError> {
+    let earlier = make::earlier(keys, made).unwrap_or_default();
+    if earlier.is_empty() {
+        return Ok(());
+    }
+    let name = &made.name;
+    let option = match keys {
+        usual if usual == Path::new(super::USUAL) => String::new(),
+        keys => format!(" --keys {}", keys.display()),
+    };
+    writeln!(
+        out,
+        "earlier certificates of {name} still count, with the rights that they have; once the new one is in use, this ends them:"
+    )?;
+    for it in earlier {
+        writeln!(
+            out,
+            "  outlive keys revoke {}{option}    # {}, until {}",
+            it.serial,
+            it.grant,
+            day(it.until)
+        )?;
+    }
+    Ok(())
 }
 
 /// Says who must have a new CA before keys of it are used. The keys are made: what cannot be looked up now is no failure.
@@ -138,8 +203,8 @@ fn operator(
     out: &mut dyn Write,
 ) -> Result<(), CommandError> {
     let order = Order { host: name.to_owned(), grant: Grant::OPERATOR, life };
-    let usual = format!("{name}.keys");
-    let to = to.unwrap_or(Path::new(&usual));
+    let usual = usual_place(name);
+    let to = to.unwrap_or(&usual);
     let made = make::issue(keys, &order, to)?;
     let to = to.display();
     writeln!(out, "{to} has the keys of operator {}", Told(&made))?;
@@ -148,6 +213,7 @@ fn operator(
         "whoever has them may do everything with the VMs of every host whose node has --listen: move the directory to \
          where only {name} can read it (mode 700, {name}'s own), and there: outlive vm list --host HOST --keys {to}"
     )?;
+    still_count(keys, &made, out)?;
     who_waits(keys, name, out)
 }
 
@@ -181,6 +247,23 @@ fn revoke(keys: &Path, who: &str, out: &mut dyn Write) -> Result<(), CommandErro
     let serials = make::revoke(keys, who)?;
     let file = keys.join(super::REVOKED);
     writeln!(out, "revoked {}: copy {} to every host", serials.join(", "), file.display())?;
+    // It is done: what cannot be looked up now is no failure.
+    let made = make::issued(keys).unwrap_or_default();
+    if !made.is_empty() && !made.iter().any(|it| serials.contains(&it.serial)) {
+        writeln!(
+            out,
+            "no certificate with this serial number was made here: compare it with what `outlive keys show` has"
+        )?;
+    }
+    if let Some(own) = load::load(keys).ok().map(|it| it.host).filter(|it| serials.contains(&it.serial)) {
+        let what = if own.grant.is_operators() { "the operator" } else { "this host" };
+        writeln!(
+            out,
+            "this is the certificate of {what} itself, {}: no host accepts it any more; new keys: `outlive keys rotate` where \
+             the CA is for that host, `outlive keys issue` or `outlive keys operator` there for others",
+            own.name
+        )?;
+    }
     writeln!(
         out,
         "copy it also into each other directory of keys, as those of VMs that have keys of their own (--keys): where the list \
@@ -258,7 +341,7 @@ struct Shown {
 }
 
 fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError> {
-    let loaded = load::load(keys)?;
+    let loaded = load::fitting(keys)?;
     let cas = loaded.cas.iter().map(|ca| Certificate::of_ca(ca)).collect::<Result<Vec<_>, _>>()?;
     let issued = make::issued(keys)?;
     let mut warnings = warnings(&loaded, &cas);
@@ -298,8 +381,11 @@ fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError
 
 fn warnings(keys: &Loaded, cas: &[Certificate]) -> Vec<String> {
     let now = SystemTime::now();
-    let mut all: Vec<String> =
-        [&keys.host].into_iter().chain(cas).filter_map(|it| it.complaint(now)).collect();
+    let mut all: Vec<String> = [&keys.host]
+        .into_iter()
+        .chain(cas)
+        .filter_map(|it| it.too_early(now).or_else(|| it.complaint(now)))
+        .collect();
     if keys.revoked.has(&keys.host.serial) {
         all.push(format!("the certificate here, of {}, is revoked", keys.host.name));
     }

@@ -4,12 +4,18 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use nix::unistd::geteuid;
+use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use rustls::sign::CertifiedKey;
+use rustls::{CertificateError as Wrong, Error, InconsistentKeys, RootCertStore};
 
-use super::certificate::{Certificate, CertificateError};
+use super::certificate::{self, Certificate, CertificateError};
 use super::revoked::Revoked;
 use super::{CA_KEY, CAS, HOST, REVOKED, REVOKED_HERE};
 
@@ -97,12 +103,33 @@ pub enum LoadError {
         remedy: &'static str,
     },
     /// Somebody else owns them.
-    #[error("{} belongs to user {owner}, not to root or to the user of this process: chown it", .path.display())]
+    #[error(
+        "{path} belongs to user {owner}, not to root or to user {user}, who runs this process: start it as their owner, or \
+         chown {user}: {path}"
+    )]
     Owner {
         /// The file or directory.
-        path: PathBuf,
+        path: String,
         /// Its owner's number.
         owner: u32,
+        /// The number of this process's user.
+        user: u32,
+    },
+    /// The files are of two sets of keys.
+    #[error(
+        "{host} has a certificate of {ca}, which is not in {cas}, so no other host would accept it: copy the {file} of the host \
+         with that CA, or make new keys where the CA is (`outlive keys issue --host {name}`) and copy all their files", host = .host.display(),
+        cas = .cas.display(), file = CAS
+    )]
+    OtherCa {
+        /// The file with the certificate.
+        host: PathBuf,
+        /// Whose certificate it is.
+        name: String,
+        /// The CA that made it.
+        ca: String,
+        /// The CAs that count.
+        cas: PathBuf,
     },
     /// The operating system's.
     #[error("cannot read {}: {source}", .path.display())]
@@ -148,7 +175,7 @@ impl LoadError {
     }
 }
 
-/// Reads the keys in a directory.
+/// Reads the keys in a directory. Whoever begins to use them takes [`fitting`].
 ///
 /// # Errors
 /// See [`LoadError`].
@@ -163,7 +190,63 @@ pub fn load(directory: &Path) -> Result<Loaded, LoadError> {
     let host = Certificate::of_host(&chain[0]).map_err(|why: CertificateError| {
         LoadError::damaged(&file, format!("has a wrong certificate: {why}"))
     })?;
+    if !belongs(&key, &chain) {
+        return Err(LoadError::damaged(&file, "has a private key that does not belong to its certificate"));
+    }
     Ok(Loaded { cas: cas(directory)?, chain, key, host, revoked: revoked(directory)? })
+}
+
+/// Reads the keys in a directory, and finds out at once what otherwise the other end of the first link would: whether
+/// certificate and CA belong together. A link does not ask for it: while a CA is replaced, the other end may know more.
+///
+/// # Errors
+/// See [`LoadError`].
+pub fn fitting(directory: &Path) -> Result<Loaded, LoadError> {
+    let keys = load(directory)?;
+    let file = directory.join(CAS);
+    for ca in &keys.cas {
+        if !certificate::is_cas(ca) {
+            let name = Certificate::of_ca(ca).map_or_else(|_| "nobody".into(), |it| it.name);
+            let what = format!("has a certificate of {name} which is no CA's, so {name} could make others");
+            return Err(LoadError::damaged(&file, what));
+        }
+    }
+    for file in [CAS, REVOKED, REVOKED_HERE].map(|name| directory.join(name)) {
+        if file.exists() {
+            kept(&file, 0o022, "go-w")?;
+        }
+    }
+    made_by(&keys).map_err(|why| {
+        let host = directory.join(HOST);
+        let Certificate { name, ca, .. } = &keys.host;
+        match why {
+            Error::InvalidCertificate(Wrong::UnknownIssuer | Wrong::BadSignature) => {
+                LoadError::OtherCa { host, name: name.clone(), ca: ca.clone(), cas: file }
+            }
+            why => LoadError::damaged(&host, format!("has a certificate that does not count: {why}")),
+        }
+    })?;
+    Ok(keys)
+}
+
+/// Whether a private key is that of the first certificate. What the library cannot say, the first link finds.
+fn belongs(key: &PrivateKeyDer<'_>, chain: &[CertificateDer<'static>]) -> bool {
+    let Ok(key) = ring::sign::any_supported_type(key) else { return true };
+    let mismatch = Error::InconsistentKeys(InconsistentKeys::KeyMismatch);
+    CertifiedKey::new(chain.to_vec(), key).keys_match() != Err(mismatch)
+}
+
+/// Whether one of the CAs has made the certificate, at a time when it counts: its end is another matter.
+fn made_by(keys: &Loaded) -> Result<(), Error> {
+    let mut cas = RootCertStore::empty();
+    for ca in &keys.cas {
+        cas.add(ca.clone())?;
+    }
+    let provider = Arc::new(ring::default_provider());
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(cas), provider).build();
+    let clients = clients.map_err(|why| Error::General(why.to_string()))?;
+    let begins = keys.host.from.duration_since(UNIX_EPOCH).unwrap_or_default();
+    clients.verify_client_cert(&keys.chain[0], &keys.chain[1..], UnixTime::since_unix_epoch(begins)).map(drop)
 }
 
 /// Why a directory has no keys for this process.
@@ -234,13 +317,19 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
 
 /// Refuses what others than its owner may use, or what another user owns.
 pub(super) fn closed(path: &Path, remedy: &'static str) -> Result<(), LoadError> {
+    kept(path, 0o077, remedy)
+}
+
+/// Refuses what others may do one of these things with, or what another user owns.
+fn kept(path: &Path, closed: u32, remedy: &'static str) -> Result<(), LoadError> {
     let about = fs::metadata(path).map_err(|source| LoadError::read(path, source))?;
     let mode = about.mode() & 0o7777;
-    if mode & 0o077 != 0 {
+    if mode & closed != 0 {
         return Err(LoadError::Open { path: path.display().to_string(), mode, remedy });
     }
-    if about.uid() != 0 && about.uid() != geteuid().as_raw() {
-        return Err(LoadError::Owner { path: path.to_owned(), owner: about.uid() });
+    let (owner, user) = (about.uid(), geteuid().as_raw());
+    if owner != 0 && owner != user {
+        return Err(LoadError::Owner { path: path.display().to_string(), owner, user });
     }
     Ok(())
 }

@@ -3,28 +3,18 @@
 //! A new directory is made beside its place and moved there when it is whole; a file is replaced at once. So whoever
 //! reads keys finds old ones or new ones, and an attempt that fails leaves nothing behind.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, SanType, SerialNumber, date_time_ymd,
-};
+use std::time::{Duration, SystemTime};
 
 use super::certificate::{Certificate, CertificateError};
+use super::files::{self, WriteError, new_directory, replace, write};
 use super::grant::Grant;
 use super::load::{self, LoadError};
 use super::revoked::is_serial;
+use super::sign::{Ca, Made, new_ca, open_ca};
 use super::{CA_KEY, CAS, HOST, ISSUED, REVOKED, REVOKED_HERE, ca};
-use crate::process;
-
-/// How long a CA counts.
-const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// How long before its making a certificate counts: clocks of hosts differ.
-const SKEW: Duration = Duration::from_secs(3600);
 
 /// What is to be made for a host, or for an operator.
 #[derive(Clone, Debug)]
@@ -43,6 +33,29 @@ pub enum MakeError {
     /// Keys that are used would be lost.
     #[error("{} is there already: `outlive keys rotate` renews this host's keys; or name a new directory", .0.display())]
     Exists(PathBuf),
+    /// A CA without keys: `init` was killed, or the keys are lost.
+    #[error(
+        "{} has a CA's private key, but {} has no keys: if `outlive keys init` was cut off and no host has keys of this CA, \
+         remove it (rm -r {}) and try again; otherwise copy ca.crt and revoked of another host there, and `outlive keys \
+         issue` makes this host's keys", .ca.display(), .keys.display(), .ca.display()
+    )]
+    CaAlone {
+        /// The directory with the CA.
+        ca: PathBuf,
+        /// The directory that should have the keys.
+        keys: PathBuf,
+    },
+    /// A process that runs a VM could read them.
+    #[error(
+        "{} is within {}, where a process that runs a VM may read it, too: name another directory with --to",
+        .to.display(), .keys.display()
+    )]
+    Within {
+        /// The new directory.
+        to: PathBuf,
+        /// The directory of keys that it would be in.
+        keys: PathBuf,
+    },
     /// Keys that were made before, perhaps for a host that has not got them yet.
     #[error(
         "{} is there already: copy its files to the host, remove it and try again, or name another directory with --to",
@@ -53,7 +66,10 @@ pub enum MakeError {
     #[error("{} is not here: certificates are made where the CA's private key is, with `outlive keys issue`", .0.display())]
     NoCa(PathBuf),
     /// No certificate can have it.
-    #[error("'{0}' cannot be a host's name, or an operator's: use letters, digits, '.' and '-'")]
+    #[error(
+        "'{0}' cannot be a host's name, or an operator's: use letters, digits, '.' and '-', at most 64, first and last a letter \
+         or a digit, and not 16 or more hexadecimal digits alone, which is a serial number"
+    )]
     Name(String),
     /// One name would mean two things in logs, and for `revoke`.
     #[error(
@@ -65,6 +81,46 @@ pub enum MakeError {
         /// Of what.
         whose: &'static str,
     },
+    /// The CA's key makes certificates that nobody accepts.
+    #[error(
+        "{cas} does not have the CA whose private key is in {file}, so no host that has it would accept what is made: copy a \
+         newer {cas} from another host, or add the CA: sed -n '/BEGIN CERTIFICATE/,$p' {file} >> {cas}",
+        cas = .cas.display(), file = .file.display()
+    )]
+    UnknownCa {
+        /// The file with the CA's key.
+        file: PathBuf,
+        /// The CAs that count.
+        cas: PathBuf,
+    },
+    /// The clock is wrong, or was.
+    #[error(
+        "this host's clock says {now}, and {ca} was made later, at {from}: set the clock, then try again"
+    )]
+    TooEarly {
+        /// What the clock says.
+        now: String,
+        /// The CA.
+        ca: String,
+        /// From when on it counts.
+        from: String,
+    },
+    /// The CA is over, or the clock is wrong.
+    #[error(
+        "this host's clock says {now}, and {ca} has expired at {until}: set the clock if it is wrong, or make a new CA with \
+         `outlive keys rotate --ca`"
+    )]
+    CaOver {
+        /// What the clock says.
+        now: String,
+        /// The CA.
+        ca: String,
+        /// Until when it counts.
+        until: String,
+    },
+    /// Another command changes the same files.
+    #[error("another `outlive keys` has been at work in {} for 5 s: try again when it has ended", .0.display())]
+    Busy(PathBuf),
     /// Nothing is known by that name.
     #[error(
         "no certificate of '{0}' was made here: give its serial number, which `outlive keys show` on its host has"
@@ -105,30 +161,11 @@ pub enum MakeError {
     #[error("cannot make a certificate: {0}")]
     Make(#[from] rcgen::Error),
     /// The operating system's.
-    #[error("cannot write {}: {source}", .path.display())]
-    Write {
-        /// The file or directory.
-        path: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// There are no random numbers.
     #[error("the system gives no random numbers: {0}")]
     Random(#[source] io::Error),
-}
-
-/// A CA whose private key is here.
-struct Ca {
-    issuer: Issuer<'static, KeyPair>,
-    /// Its certificate.
-    pem: String,
-}
-
-/// A new key with a certificate.
-struct Made {
-    key: String,
-    certificate: String,
-    about: Certificate,
 }
 
 /// Makes a directory with a CA and the certificate of a host.
@@ -137,19 +174,23 @@ struct Made {
 /// See [`MakeError`].
 pub fn init(directory: &Path, order: &Order) -> Result<Certificate, MakeError> {
     let place = ca::place(directory);
-    for place in [directory, &place] {
-        vacant(place, MakeError::Exists)?;
-    }
+    vacant(directory, MakeError::Exists)?;
+    vacant(&place, |ca| MakeError::CaAlone { ca, keys: directory.to_owned() })?;
+    check_name(&order.host)?;
+    let new_parent = !files::parent(directory).exists();
     let ca = new_ca(&order.host)?;
     let made = ca.make(order)?;
     new_directory(&place, |beside| {
-        write(&beside.join(CA_KEY), &format!("{}{}", ca.issuer.key().serialize_pem(), ca.pem), 0o600)?;
+        write(&beside.join(CA_KEY), &ca.whole(), 0o600)?;
         note_issued(beside, &made).map(drop)
     })?;
     let keys = new_directory(directory, |beside| fill(beside, &ca.pem, "", &made));
     keys.inspect_err(|_| {
         // There is nothing better to do about an error now.
         let _ = fs::remove_dir_all(&place);
+        if new_parent {
+            let _ = fs::remove_dir(files::parent(directory));
+        }
     })?;
     Ok(made.about)
 }
@@ -159,8 +200,9 @@ pub fn init(directory: &Path, order: &Order) -> Result<Certificate, MakeError> {
 /// # Errors
 /// See [`MakeError`].
 pub fn issue(directory: &Path, order: &Order, to: &Path) -> Result<Certificate, MakeError> {
+    let _held = hold(directory)?;
     let ca = open_ca(directory)?;
-    vacant(to, MakeError::NotCopied)?;
+    can_issue(directory, &order.host, to)?;
     let cas = text(&directory.join(CAS))?;
     // A host that cannot refuse what was revoked before would accept it.
     let revoked = list(directory)?;
@@ -172,6 +214,39 @@ pub fn issue(directory: &Path, order: &Order, to: &Path) -> Result<Certificate, 
         let _ = fs::remove_file(noted);
     })?;
     Ok(made.about)
+}
+
+/// Refuses a name that no certificate can have, and a place for its keys that is taken or that others may read.
+pub(super) fn can_issue(directory: &Path, name: &str, to: &Path) -> Result<(), MakeError> {
+    check_name(name)?;
+    vacant(to, MakeError::NotCopied)?;
+    let whole = |it: &Path| fs::canonicalize(it).or_else(|_| std::path::absolute(it)).ok();
+    let (place, keys) = (whole(files::parent(to)), whole(directory));
+    if place.zip(keys).is_some_and(|(place, keys)| place.starts_with(keys)) {
+        return Err(MakeError::Within { to: to.to_owned(), keys: directory.to_owned() });
+    }
+    Ok(())
+}
+
+/// Refuses what cannot be a DNS name and the name of a file, or is taken for a serial number.
+fn check_name(name: &str) -> Result<(), MakeError> {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+    let ends = |name: &str| name.starts_with(['.', '-']) || name.ends_with(['.', '-']);
+    let fits = (1..=64).contains(&name.len()) && name.chars().all(good);
+    if fits && !ends(name) && !name.contains("..") && !is_serial(name) {
+        return Ok(());
+    }
+    // It is told in a line.
+    let told: String = outlive_node::shown_in_line(name).chars().take(80).collect();
+    Err(MakeError::Name(told))
+}
+
+/// Waits for another command at work there.
+fn hold(directory: &Path) -> Result<Option<fs::File>, MakeError> {
+    files::hold(directory).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => MakeError::Busy(directory.to_owned()),
+        _ => LoadError::read(directory, error).into(),
+    })
 }
 
 /// Refuses a host the name of an operator, and the other way round, while that has a certificate that counts.
@@ -193,8 +268,9 @@ fn other_kind(directory: &Path, order: &Order) -> Result<(), MakeError> {
 /// # Errors
 /// See [`MakeError`].
 pub fn rotate(directory: &Path, life: Duration, force: bool) -> Result<Certificate, MakeError> {
-    let old = load::load(directory)?.host;
+    let _held = hold(directory)?;
     let ca = open_ca(directory)?;
+    let old = load::fitting(directory)?.host;
     if old.ca != ca.about()?.name && !force {
         let hosts = hosts_of_old_ca(directory, &ca, &old.name)?;
         if !hosts.is_empty() {
@@ -202,8 +278,12 @@ pub fn rotate(directory: &Path, life: Duration, force: bool) -> Result<Certifica
         }
     }
     let made = ca.make(&Order { host: old.name, grant: old.grant, life })?;
-    note_issued(&ca::found(directory), &made)?;
-    replace(&directory.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600)?;
+    let noted = note_issued(&ca::found(directory), &made)?;
+    replace(&directory.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600).inspect_err(
+        |_| {
+            let _ = fs::remove_file(noted);
+        },
+    )?;
     Ok(made.about)
 }
 
@@ -212,14 +292,18 @@ pub fn rotate(directory: &Path, life: Duration, force: bool) -> Result<Certifica
 /// # Errors
 /// See [`MakeError`].
 pub fn rotate_ca(directory: &Path) -> Result<Certificate, MakeError> {
-    let host = load::load(directory)?.host;
+    let _held = hold(directory)?;
     open_ca(directory)?;
+    let host = load::fitting(directory)?.host;
     let ca = new_ca(&host.name)?;
     let old = text(&directory.join(CAS))?;
     let file = ca::found(directory).join(CA_KEY);
     // Before anybody is given a certificate of it.
     replace(&directory.join(CAS), &format!("{}{old}", ca.pem), 0o644)?;
-    replace(&file, &format!("{}{}", ca.issuer.key().serialize_pem(), ca.pem), 0o600)?;
+    replace(&file, &ca.whole(), 0o600).inspect_err(|_| {
+        // A CA without a key would do no harm.
+        let _ = replace(&directory.join(CAS), &old, 0o644);
+    })?;
     ca.about()
 }
 
@@ -229,8 +313,9 @@ pub fn rotate_ca(directory: &Path) -> Result<Certificate, MakeError> {
 /// # Errors
 /// See [`MakeError`].
 pub fn forget_old_cas(directory: &Path, force: bool) -> Result<Certificate, MakeError> {
-    let host = load::load(directory)?.host;
+    let _held = hold(directory)?;
     let ca = open_ca(directory)?;
+    let host = load::fitting(directory)?.host;
     let about = ca.about()?;
     if host.ca != about.name {
         return Err(MakeError::StillOld(directory.join(HOST)));
@@ -264,19 +349,25 @@ fn hosts_of_old_ca(directory: &Path, ca: &Ca, besides: &str) -> Result<Vec<Strin
 /// # Errors
 /// See [`MakeError`].
 pub fn revoke(directory: &Path, who: &str) -> Result<Vec<String>, MakeError> {
+    let _held = hold(directory)?;
     load::closed(directory, "700")?;
     let before = load::revoked(directory)?;
-    let serials: Vec<String> = if is_serial(who) {
-        vec![who.to_ascii_lowercase()]
-    } else {
-        issued(directory)?.into_iter().filter(|it| it.name == who).map(|it| it.serial).collect()
-    };
-    if serials.is_empty() {
-        return Err(MakeError::Unknown(who.to_owned()));
+    let made = issued(directory)?;
+    let mut serials: Vec<String> =
+        made.iter().filter(|it| it.name == who).map(|it| it.serial.clone()).collect();
+    // Some programs write a serial number with colons.
+    let serial = who.replace(':', "").to_ascii_lowercase();
+    if serials.is_empty() && is_serial(&serial) {
+        serials.push(serial);
     }
+    if serials.is_empty() {
+        return Err(MakeError::Unknown(outlive_node::shown_in_line(who).into_owned()));
+    }
+    let whose = |serial: &String| made.iter().find(|it| it.serial == *serial).map_or(who, |it| &it.name);
     let when = humantime::format_rfc3339_seconds(SystemTime::now());
     let new = serials.iter().filter(|serial| !before.has(serial));
-    let all = list(directory)? + &new.map(|serial| format!("{serial} {who} {when}\n")).collect::<String>();
+    let all = list(directory)?
+        + &new.map(|serial| format!("{serial} {} {when}\n", whose(serial))).collect::<String>();
     // All of it in both: a list that is copied from another host replaces the second one, and may have less.
     for file in [REVOKED_HERE, REVOKED] {
         replace(&directory.join(file), &all, 0o600)?;
@@ -309,11 +400,22 @@ pub(super) fn issued(directory: &Path) -> Result<Vec<Certificate>, MakeError> {
         let Ok(files) = fs::read_dir(folder) else { continue };
         for file in files.flatten() {
             let path = file.path();
+            if files::is_new(&path) {
+                continue;
+            }
             let pem = text(&path)?;
             all.push(Certificate::of_host(&load::certificates(&path, pem.as_bytes())?[0])?);
         }
     }
     all.sort_by(|one, other| (&one.name, one.from).cmp(&(&other.name, other.from)));
+    Ok(all)
+}
+
+/// Other certificates of a name that count, and with them the rights that they have.
+pub(super) fn earlier(directory: &Path, new: &Certificate) -> Result<Vec<Certificate>, MakeError> {
+    let (revoked, mut all, now) = (load::revoked(directory)?, issued(directory)?, SystemTime::now());
+    all.retain(|it| it.name == new.name && it.serial != new.serial);
+    all.retain(|it| !it.left(now).is_zero() && !revoked.has(&it.serial));
     Ok(all)
 }
 
@@ -326,91 +428,8 @@ pub(super) fn own_ca(directory: &Path) -> Result<Option<Certificate>, MakeError>
     }
 }
 
-impl Ca {
-    fn about(&self) -> Result<Certificate, MakeError> {
-        let der = load::certificates(Path::new(CA_KEY), self.pem.as_bytes())?;
-        Ok(Certificate::of_ca(&der[0])?)
-    }
-
-    fn make(&self, order: &Order) -> Result<Made, MakeError> {
-        let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
-        let name = order.host.as_str();
-        if !(1..=64).contains(&name.len()) || !name.chars().all(good) || name.starts_with(['.', '-']) {
-            return Err(MakeError::Name(name.to_owned()));
-        }
-        let key = KeyPair::generate()?;
-        let mut params = CertificateParams::new(vec![name.to_owned()])?;
-        for right in order.grant.to_names() {
-            params.subject_alt_names.push(SanType::URI(right.try_into()?));
-        }
-        params.distinguished_name = named(name);
-        params.serial_number = Some(serial()?);
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        // A host is a server where it waits and a client where it has the VM. Nothing answers with an operator's.
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        if !order.grant.is_operators() {
-            params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
-        }
-        params.use_authority_key_identifier_extension = true;
-        set_span(&mut params, order.life);
-        let certificate = params.signed_by(&key, &self.issuer)?;
-        let about = Certificate::of_host(certificate.der())?;
-        Ok(Made { key: key.serialize_pem(), certificate: certificate.pem(), about })
-    }
-}
-
-fn new_ca(host: &str) -> Result<Ca, MakeError> {
-    let key = KeyPair::generate()?;
-    let mut params = CertificateParams::default();
-    let number = serial()?;
-    let short: String = number.to_bytes().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
-    params.distinguished_name = named(&format!("Outlive CA {short} of {host}"));
-    params.serial_number = Some(number);
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    set_span(&mut params, CA_LIFE);
-    let certificate = params.self_signed(&key)?;
-    Ok(Ca { issuer: Issuer::new(params, key), pem: certificate.pem() })
-}
-
-fn open_ca(directory: &Path) -> Result<Ca, MakeError> {
-    let place = ca::found(directory);
-    let file = place.join(CA_KEY);
-    if !ca::may_be_at(&file) {
-        return Err(MakeError::NoCa(file));
-    }
-    load::closed(&place, "700")?;
-    let pem = load::secret(&file)?;
-    let certificate = load::certificates(&file, &pem)?.swap_remove(0);
-    let pem = String::from_utf8_lossy(&pem).into_owned();
-    let key = KeyPair::from_pem(&pem)?;
-    let begins = pem.find("-----BEGIN CERTIFICATE").unwrap_or(0);
-    Ok(Ca { issuer: Issuer::from_ca_cert_der(&certificate, key)?, pem: pem[begins..].to_owned() })
-}
-
-fn named(name: &str) -> DistinguishedName {
-    let mut all = DistinguishedName::new();
-    all.push(DnType::CommonName, name);
-    all
-}
-
-/// A random number, positive and without leading zeros, so that all tools write it alike.
-fn serial() -> Result<SerialNumber, MakeError> {
-    let mut bytes: [u8; 16] = process::random().map_err(MakeError::Random)?;
-    bytes[0] = bytes[0] & 0x7f | 0x40;
-    Ok(SerialNumber::from_slice(&bytes))
-}
-
-/// Says from when on, and until when.
-fn set_span(params: &mut CertificateParams, life: Duration) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let now = date_time_ymd(1970, 1, 1) + Duration::from_secs(now.as_secs());
-    (params.not_before, params.not_after) = (now - SKEW, now + life);
-}
-
 /// Refuses a place where something is.
-fn vacant(place: &Path, taken: fn(PathBuf) -> MakeError) -> Result<(), MakeError> {
+fn vacant(place: &Path, taken: impl FnOnce(PathBuf) -> MakeError) -> Result<(), MakeError> {
     let is_taken = match fs::read_dir(place) {
         Ok(mut files) => files.next().is_some(),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -421,67 +440,30 @@ fn vacant(place: &Path, taken: fn(PathBuf) -> MakeError) -> Result<(), MakeError
     if is_taken { Err(taken(place.to_owned())) } else { Ok(()) }
 }
 
-/// Makes a directory that is whole from the first moment.
-fn new_directory(place: &Path, fill: impl FnOnce(&Path) -> Result<(), MakeError>) -> Result<(), MakeError> {
-    let failed = |source| MakeError::Write { path: place.to_owned(), source };
-    let parent = place.parent().filter(|it| !it.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let new_parent = fs::create_dir(parent).is_ok();
-    let name = place.file_name().unwrap_or_default().to_string_lossy();
-    let beside = parent.join(format!(".{name}.new-{}", std::process::id()));
-    let make = || {
-        fs::DirBuilder::new().mode(0o700).create(&beside).map_err(failed)?;
-        fill(&beside)?;
-        fs::rename(&beside, place).map_err(failed)
-    };
-    make().inspect_err(|_| {
-        // There is nothing better to do about an error now.
-        let _ = fs::remove_dir_all(&beside);
-        if new_parent {
-            let _ = fs::remove_dir(parent);
-        }
-    })
-}
-
 /// Writes the files of a host's keys.
 fn fill(directory: &Path, cas: &str, revoked: &str, made: &Made) -> Result<(), MakeError> {
     write(&directory.join(CAS), cas, 0o644)?;
     write(&directory.join(REVOKED), revoked, 0o600)?;
-    write(&directory.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600)
+    write(&directory.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600)?;
+    Ok(())
 }
 
 /// Keeps a certificate that is handed out. Returns its file.
 fn note_issued(directory: &Path, made: &Made) -> Result<PathBuf, MakeError> {
     let folder = directory.join(ISSUED);
-    match fs::DirBuilder::new().mode(0o700).create(&folder) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(MakeError::Write { path: folder, source: error });
+    match files::private_directory(&folder) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(WriteError { path: folder, source }.into());
         }
         _ => {}
     }
     let name = format!("{}-{}.crt", made.about.name, &made.about.serial[..8]);
     let file = folder.join(name);
-    write(&file, &made.certificate, 0o644)?;
+    // A part of a certificate would be in the way of every command.
+    replace(&file, &made.certificate, 0o644)?;
     Ok(file)
 }
 
 fn text(path: &Path) -> Result<String, MakeError> {
     Ok(String::from_utf8_lossy(&load::read(path)?).into_owned())
-}
-
-/// Writes a new file, durably.
-fn write(path: &Path, text: &str, mode: u32) -> Result<(), MakeError> {
-    let failed = |source| MakeError::Write { path: path.to_owned(), source };
-    let file = File::options().write(true).create_new(true).mode(mode).open(path);
-    let mut file = file.map_err(failed)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)
-}
-
-/// Replaces a file: whoever opens it gets the old one or the new one.
-fn replace(path: &Path, text: &str, mode: u32) -> Result<(), MakeError> {
-    let new = path.with_extension(format!("new-{}", std::process::id()));
-    write(&new, text, mode)?;
-    fs::rename(&new, path).map_err(|source| {
-        let _ = fs::remove_file(&new);
-        MakeError::Write { path: path.to_owned(), source }
-    })
 }

@@ -4,8 +4,10 @@
 //! ca.rs            where the CA's own files are
 //! certificate.rs   what a certificate says: which host or operator, until when, what it may do
 //! grant.rs         those rights, and how they are written in a certificate
+//! files.rs         writes files and directories: whole, durably, and for their owner alone
 //! load.rs          what a link needs of a directory of keys, and who may read the directory
 //! make.rs          makes directories, certificates and CAs
+//! sign.rs          a CA whose private key is here, and what it signs
 //! revoked.rs       the list of certificates that count no longer
 //! command.rs       `outlive keys`
 //! ```
@@ -31,12 +33,16 @@
 mod ca;
 mod certificate;
 mod command;
+mod files;
 #[cfg(test)]
 mod golden;
 mod grant;
 mod load;
 mod make;
+#[cfg(test)]
+mod mistakes;
 mod revoked;
+mod sign;
 
 #[cfg(test)]
 mod tests;
@@ -44,8 +50,9 @@ mod tests;
 pub(crate) use ca::{key as ca_key, misplaced};
 pub use certificate::{Certificate, CertificateError};
 pub use command::command;
+pub use files::WriteError;
 pub use grant::{Grant, Right, Vms};
-pub use load::{LoadError, Loaded, load};
+pub use load::{LoadError, Loaded, fitting, load};
 pub use make::{MakeError, Order, forget_old_cas, init, issue, revoke, rotate, rotate_ca};
 pub use revoked::Revoked;
 

@@ -42,14 +42,33 @@ fn a_directory_says_whose_it_is_and_what_it_allows() {
     assert_eq!(files(dir.path()), ["a", "a-ca", "b"], "nothing else is left");
     assert!(matches!(issue(&there, &order("hostc"), &dir.path().join("c")), Err(MakeError::NoCa(_))));
     assert!(matches!(init(&here, &order("hosta")), Err(MakeError::Exists(_))));
-    for bad in ["", "host a", "a/b", "-a", "\u{e9}"] {
+    let long = "a".repeat(65);
+    for bad in [
+        "",
+        "host a",
+        "a/b",
+        "-a",
+        "\u{e9}",
+        "a.",
+        "a..b",
+        "*.a",
+        "a\n",
+        "a\x1b[2J",
+        &long,
+        "0123456789abcdef",
+    ] {
         let refused = init(&dir.path().join("c"), &order(bad));
         assert!(matches!(refused, Err(MakeError::Name(_))), "{bad}");
+        assert!(!refused.unwrap_err().to_string().contains(char::is_control), "{bad}");
     }
     assert_eq!(files(dir.path()), ["a", "a-ca", "b"]);
     // A CA alone is worth as much.
     fs::remove_dir_all(&here).unwrap();
-    assert!(matches!(init(&here, &order("hosta")), Err(MakeError::Exists(_))));
+    let refused = init(&here, &order("hosta")).unwrap_err();
+    assert!(
+        matches!(refused, MakeError::CaAlone { .. }) && refused.to_string().contains("rm -r "),
+        "{refused}"
+    );
 }
 
 #[test]

@@ -33,8 +33,11 @@ impl Directory {
 
 impl Keys for Directory {
     fn complaint(&self) -> Option<String> {
-        let keys = match keys::load(&self.0) {
+        let keys = match keys::fitting(&self.0) {
             Ok(keys) => keys,
+            Err(why) if keys::load(&self.0).is_ok() => {
+                return Some(format!("no client may trust this node: {why}"));
+            }
             Err(why) => return Some(format!("nobody is let in: {why}")),
         };
         if !keys.host.grant.has_vms() {
@@ -50,7 +53,11 @@ impl Keys for Directory {
                 "no client trusts this node: the certificate {serial} of {name} is revoked"
             ));
         }
-        let ends = keys.host.complaint(SystemTime::now())?;
+        let now = SystemTime::now();
+        if let Some(early) = keys.host.too_early(now) {
+            return Some(format!("no client trusts this node: {early}"));
+        }
+        let ends = keys.host.complaint(now)?;
         Some(format!(
             "{ends}: no client trusts this node then; renew it with `outlive keys rotate` or `outlive keys issue`"
         ))
@@ -74,7 +81,7 @@ impl Keys for Directory {
     }
 
     fn dial(&self) -> Result<Dial, String> {
-        let keys = keys::load(&self.0).map_err(own)?;
+        let keys = keys::fitting(&self.0).map_err(own)?;
         let now = SystemTime::now();
         if let Some(complaint) = keys.host.complaint(now).filter(|_| keys.host.left(now).is_zero()) {
             return Err(format!(

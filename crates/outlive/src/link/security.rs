@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use outlive_epoch::VmId;
 use serde::{Deserialize, Serialize};
 
-use crate::keys::{self, LoadError, Loaded, Right, Vms};
+use crate::keys::{self, Certificate, LoadError, Loaded, Right, Vms};
 
 /// The variable that allows `--insecure` on networks, for tests that have one to themselves.
 const INSECURE_NETWORK: &str = "OUTLIVE_INSECURE_NETWORK";
@@ -42,6 +42,19 @@ pub(crate) enum SecurityError {
     /// They are over.
     #[error("{0}: no host would accept it; renew it with `outlive keys rotate` or `outlive keys issue`")]
     Expired(String),
+    /// They are on this host's list of those that count no longer.
+    #[error(
+        "the certificate {serial} of {host} is revoked, by the list in {}: no host would accept it; make new keys with \
+         `outlive keys issue --host {host}` on the host with the CA, and copy them there", .keys.display()
+    )]
+    Revoked {
+        /// The host's name.
+        host: String,
+        /// The certificate's serial number.
+        serial: String,
+        /// The directory of keys.
+        keys: PathBuf,
+    },
     /// They give no right to hold what is to be held.
     #[error(
         "the certificate of host {host} {grant}, so this host can be no standby of {what}: make other keys for it with \
@@ -136,13 +149,17 @@ impl Security {
     }
 }
 
-/// Reads the keys in a directory, unless they are over.
+/// Reads the keys in a directory, unless they are over or do not fit together.
 ///
 /// # Errors
 /// See [`SecurityError`].
 pub(crate) fn usable(directory: &Path) -> Result<Loaded, SecurityError> {
-    let keys = keys::load(directory)?;
+    let keys = keys::fitting(directory)?;
     let now = SystemTime::now();
+    if keys.revoked.has(&keys.host.serial) {
+        let Certificate { name, serial, .. } = keys.host;
+        return Err(SecurityError::Revoked { host: name, serial, keys: directory.to_owned() });
+    }
     if let Some(complaint) = keys.host.complaint(now).filter(|_| keys.host.left(now).is_zero()) {
         return Err(SecurityError::Expired(complaint));
     }
@@ -154,10 +171,16 @@ pub(crate) fn usable(directory: &Path) -> Result<Loaded, SecurityError> {
 pub(super) fn complain(keys: &Loaded) {
     static LAST: AtomicU64 = AtomicU64::new(0);
     let now = SystemTime::now();
-    let Some(complaint) = keys.host.complaint(now) else { return };
+    // A clock may be set by a service that starts later, so nobody is refused for it.
+    let early = keys.host.too_early(now).map(|it| format!("{it}; no link is made until then"));
+    let ends = || {
+        let complaint = keys.host.complaint(now)?;
+        Some(format!("{complaint}: no new link is made then; renew it with `outlive keys rotate`"))
+    };
+    let Some(complaint) = early.or_else(ends) else { return };
     let day = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / (24 * 3600);
     if LAST.swap(day, Ordering::Relaxed) != day {
-        tracing::warn!("{complaint}: no new link is made then; renew it with `outlive keys rotate`");
+        tracing::warn!("{complaint}");
     }
 }
 

@@ -21,7 +21,7 @@ pub fn command(options: &MetricsOptions) -> u8 {
     };
     let asker = Asker::new(places);
     let done = match &options.listen {
-        None => print(&asker, options.openmetrics, &mut io::stdout().lock()),
+        None => print(&asker, options.openmetrics, &mut outlive_node::printed()),
         Some(address) => serve(asker, address, options.exit_with_stdin),
     };
     match done {

@@ -25,7 +25,7 @@ pub fn command(options: &StatusOptions) -> u8 {
     };
     let printed = answers.and_then(|answers| {
         let width = outlive_node::cli::width();
-        print(&answers, options.json, width, &mut io::stdout().lock()).map_err(StatusError::Print)?;
+        print(&answers, options.json, width, &mut outlive_node::printed()).map_err(StatusError::Print)?;
         Ok(code(&answers))
     });
     printed.unwrap_or_else(exit::usage)

@@ -279,7 +279,8 @@ fn command(socket: Option<&Path>, order: Order) -> u8 {
     let path = socket.map_or_else(|| only(&place::folders(), order), |path| Ok(path.to_owned()));
     let said = path.and_then(|path| say(&path, order));
     let printed = said.and_then(|done| {
-        writeln!(io::stdout().lock(), "{}", outlive_node::shown(&done.to_string())).map_err(WordError::Print)
+        writeln!(outlive_node::printed(), "{}", outlive_node::shown(&done.to_string()))
+            .map_err(WordError::Print)
     });
     printed.map_or_else(exit::usage, |()| exit::OK)
 }

@@ -87,7 +87,7 @@ impl Way {
     /// [`ServedFault::Keys`].
     pub(super) fn check(&self) -> Result<(), ServedFault> {
         let Security::Keys(directory) = &self.security else { return Ok(()) };
-        let checked = keys::load(directory).map(drop);
+        let checked = keys::fitting(directory).map(drop);
         checked.map_err(|why| self.fault(&io::Error::new(io::ErrorKind::PermissionDenied, why)))
     }
 
