@@ -62,7 +62,7 @@ mod words;
 
 pub use asking::{BEING_STARTED, UNDECIDED};
 pub use error::NodeError;
-pub use figures::point_between;
+pub use figures::{heat_in, point_between};
 pub use host::Host;
 pub use node::{Node, Places, STATE, STATE_VARIABLE, StartError};
 pub use program::{Judge, Program, Remark, Sense, one_line};
