@@ -487,7 +487,8 @@ mod tests {
         assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
         assert_eq!(json["link"], serde_json::Value::Null);
         assert_eq!(json["sandbox"], true);
-        assert_eq!(json.as_object().unwrap().len(), 19);
+        assert_eq!(json["heat"], serde_json::Value::Null);
+        assert_eq!(json.as_object().unwrap().len(), 20);
         let mut newer = json.clone();
         newer["something"] = 1.into();
         assert_eq!(
