@@ -1,5 +1,5 @@
 //! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`,
-//! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask sim`, `cargo xtask model`,
+//! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask soak`, `cargo xtask sim`, `cargo xtask model`,
 //! `cargo xtask mutants`, `cargo xtask fuzz`, `cargo xtask upgrade`, `cargo xtask package`, `cargo xtask nested`.
 //!
 //! # Tests that cannot run
@@ -26,6 +26,7 @@ mod phases;
 mod releases;
 mod run;
 mod sim;
+mod soak;
 mod summary;
 mod test;
 mod torture;
@@ -53,6 +54,7 @@ Examples:
   cargo xtask docs --open              the documentation, in the browser
   cargo xtask bench dirty              what dirty tracking costs, beside the bitmap of other VMMs
   cargo xtask torture --minutes 60     two hosts and everything that hosts do to a VM, by a seed
+  cargo xtask soak --minutes 120       two nodes with eight VMs, and everything that operators do
   cargo xtask fuzz --minutes 60        libFuzzer over all that guests, peers and files can bring
   cargo xtask sim --minutes 60         the simulator of the protocol, with new seeds
   cargo xtask upgrade                  the last release and this tree on one pair of hosts
@@ -82,6 +84,9 @@ enum Command {
     /// Torture real hosts in network namespaces: kill, stop, cut off and starve them, and check every answer
     #[command(after_help = torture::EXAMPLES)]
     Torture(torture::TortureOptions),
+    /// Let two nodes keep some VMs for long, while operators give orders and processes die
+    #[command(after_help = soak::EXAMPLES)]
+    Soak(soak::SoakOptions),
     /// Fuzz the parsers, loaders and devices, guided by coverage
     #[command(after_help = fuzz::EXAMPLES)]
     Fuzz(fuzz::FuzzOptions),
@@ -124,6 +129,7 @@ fn main() -> ExitCode {
         Command::Docs { open } => lint::docs(&workspace, open),
         Command::Bench(options) => bench::run(&workspace, &options),
         Command::Torture(options) => torture::run(&workspace, &options),
+        Command::Soak(options) => soak::run(&workspace, &options),
         Command::Fuzz(options) => fuzz::run(&workspace, &options),
         Command::Sim(options) => sim::run(&workspace, &options),
         Command::Model(options) => model::run(&workspace, &options),

@@ -5,12 +5,15 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Deserialize;
 use serde_json::Value;
 use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::figures::{Heat, taken_out};
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -43,7 +46,9 @@ pub(crate) struct Told {
     pub(crate) protected: bool,
     /// Why not.
     pub(crate) why: Option<String>,
-    /// All that it says.
+    /// Where the guest's memory is written.
+    pub(crate) heat: Option<Arc<Heat>>,
+    /// All else that it says.
     pub(crate) all: Value,
 }
 
@@ -70,7 +75,8 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     if is_deeper(&said, DEEPEST) {
         return Err(io::Error::new(ErrorKind::InvalidData, "its answer is nested too deeply"));
     }
-    let all: Value = serde_json::from_slice(&said)?;
+    let mut all: Value = serde_json::from_slice(&said)?;
+    let heat = taken_out(&mut all).map(Arc::new);
     // As it is told to others: a short number may be a long one then.
     if all.to_string().len() > LONGEST {
         return Err(io::Error::new(ErrorKind::InvalidData, "its answer is too long"));
@@ -82,7 +88,7 @@ pub(crate) fn ask(path: &Path) -> io::Result<Told> {
     // Without a copy that counts, or with a primary, the VM would not depend on a standby.
     let counts = loss_of_this_host.is_some_and(|loss| !loss.survived);
     let takes_over = !runs && !protected && counts;
-    Ok(Told { pid, runs, starts, decides, takes_over, protected, why, all })
+    Ok(Told { pid, runs, starts, decides, takes_over, protected, why, heat, all })
 }
 
 /// Whether a text is nested more deeply, if it is JSON.

@@ -64,7 +64,7 @@ mod words;
 
 pub use asking::{BEING_STARTED, UNDECIDED};
 pub use error::NodeError;
-pub use figures::point_between;
+pub use figures::{heat_in, point_between};
 pub use host::Host;
 pub use node::{Node, Places, STATE, STATE_VARIABLE, StartError};
 pub use printed::{Printed, printed};

@@ -93,7 +93,7 @@ pub(crate) struct View {
     /// What this host lacks for the definition, while the VM has no process.
     #[serde(default)]
     pub(crate) warnings: Vec<String>,
-    /// What the process says: the object of `outlive status --json`.
+    /// What the process says: the object of `outlive status --json`, without the map of its memory, which is one of the figures.
     pub(crate) status: Option<Value>,
 }
 

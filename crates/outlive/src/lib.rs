@@ -20,6 +20,7 @@ pub mod exit;
 pub mod fuzz;
 #[cfg(test)]
 mod golden;
+mod heat;
 pub mod keys;
 mod lines;
 mod link;

@@ -202,6 +202,11 @@ fn fits(document: &Value, schema: &Value, value: &Value) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether a VM's process says something of this name.
+fn says(vm: &crate::view::View, name: &str) -> bool {
+    vm.status.as_ref().is_some_and(|it| !it[name].is_null())
+}
+
 const TWO_HOSTS: &str = "arbiter = 'file:/x'\nlisten = ':7001'\nstandby = ['b:7001']\ndisk = ['path=/no/1']";
 
 /// Every route of the description is asked, and the server has no answer that the description has not.
@@ -264,6 +269,15 @@ fn the_server_is_as_its_description_says() {
     );
     assert_eq!(figures["marks"], json!(["takeover"]));
     assert_eq!(code(&api.ask("GET", "/v1/figures?before=7", None)), "bad_request");
+    // The map of the memory is told there, and only there.
+    let map =
+        json!({ "cell_bytes": 4096, "ranges": [{ "first": 8192, "bytes": 8192 }], "pages_per_s": [0, 7] });
+    api.world.tell("web", "says", &json!({ "heat": map, "told": 1 }).to_string());
+    assert_eq!(wait(&api.node, "web", |it| says(it, "told")).status.unwrap()["heat"], Value::Null);
+    assert_eq!(api.ask("GET", "/v1/figures", None).1["heat"], json!({ "web": map }));
+    api.world.tell("web", "says", r#"{ "heat": { "cell_bytes": 1e300 }, "tells": 1 }"#);
+    wait(&api.node, "web", |it| says(it, "tells"));
+    assert_eq!(api.ask("GET", "/v1/figures", None).1["heat"], json!({}));
     assert_eq!(api.job("/v1/vms/web/hand-over", None)["result"]["said"], "the standby has the VM");
     wait(&api.node, "web", |it| it.state == State::Standby);
     assert_eq!(code(&api.ask("POST", "/v1/vms/web/stop", None)), "is_standby");

@@ -1,9 +1,10 @@
 //! The last minutes of each VM in figures: what a time line draws.
 //!
 //! A VM's process tells what it has counted since it began (`NAME.sock.metrics`, the socket of `outlive metrics`). Its keeper
-//! hears that once a second, and what was counted since the last time is a [`Point`]. `meter`: makes them. [`Store`]: keeps
-//! the last ones, for whoever asks.
+//! hears that once a second, and what was counted since the last time is a [`Point`]. `meter`: makes them. `heat`: where the
+//! guest writes, as its process says at the socket of `outlive status`. [`Store`]: keeps the last of all, for whoever asks.
 
+mod heat;
 mod meter;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+pub use heat::heat_in;
+pub(crate) use heat::{Heat, taken_out};
 pub(crate) use meter::Meter;
 pub use meter::point_between;
 
@@ -106,6 +109,7 @@ pub(crate) struct Store {
 struct Kept {
     newest: u64,
     vms: BTreeMap<String, VecDeque<(u64, Arc<Point>)>>,
+    heat: BTreeMap<String, Arc<Heat>>,
 }
 
 /// Points after a place.
@@ -117,6 +121,9 @@ pub(crate) struct Figures {
     pub(crate) reset: bool,
     /// The points of each VM that has some, oldest first.
     pub(crate) vms: BTreeMap<String, Vec<Point>>,
+    /// Where each VM's memory is written now, if its process says it: a protected primary's does.
+    #[serde(default)]
+    pub(crate) heat: BTreeMap<String, Heat>,
 }
 
 impl Store {
@@ -137,9 +144,23 @@ impl Store {
         }
     }
 
+    /// Where a VM's memory is written now.
+    pub(crate) fn keep_heat(&self, vm: &str, heat: Option<&Arc<Heat>>) {
+        let mut kept = self.kept();
+        match heat {
+            None => drop(kept.heat.remove(vm)),
+            Some(heat) => match kept.heat.get_mut(vm) {
+                Some(it) => it.clone_from(heat),
+                None => drop(kept.heat.insert(vm.to_owned(), heat.clone())),
+            },
+        }
+    }
+
     /// Forgets a VM.
     pub(crate) fn forget(&self, vm: &str) {
-        self.kept().vms.remove(vm);
+        let mut kept = self.kept();
+        kept.vms.remove(vm);
+        kept.heat.remove(vm);
     }
 
     /// The points after a place; all that are kept if there is none, or if it is of another node's life.
@@ -153,11 +174,17 @@ impl Store {
         };
         let next = format!("{}-{}", self.life, kept.newest);
         let vms: Vec<_> = kept.vms.iter().map(|(vm, points)| (vm.clone(), after(points))).collect();
+        let heat = kept.heat.clone();
         // Nobody who keeps a point waits for whoever asks.
         drop(kept);
         let own = |points: Vec<Arc<Point>>| points.iter().map(|it| Point::clone(it)).collect();
         let vms = vms.into_iter().filter(|(_, points)| !points.is_empty());
-        Figures { next, reset: number.is_none(), vms: vms.map(|(vm, points)| (vm, own(points))).collect() }
+        Figures {
+            next,
+            reset: number.is_none(),
+            vms: vms.map(|(vm, points)| (vm, own(points))).collect(),
+            heat: heat.into_iter().map(|(vm, heat)| (vm, Heat::clone(&heat))).collect(),
+        }
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {

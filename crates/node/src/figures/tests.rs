@@ -104,8 +104,29 @@ fn points_are_told_once_and_only_the_last_are_kept() {
 }
 
 #[test]
+fn the_map_of_a_vm_is_the_last_one() {
+    let store = Store::new("abc");
+    let heat = Arc::new(map());
+    store.keep_heat("web", Some(&heat));
+    store.keep_heat("db", Some(&heat));
+    assert_eq!(store.after(None).heat["web"], map());
+    store.keep_heat("web", Some(&Arc::new(Heat { pages_per_s: vec![3; 256], ..map() })));
+    let later = store.after(Some("abc-0"));
+    assert_eq!((later.heat["web"].total(), later.heat["db"].total()), (3 * 256, 256 * 99_999));
+    store.keep_heat("web", None);
+    store.forget("db");
+    assert_eq!(store.after(None).heat.len(), 0);
+}
+
+fn map() -> Heat {
+    let ranges = vec![heat::Range { first: 0, bytes: 256 << 20 }];
+    Heat { cell_bytes: 1 << 20, ranges, pages_per_s: vec![99_999; 256] }
+}
+
+#[test]
 fn many_vms_share_the_room() {
     let store = Store::new("abc");
+    (0..500).for_each(|vm| store.keep_heat(&vm.to_string(), Some(&Arc::new(map()))));
     let vms = 500;
     for _ in 0..ALL / vms + 20 {
         (0..vms).for_each(|vm| store.keep(&vm.to_string(), some_point()));

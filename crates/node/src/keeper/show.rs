@@ -41,6 +41,8 @@ impl Keeper {
         // What has a process lacks nothing.
         shown.warnings = if self.process.is_none() { self.warnings.clone() } else { Vec::new() };
         shown.status = told.map(|it| it.all.clone());
+        let heat = told.filter(|_| shown.has_process).and_then(|it| it.heat.as_ref());
+        self.shared.figures.keep_heat(&self.name, heat);
         shown.definition_changed = matches!(&self.source, Some(Ok(it)) if self.has_other_arguments(it));
         shown.definition_error = definition_error(&self.source);
         if before == (state, shown.protected) {

@@ -37,7 +37,7 @@ pub(crate) struct File {
 }
 
 /// All files.
-pub(crate) const FILES: [File; 9] = [
+pub(crate) const FILES: [File; 10] = [
     File { name: "", kind: HTML, text: include_str!("files/picture.html") },
     File { name: "picture.css", kind: "text/css; charset=utf-8", text: include_str!("files/picture.css") },
     File { name: "picture.svg", kind: "image/svg+xml", text: include_str!("files/picture.svg") },
@@ -45,6 +45,7 @@ pub(crate) const FILES: [File; 9] = [
     File { name: "node.js", kind: SCRIPT, text: include_str!("files/node.js") },
     File { name: "vms.js", kind: SCRIPT, text: include_str!("files/vms.js") },
     File { name: "lanes.js", kind: SCRIPT, text: include_str!("files/lanes.js") },
+    File { name: "heat.js", kind: SCRIPT, text: include_str!("files/heat.js") },
     File { name: "lists.js", kind: SCRIPT, text: include_str!("files/lists.js") },
     File { name: "words.js", kind: SCRIPT, text: include_str!("files/words.js") },
 ];

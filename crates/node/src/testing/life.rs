@@ -35,7 +35,10 @@ fn with(mut status: Value, more: Value) -> Value {
 pub(crate) fn protected(peer: &str) -> Value {
     let loss =
         json!({ "survived": true, "what": "the standby takes over from the last checkpoint", "lost_ms": 4 });
-    with(common(Some(peer)), json!({ "in_flight": 2, "bytes_in_flight": 35_000, "loss_of_this_host": loss }))
+    with(
+        common(Some(peer)),
+        json!({ "in_flight": 2, "bytes_in_flight": 35_000, "heat": heat(), "loss_of_this_host": loss }),
+    )
 }
 
 /// Of one without.
@@ -52,6 +55,21 @@ pub(crate) fn standby(peer: &str) -> Value {
     let loss =
         json!({ "survived": true, "what": "the VM goes on at its primary, unprotected", "lost_ms": 0 });
     with(common(Some(peer)), json!({ "loss_of_this_host": loss }))
+}
+
+/// Where a VM of four GiB and its kernel is written: much in one place, and a little of everything.
+pub(crate) fn heat() -> Value {
+    let cell = 32 << 20;
+    let rate = |cell: usize| match cell {
+        70..=73 => 9_000 + 90 * chance(cell, 1),
+        20..=30 | 100..=110 => 4 * chance(cell, 2),
+        0..=60 | 96..=130 => chance(cell, 3) / 4,
+        _ => 0,
+    };
+    json!({ "cell_bytes": cell,
+        "ranges": [{ "first": 0, "bytes": 96_u64 * cell }, { "first": 1_u64 << 32, "bytes": 32_u64 * cell },
+            { "first": (1_u64 << 32) + 32 * cell, "bytes": 2 * cell }],
+        "pages_per_s": (0..130).map(rate).collect::<Vec<_>>() })
 }
 
 /// A number that looks like chance, from 0 to 99.

@@ -5,10 +5,12 @@
 //! else, so that every picture can be looked at by a test. `screen` has the terminal, and gives it back however this ends.
 //!
 //! - `text`: words and numbers; what a node says is cleaned there, before anything is drawn. `vm`: what is shown of a VM.
-//!   `verdict`: what a failure of this host now would mean. `lanes`: the time line of a VM.
+//!   `verdict`: what a failure of this host now would mean. `lanes`: the time line of a VM. `heat`: where its memory
+//!   is written.
 
 mod ask;
 mod draw;
+mod heat;
 mod lanes;
 mod screen;
 mod state;

@@ -10,7 +10,7 @@ use super::verdict::{hosts, verdict};
 use super::vm::{Vm, kind};
 use crate::drain::Mode;
 use crate::feed::Entry;
-use crate::figures::Figures;
+use crate::figures::{Figures, Heat};
 use crate::jobs::{Job, JobState};
 
 /// The most VMs that are shown; a node has no more.
@@ -68,6 +68,7 @@ pub(crate) struct State {
     /// Why the node is not heard.
     lost: Option<String>,
     lanes: BTreeMap<String, Lanes>,
+    heat: BTreeMap<String, Heat>,
     /// The time of this host when the node was last heard, and now.
     heard: i64,
     pub(super) now: i64,
@@ -119,6 +120,7 @@ impl State {
             events: Vec::new(),
             lost: None,
             lanes: BTreeMap::new(),
+            heat: BTreeMap::new(),
             heard: now,
             now,
             ahead: 0,
@@ -145,6 +147,11 @@ impl State {
                 let points = figures.vms.get(&vm.name).map_or(&[][..], Vec::as_slice);
                 self.lanes.entry(vm.name.clone()).or_default().take(points, figures.reset);
             }
+            // A node may be of another release, or hostile.
+            let is_shown =
+                |name: &String, heat: &Heat| vms.iter().any(|it| it.name == *name) && heat.is_sound();
+            self.heat = figures.heat.clone();
+            self.heat.retain(|name, heat| is_shown(name, heat));
             self.set_clocks(figures);
         }
         self.follow(&heard.jobs);
@@ -252,6 +259,11 @@ impl State {
     /// The time line of the VM that is looked at.
     pub(super) fn lanes(&self) -> Option<&Lanes> {
         self.lanes.get(&self.chosen()?.name)
+    }
+
+    /// Where the memory of the VM that is looked at is written.
+    pub(super) fn heat(&self) -> Option<&Heat> {
+        self.heat.get(&self.chosen()?.name)
     }
 
     /// The one look.

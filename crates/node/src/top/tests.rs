@@ -81,7 +81,8 @@ fn heard() -> Heard {
     ];
     let lives = [("web", Kind::Guarded), ("db", Kind::Bare), ("mail", Kind::Standby)];
     let points = lives.map(|(vm, kind)| (vm.to_owned(), minutes(kind)));
-    let figures = Figures { next: "a-1".into(), reset: true, vms: points.into_iter().collect() };
+    let heat = serde_json::from_value(json!({ "web": life::heat() })).unwrap();
+    let figures = Figures { next: "a-1".into(), reset: true, vms: points.into_iter().collect(), heat };
     Heard { node: node(), vms, figures: Some(figures), jobs: Vec::new() }
 }
 

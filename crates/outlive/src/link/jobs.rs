@@ -11,6 +11,7 @@ use outlive_pair::Ticket;
 use super::FrameTail;
 use crate::audit::Audit;
 use crate::disk::DiskSection;
+use crate::heat::Counter;
 
 /// One checkpoint, or a part of one that is larger than staging.
 pub(crate) struct CheckpointPart {
@@ -29,8 +30,8 @@ pub(crate) enum Job {
     /// The introduction.
     Hello(Box<Hello>),
     /// Continue in this version of the stream, on which both sides have agreed, and with copies of these frames
-    /// and sums of pages if that version has them.
-    Speak(ProtocolVersion, Option<FrameTail>, Arc<Audit>),
+    /// and sums of pages if that version has them. Changed pages are counted there.
+    Speak(ProtocolVersion, Option<FrameTail>, Arc<Audit>, Option<Counter>),
     /// Send the copies of what the guest was given.
     Tail,
     /// Pages of the running guest, read when they are sent.

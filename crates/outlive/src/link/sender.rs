@@ -22,6 +22,7 @@ use super::{Closer, Writer};
 use crate::audit::{MOST_CHUNKS, Picked, Taking};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
+use crate::heat::Counter;
 use crate::pulse::Pulse;
 use crate::vm::limits::REMEMBERED_PAGES;
 
@@ -63,6 +64,7 @@ impl Sender {
             bell: jobs.clone(),
             tail: None,
             audit: None,
+            heat: None,
             picked: Picked::new(),
             ranges: Vec::with_capacity(MOST_CHUNKS),
             to,
@@ -164,6 +166,8 @@ struct Work<R> {
     tail: Option<Writing>,
     /// Sums of the guest's pages.
     audit: Option<Taking>,
+    /// Where memory is written.
+    heat: Option<Counter>,
     /// Those of the checkpoint whose parts are being sent.
     picked: Picked,
     /// Those of its disks.
@@ -221,7 +225,8 @@ impl<R: Fn(SenderReport)> Work<R> {
                 self.encoder.hello(&mut self.heads, &hello)?;
                 self.flush(&[])
             }
-            Job::Speak(version, tail, audit) => {
+            Job::Speak(version, tail, audit, heat) => {
+                self.heat = heat;
                 self.encoder.speak(version);
                 let bell = self.bell.clone();
                 let ring = move || drop(bell.send((Instant::now(), Job::Tail)));
@@ -409,6 +414,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.flush(data)?;
         self.unchanged.drain(..).for_each(|place| part.staging.unchanged(place));
         (self.report)(SenderReport::Written(self.pages.take_counts()));
+        self.heat.iter_mut().for_each(Counter::tell);
         self.beat_if_due()
     }
 
@@ -464,6 +470,9 @@ impl<R: Fn(SenderReport)> Work<R> {
                 Some(entry) => {
                     end += entry.data_len();
                     self.entries.push(entry);
+                    if let Some(heat) = &mut self.heat {
+                        heat.count(gfn.0);
+                    }
                 }
                 None => self.unchanged.push(place),
             }

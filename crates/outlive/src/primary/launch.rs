@@ -26,6 +26,7 @@ use crate::cli::ActiveOptions;
 use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
 use crate::events::EventWriter;
+use crate::heat::Heat;
 use crate::link::FrameTail;
 use crate::vm::{self, End, IntroductionError, Launch, limits};
 use crate::{exit, logs, pulse};
@@ -167,6 +168,9 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     if let Some(output) = &output {
         totals.counts_output(output);
     }
+    let heat = Heat::new(&machine.ram().slots());
+    totals.counts_heat(&heat);
+    standing.heats(&heat);
     let measured = totals.clone();
     standing.measured_by(move || measured.running());
     let (errand, errands) = links::errands();

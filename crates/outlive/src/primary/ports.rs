@@ -201,8 +201,8 @@ impl Ports {
     /// Both sides of this link have agreed on a version of the stream: what is sent from now on is in it.
     pub(super) fn agreed(&mut self, link: Link, agreed: Agreed) {
         if let Some(connection) = self.connection.as_mut().filter(|connection| connection.link == link) {
-            let audit = self.totals.audit().clone();
-            connection.sender.send(Job::Speak(agreed.version, self.tail.clone(), audit));
+            let (audit, heat) = (self.totals.audit().clone(), self.totals.heat_counter());
+            connection.sender.send(Job::Speak(agreed.version, self.tail.clone(), audit, heat));
             connection.agreed = Some(agreed);
         }
     }

@@ -11,6 +11,7 @@ use outlive_machine::{CaptureReport, Output, OutputStats};
 use super::behind::Behind;
 use crate::audit::{Audit, DiskProgress};
 use crate::events::{Event, EventWriter, Measured, PageCounts, Stats, histogram};
+use crate::heat::{Counter, Heat};
 use crate::link::Shipped;
 use crate::metrics::{AuditedDisk, COUNTS, Frames, Histogram, PAUSES, Running, SIZES, TIMES};
 use crate::phases::{Phase, Phases, Recorded, histogram_ns};
@@ -36,6 +37,8 @@ pub(crate) struct Totals {
     meters: Meters,
     /// The VM's frames, if it has a network card.
     output: OnceLock<Arc<Output>>,
+    /// Where its memory is written.
+    heat: OnceLock<Arc<Heat>>,
 }
 
 /// Everything since this process became the active side, for metrics.
@@ -140,6 +143,7 @@ impl Totals {
             audit: Arc::default(),
             meters: Meters::new(),
             output: OnceLock::new(),
+            heat: OnceLock::new(),
         })
     }
 
@@ -175,6 +179,16 @@ impl Totals {
     /// Held output is counted at each commit from now on.
     pub(crate) fn counts_output(&self, output: &Arc<Output>) {
         self.output.get_or_init(|| output.clone());
+    }
+
+    /// Changed pages are counted in this map from now on.
+    pub(crate) fn counts_heat(&self, heat: &Arc<Heat>) {
+        self.heat.get_or_init(|| heat.clone());
+    }
+
+    /// The table of a new connection, in which it counts changed pages.
+    pub(crate) fn heat_counter(&self) -> Option<Counter> {
+        self.heat.get().map(Heat::counter)
     }
 
     /// Output is about to be let out.

@@ -9,6 +9,7 @@ use super::survival::{Survival, survivals};
 use crate::arbiter::Sight;
 use crate::audit::AuditProgress;
 use crate::events::Role;
+use crate::heat::HeatMap;
 use crate::link::LinkKind;
 use crate::sandbox;
 
@@ -50,6 +51,9 @@ pub struct Status {
     /// What the audit has compared; `null` if it has compared nothing yet.
     #[serde(default)]
     pub audit: Option<Audited>,
+    /// Where the guest's memory is written; `null` unless the VM runs here and is protected.
+    #[serde(default)]
+    pub heat: Option<HeatMap>,
     /// What is known of the arbiter; `null` if there is none.
     pub arbiter: Option<ArbiterSight>,
     /// Since when the standby cannot reach the arbiter, as it says; `null` if it can, or says nothing, and at a standby.
@@ -159,6 +163,7 @@ impl Status {
             in_flight: counts.then_some(progress.in_flight),
             bytes_in_flight: progress.bytes_in_flight.filter(|_| counts),
             audit: Audited::new(progress.audit, now),
+            heat: facts.heat.as_ref().filter(|_| counts).and_then(|heat| heat.map()),
             arbiter: sight.map(|sight| ArbiterSight {
                 // Nobody looks whether a person is awake.
                 seen: sight.seen.filter(|_| !sight.is_a_person).map(time),
@@ -197,7 +202,9 @@ mod tests {
     use super::super::standing::OtherSight;
     use super::*;
     use crate::arbiter::Site;
+    use crate::heat::Heat;
     use crate::process;
+    use outlive_dirty::{Gfn, MemorySlot};
 
     const CLEAR: Sight = Sight {
         seen: Some(SystemTime::UNIX_EPOCH),
@@ -249,6 +256,33 @@ mod tests {
                 "the node reads {pointer}, and a process does not say it"
             );
         }
+    }
+
+    /// The node takes the map of memory for itself, and draws none that it does not understand.
+    #[test]
+    fn the_node_finds_where_memory_is_written() {
+        let slot = |id, base, pages| MemorySlot { id, base: Gfn(base), pages, host_addr: 0 };
+        let heat = Heat::new(&[slot(0, 0, 33 << 8), slot(1, 1 << 20, 512)]);
+        let mut counter = heat.counter();
+        let standing = primary();
+        standing.heats(&heat);
+        counter.tell();
+        counter.count(1 << 20);
+        std::thread::sleep(Duration::from_millis(1001));
+        counter.tell();
+        assert_eq!(Standing::status(&standing).heat, None, "it is not protected");
+        standing.protected(1);
+        let status = Standing::status(&standing);
+        let map = status.heat.as_ref().unwrap();
+        assert_eq!(
+            (map.cell_bytes, map.pages_per_s.len(), map.pages_per_s[132]),
+            (256 << 10, 132 + 8, 1),
+            "{map:?}"
+        );
+        let found = outlive_node::heat_in(&serde_json::to_vec(&status).unwrap());
+        assert_eq!(found, Some(serde_json::to_value(map).unwrap()));
+        standing.waits_here("why");
+        assert_eq!(Standing::status(&standing).heat, None, "another host has the VM");
     }
 
     #[test]
@@ -453,7 +487,8 @@ mod tests {
         assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
         assert_eq!(json["link"], serde_json::Value::Null);
         assert_eq!(json["sandbox"], true);
-        assert_eq!(json.as_object().unwrap().len(), 19);
+        assert_eq!(json["heat"], serde_json::Value::Null);
+        assert_eq!(json.as_object().unwrap().len(), 20);
         let mut newer = json.clone();
         newer["something"] = 1.into();
         assert_eq!(

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Status, place};
+use super::{Status, json, place};
 use crate::cli::StatusOptions;
 use crate::events::Role;
 use crate::{exit, socket};
@@ -150,7 +150,7 @@ pub(super) fn ask(path: &Path) -> io::Result<Said> {
 /// For people, an empty line is between two processes.
 fn print(answers: &[Answer], json: bool, width: Option<usize>, out: &mut impl Write) -> io::Result<()> {
     if json {
-        return writeln!(out, "{}", serde_json::to_string_pretty(answers)?);
+        return writeln!(out, "{}", json::text(&answers)?);
     }
     let shown = |answer: &Answer| match &answer.said {
         Said::Status(status) => status.lines(width),

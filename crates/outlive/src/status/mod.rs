@@ -4,7 +4,7 @@
 //!   JSON. `shown`: the same for people.
 //! - `survival`: what the loss of either host would mean.
 //! - `place`: where the socket is. `server`: the thread that answers there.
-//! - `command`: the other end, `outlive status`.
+//! - `command`: the other end, `outlive status`. `json`: its `--json`.
 //! - `told`: the same facts as metrics have them ([`crate::metrics`]).
 //! - `word`: an operator's word in the other direction, for a VM whose arbiter is a person.
 //!
@@ -12,6 +12,7 @@
 
 mod answer;
 mod command;
+mod json;
 mod place;
 mod server;
 mod shown;
@@ -24,6 +25,7 @@ pub use answer::{ArbiterSight, Status};
 pub use command::command;
 pub use survival::Survival;
 
+pub use crate::heat::{HeatMap, HeatRange};
 pub use crate::link::LinkKind;
 pub(crate) use place::{NoPlace, folders, usual};
 pub(crate) use server::{Server, ServerError};

@@ -12,6 +12,7 @@ use super::told::{About, report};
 use crate::arbiter::{Site, Watch};
 use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
+use crate::heat::Heat;
 use crate::link::{LinkKind, Security};
 use crate::metrics::{Histogram, Report, Running, TIMES};
 use crate::network::Uplink;
@@ -118,6 +119,8 @@ pub(super) struct Facts {
     pub(super) coordinator: Option<Queue>,
     counter: Option<Counter>,
     meter: Option<Meter>,
+    /// Where the memory of the VM that runs here is written.
+    pub(super) heat: Option<Arc<Heat>>,
     /// Where an operator's decisions are told.
     pub(super) events: Option<EventWriter>,
     /// Where the other host may be found, and with which keys.
@@ -186,6 +189,7 @@ impl Standing {
             coordinator: None,
             counter: None,
             meter: None,
+            heat: None,
             events: None,
             others: None,
         };
@@ -278,6 +282,11 @@ impl Standing {
         self.change(|facts| facts.meter = Some(Arc::new(meter)));
     }
 
+    /// Where the memory of the VM that runs here is written.
+    pub(crate) fn heats(&self, heat: &Arc<Heat>) {
+        self.change(|facts| facts.heat = Some(heat.clone()));
+    }
+
     /// Operators who want the VM at its standby ask this coordinator from now on.
     pub(crate) fn hands_over(&self, coordinator: &Queue) {
         self.change(|facts| facts.coordinator = Some(coordinator.clone()));
@@ -295,7 +304,7 @@ impl Standing {
         self.change(|facts| {
             facts.role = Role::Standby;
             facts.peer = None;
-            (facts.counter, facts.meter, facts.coordinator) = (None, None, None);
+            (facts.counter, facts.meter, facts.heat, facts.coordinator) = (None, None, None, None);
         });
     }
 

@@ -39,6 +39,7 @@ mod sentinel;
 mod shared_disks;
 mod slow_disk;
 mod slow_link;
+mod soak;
 mod standby;
 mod status;
 mod strangers;

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use outlive::events::{Event, Role};
-use outlive::status::Status;
+use outlive::status::{HeatRange, Status};
 
 use crate::support::{PROGRAM, Process, Readers, Side, Witnesses, World, wait_until};
 
@@ -63,9 +63,16 @@ fn whoever_looks_sees_whether_the_vm_is_protected() {
     assert_eq!((there.generation, there.peer), (Some(1), Some(Side::B.addr().to_string())));
     assert!(there.checkpoint.is_some() && there.in_flight.is_some() && there.why.is_none());
     assert!(there.loss_of_this_host.survived && there.loss_of_other_host.survived);
+    let written =
+        |it: &Status| it.heat.as_ref().is_some_and(|it| it.pages_per_s.iter().any(|rate| *rate > 0));
+    let there = wait_status(&a, "where memory is written", written);
+    let map = there.heat.unwrap();
+    let cells = |it: &HeatRange| it.bytes.div_ceil(map.cell_bytes) as usize;
+    assert_eq!(map.ranges.iter().map(cells).sum::<usize>(), map.pages_per_s.len(), "{map:?}");
     wait_status(&a, "a probe of the arbiter", |it| it.arbiter.as_ref().is_some_and(|it| it.seen.is_some()));
     let here = wait_status(&b, "a standby that protects", |it| it.protected);
     assert_eq!((here.vm.as_deref(), here.role, here.generation), (Some("vm"), Role::Standby, Some(1)));
+    assert!(here.heat.is_none(), "a standby writes what it gets");
     assert!(here.peer.unwrap().starts_with(&Side::A.link_ip().to_string()));
     let first = here.checkpoint.expect("a base");
     wait_status(&b, "the next checkpoints", |it| it.checkpoint > Some(first + 10));

@@ -131,6 +131,30 @@ fn an_operator_sees_every_vm_and_hands_one_over() {
     let told = "document.querySelector('#table tbody:last-child canvas').getAttribute('aria-label')";
     let told = browser.value(told);
     assert!(told.as_str().unwrap().contains("Pause of web: now "), "{told}");
+    // Only the memory of a protected VM that runs here is looked at.
+    let cells = "[...document.querySelectorAll('#table tbody')].map(it => it.querySelector('.heat').hidden ? 0 : \
+                 it.querySelectorAll('.cells > span').length).join()";
+    browser.until(&format!("{cells} === '0,0,0,0,130'"));
+    let of_web = "document.querySelector('#table tbody:last-child .heat')";
+    for expression in [
+        ".innerText.includes('three quarters of them are in 128 MiB at 0x8c000000')",
+        ".innerText.includes('130 cells of 32 MiB, by address')",
+        ".querySelector('.cells').getAttribute('aria-label').startsWith('Memory of web: ')",
+        ".querySelectorAll('.heat-5[title*=\"pages a second\"]').length > 0",
+        ".querySelectorAll('.edge').length === 1",
+        ".querySelector('.cells').children[96].title.startsWith('0x100000000 to 0x101ffffff (32 MiB): ')",
+        ".querySelector('.cells').children[65].title.endsWith(': nothing written')",
+    ] {
+        assert_eq!(browser.value(&format!("{of_web}{expression}")), true, "{expression}");
+    }
+    // Each step has a colour of its own, in either scheme.
+    let colours = format!(
+        "new Set([...{of_web}.querySelectorAll('.scale span')].map(it => getComputedStyle(it).backgroundColor)).size"
+    );
+    for scheme in ["dark", "light"] {
+        browser.look(WINDOW.0, WINDOW.1, scheme);
+        assert_eq!(browser.value(&colours), 7, "{scheme}");
+    }
     shot(&mut browser, "light.png");
 
     // With the keyboard alone. Who presses Enter twice has not handed it over.
@@ -221,6 +245,7 @@ fn a_narrow_window_and_a_screen_reader_have_all_of_it() {
             ("button", "Hand over web"),
             ("button", "Hand over db (it is not protected"),
             ("image", "Pause of web: now"),
+            ("image", "Memory of web: "),
         ] {
             browser.until_role(role, name);
         }

@@ -1,5 +1,6 @@
 // The table of VMs.
 
+import { Heat } from "./heat.js";
 import { Lanes } from "./lanes.js";
 import { KINDS, STATES, bytes, clock, count, element, setClass, setText, span } from "./words.js";
 
@@ -34,6 +35,8 @@ export class Vms {
             const row = this.rows.get(vm.name);
             row.show(vm, node, jobs.get(vm.name) ?? jobs.get(null));
             if (figures !== null) row.lanes.take(figures.vms[vm.name] ?? [], figures.reset);
+            // A node of an older release has none.
+            row.heat.show(figures?.heat?.[vm.name]);
             row.lanes.draw();
         }
         this.table.hidden = list.length === 0;
@@ -66,6 +69,7 @@ class Row {
         this.buttons = new Map();
         this.notes = element("ul", { class: "notes" });
         this.box = element("div", { class: "lanes" });
+        this.heat = new Heat(name);
         this.more = element("dl");
         const details = element("details", {}, element("summary", { "aria-label": `More about ${name}` }, "More"), this.more);
         this.body = element(
@@ -82,7 +86,7 @@ class Row {
                 cell("Who protects whom", this.hosts),
                 cell("Orders", this.orders),
             ),
-            element("tr", { role: "row", class: "second" }, element("td", { role: "cell", colspan: "7" }, this.notes, this.box, details)),
+            element("tr", { role: "row", class: "second" }, element("td", { role: "cell", colspan: "7" }, this.notes, this.box, this.heat.box, details)),
         );
         this.lanes = new Lanes(name, this.box);
     }

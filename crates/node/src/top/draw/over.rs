@@ -5,6 +5,7 @@ use ratatui::widgets::{Block, Clear, Widget};
 
 use super::time_line::sign;
 use super::{Pen, Tone};
+use crate::top::heat::LEGEND;
 use crate::top::lanes::{ALL, BEGUN, Guard, SIGNS};
 use crate::top::state::{Over, State};
 use crate::top::text::wrap;
@@ -52,6 +53,7 @@ fn help() -> Vec<String> {
         "The time line has five minutes. A bar is the mean; up to its light part no value was larger.".to_owned(),
     ];
     all.extend(ALL.iter().map(|lane| format!("{}: {}.", lane.title, lane.legend)));
+    all.push(format!("{LEGEND}."));
     let guard = [
         (Guard::Protected, "protected"),
         (Guard::Bare, "not protected"),

@@ -11,6 +11,8 @@ use crate::top::text::clock;
 /// The most lanes, events and steps of anything.
 const MOST_LANES: usize = 5;
 const HIGHEST: u16 = 8;
+/// How high the strip of memory is, with its sentence.
+const HEAT: u16 = 2;
 /// How high a lane is in a picture as text.
 const HIGH_AS_TEXT: u16 = 3;
 
@@ -29,6 +31,8 @@ pub(super) struct Plan {
     pub(super) high: u16,
     /// Whether there is a line for what became of it.
     pub(super) guard: bool,
+    /// Lines for where its memory is written.
+    pub(super) heat: u16,
     /// Lines for events, with their heading.
     pub(super) events: u16,
 }
@@ -66,6 +70,8 @@ impl Plan {
         grow(&mut room, &mut looks, look.len().min(3));
         let guard = shown > 0 && room.all(1);
         let hosts = room.all(1);
+        let heats = usize::from(HEAT) * usize::from(state.heat().is_some());
+        let mut heat = room.take(heats.min(1));
         grow(&mut room, &mut said, facts.len().min(2));
         grow(&mut room, &mut rows, vms.min(6));
         let higher = |room: &mut Room, high: &mut u16, lanes: usize, most: u16| {
@@ -76,6 +82,7 @@ impl Plan {
         higher(&mut room, &mut high, shown, 2);
         grow(&mut room, &mut looks, look.len().min(6));
         higher(&mut room, &mut high, shown, HIGH_AS_TEXT);
+        grow(&mut room, &mut heat, heats);
         grow(&mut room, &mut said, facts.len());
         grow(&mut room, &mut rows, vms.min(12));
         let high_lines = usize::from(high);
@@ -100,6 +107,7 @@ impl Plan {
             lanes: lanes.into_iter().take(shown).collect(),
             high,
             guard,
+            heat: heat as u16,
             events: events as u16,
         }
     }
@@ -109,9 +117,10 @@ impl Plan {
 pub(super) fn wanted_height(state: &State) -> u16 {
     let lanes = state.lanes().map_or(0, |it| it.lanes().len().min(MOST_LANES));
     let time_line = if lanes > 0 { 1 + lanes * usize::from(HIGH_AS_TEXT) } else { 0 };
+    let heat = if state.heat().is_some() { usize::from(HEAT) } else { 0 };
     let events = state.events.len() + usize::from(!state.events.is_empty());
     // Head, hosts, the table's head, the name of the VM, and the keys.
-    let all = 5 + look(state).len() + state.vms.len() + facts(state).len() + time_line + events;
+    let all = 5 + look(state).len() + state.vms.len() + facts(state).len() + time_line + heat + events;
     u16::try_from(all).unwrap_or(u16::MAX)
 }
 

@@ -4,7 +4,8 @@ use ratatui::layout::Rect;
 
 use super::plan::Plan;
 use super::{Pen, Tone};
-use crate::figures::Spread;
+use crate::figures::{Heat, Spread};
+use crate::top::heat::{sentence, strip, total};
 use crate::top::lanes::{Bar, Drawn, Guard, Lane, Lanes, STEPS};
 use crate::top::state::State;
 use crate::top::text::{clock, cut, width};
@@ -13,6 +14,8 @@ use crate::top::text::{clock, cut, width};
 const BLOCKS: [&str; STEPS as usize + 1] = [" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"];
 /// What stands for the light part of a bar where there are no colours.
 const SHADE: &str = "░";
+/// Memory that nobody writes.
+const UNWRITTEN: &str = "·";
 /// More columns than this have no point each.
 const MOST_COLUMNS: u16 = 150;
 /// How wide a lane's name and value are.
@@ -44,6 +47,9 @@ pub(super) fn paint(state: &State, plan: &Plan, pen: &mut Pen<'_>) {
     }
     if plan.guard {
         paint_guard(lanes, state.there(), pen);
+    }
+    if let Some(heat) = state.heat() {
+        paint_heat(heat, plan.heat, pen);
     }
 }
 
@@ -143,5 +149,31 @@ fn paint_guard(lanes: &Lanes, now: i64, pen: &mut Pen<'_>) {
         };
         let style = pen.colours.style(tone);
         pen.buffer.set_string(x, area.y, symbol, style);
+    }
+}
+
+/// Where memory is written: a strip, and a line below it for a sentence.
+fn paint_heat(heat: &Heat, lines: u16, pen: &mut Pen<'_>) {
+    let area = pen.take(lines);
+    if area.height == 0 {
+        return;
+    }
+    let (label, columns) = halves(area);
+    let (title, total) = ("Memory", total(heat));
+    let between = usize::from(label.width).saturating_sub(width(title) + width(&total)).max(1);
+    pen.write(label, &[(Tone::Plain, format!("{title}{}{total}", " ".repeat(between)))]);
+    for (x, height) in (columns.left()..columns.right()).zip(strip(heat, columns.width)) {
+        let (symbol, tone) = match height {
+            0 => (UNWRITTEN, Tone::Quiet),
+            height => (BLOCKS[usize::from(height)], Tone::Bar),
+        };
+        let style = pen.colours.style(tone);
+        pen.buffer.set_string(x, area.y, symbol, style);
+    }
+    if area.height > 1 {
+        let below = |it: Rect| Rect { y: it.y + 1, height: 1, ..it };
+        let scale = format!("{:>wide$}", "pages written", wide = usize::from(label.width));
+        pen.write(below(label), &[(Tone::Quiet, scale)]);
+        pen.write(below(columns), &[(Tone::Quiet, sentence(heat))]);
     }
 }

@@ -39,6 +39,8 @@ fn a_usual_terminal_shows_what_matters() {
         guard.contains('·') && guard.contains('▲') && guard.contains('▒') && guard.ends_with('─'),
         "{guard}"
     );
+    let memory = line(&shown, "Memory");
+    assert!(memory.contains("58 k/s ") && memory.contains("▆▆") && memory.contains('·'), "{memory}");
     assert_eq!(shown[23], "↑↓ choose   h hand over   ? help   q end");
 }
 
@@ -68,6 +70,10 @@ fn a_large_terminal_shows_more() {
     line(&shown, "Protected since 11:58:25 UTC");
     line(&shown, "Held output");
     line(&shown, "scale to");
+    assert!(
+        line(&shown, "pages written").ends_with("three quarters of it in 128 MiB at 0x8c000000"),
+        "the sentence is below the strip"
+    );
     let told = shown.iter().position(|it| it == "What happened:").unwrap();
     assert_eq!(shown[told + 1], "11:59:58 this host is active", "the newest first");
     assert_eq!(shown[told + 2], "11:59:58 db: running, unprotected");
@@ -94,7 +100,7 @@ fn a_standby_and_a_vm_without_figures_have_what_there_is() {
     assert_eq!(line(&shown, "mail: "), "mail: hostb:7003 runs it ▸ hosta (here) protects it");
     line(&shown, "Apply");
     assert!(shown.iter().any(|it| it.contains('█')), "{shown:?}");
-    assert!(!shown.iter().any(|it| it.starts_with("Pause")));
+    assert!(!shown.iter().any(|it| it.starts_with("Pause") || it.starts_with("Memory")));
     let shown = lines(&state("old"), 80, 24);
     assert_eq!(line(&shown, "old: "), "old: has a second host");
     line(&shown, "It is failed since 11:58:20 UTC: cannot read /no/kernel");
@@ -151,6 +157,9 @@ fn hostile() -> State {
     status["arbiter"]["lost"] = EVIL.into();
     let more = json!({ "why": EVIL, "definition_error": EVIL, "warnings": [EVIL], "failures": 3 });
     heard.vms.insert(0, vm(EVIL, "running", false, status, more));
+    let figures = heard.figures.as_mut().unwrap();
+    let map = json!({ "cell_bytes": 3, "ranges": [], "pages_per_s": vec![u64::MAX; 999] });
+    figures.heat.insert(EVIL.into(), serde_json::from_value(map).unwrap());
     let job: Job = serde_json::from_value(json!({
         "id": EVIL, "kind": "start", "vm": EVIL, "state": "running", "progress": { "done": 0, "total": 1, "now": EVIL },
         "can_cancel": false, "began": EVIL, "ended": null, "result": null, "error": null

@@ -41,7 +41,7 @@ impl Rig {
         let (clock, written) = (Clock::start(), Arc::new(Mutex::new(Written::default())));
         let connection = Connection::over(SlowLink { clock, written: written.clone() }, None);
         let (sender, reports) = rig::sender(connection, clock);
-        sender.send(Job::Speak(version, Some(tail.clone()), Arc::default()));
+        sender.send(Job::Speak(version, Some(tail.clone()), Arc::default(), None));
         // The thread has done so when it has written this.
         sender.send(Job::Heartbeat);
         while written.lock().unwrap().bytes.is_empty() {

@@ -16,6 +16,7 @@
 mod client;
 #[path = "../../common/namespace.rs"]
 mod namespace;
+mod nodes;
 mod pipes;
 mod process;
 mod prometheus;
@@ -44,6 +45,7 @@ use outlive::network::{Namespace, Netlink};
 pub(crate) use namespace::namespace;
 
 pub(crate) use client::{Client, Value};
+pub(crate) use nodes::{Nodes, pid};
 pub(crate) use pipes::fill;
 pub(crate) use process::Process;
 pub(crate) use prometheus::{Prometheus, instance, monitoring, watch_pair};
@@ -326,7 +328,13 @@ impl World {
 
     /// The VM's Redis server.
     pub(crate) fn server(&self) -> SocketAddr {
-        SocketAddr::from((VM, REDIS))
+        self.server_of(0)
+    }
+
+    /// The Redis server of the VM with this number, from 0.
+    pub(crate) fn server_of(&self, number: usize) -> SocketAddr {
+        let [a, b, c, last] = VM.octets();
+        SocketAddr::from(([a, b, c, last + number as u8], REDIS))
     }
 
     /// Cuts the link between the hosts, by the interface of host a.

@@ -18,6 +18,7 @@ const REST: Duration = Duration::from_millis(2);
 
 /// All witnesses of a test.
 pub(crate) struct Witnesses {
+    server: SocketAddr,
     threads: Vec<(Arc<Shared>, Thread)>,
 }
 
@@ -43,14 +44,23 @@ struct Tally {
 impl Witnesses {
     /// Starts witnesses: this many lasting ones and one changing one.
     pub(crate) fn start(world: &World, lasting: u64) -> Witnesses {
-        let server = world.server();
+        Witnesses::of(world, world.server(), "w", lasting)
+    }
+
+    /// The same for one VM of several. Their keys begin with `prefix`, which no earlier ones had.
+    pub(crate) fn of(world: &World, server: SocketAddr, prefix: &str, lasting: u64) -> Witnesses {
         let mut threads = Vec::new();
         for number in 0..=lasting {
             let shared = Arc::new(Shared::default());
             let mut witness = Witness {
                 server,
                 shared: shared.clone(),
-                tally: Tally { name: format!("w{number}"), count: 0, sets: 0, longest: Duration::ZERO },
+                tally: Tally {
+                    name: format!("{prefix}{number}"),
+                    count: 0,
+                    sets: 0,
+                    longest: Duration::ZERO,
+                },
             };
             // A thread stays in the network of the thread that started it.
             let thread = world.lan(|| {
@@ -64,7 +74,7 @@ impl Witnesses {
             });
             threads.push((shared, thread));
         }
-        let witnesses = Witnesses { threads };
+        let witnesses = Witnesses { server, threads };
         witnesses.hear_all();
         witnesses
     }
@@ -86,18 +96,24 @@ impl Witnesses {
 
     /// Ends them and reads everything back over one more connection. Panics if anything is wrong.
     pub(crate) fn finish(self, world: &World) {
+        let (commands, longest) = self.end(world);
+        println!("{commands} writes, none lost, none doubled; longest wait {} ms", longest.as_millis());
+    }
+
+    /// The same without a word. Returns how many writes there were, and the longest wait for an answer.
+    pub(crate) fn end(self, world: &World) -> (u64, Duration) {
         self.threads.iter().for_each(|(shared, _)| shared.stop.store(true, Ordering::Relaxed));
         let ends: Vec<_> = self.threads.into_iter().map(|(_, thread)| thread.join().unwrap()).collect();
         let broken: Vec<&String> = ends.iter().filter_map(|end| end.as_ref().err()).collect();
         assert!(broken.is_empty(), "{broken:#?}");
-        let mut client = Client::connect(world);
+        let mut client = world.lan(|| Client::open(self.server)).unwrap();
         let (mut commands, mut longest) = (0, Duration::ZERO);
         for tally in ends.into_iter().flatten() {
             tally.read_back(&mut client).unwrap();
             commands += tally.count + tally.sets;
             longest = longest.max(tally.longest);
         }
-        println!("{commands} writes, none lost, none doubled; longest wait {} ms", longest.as_millis());
+        (commands, longest)
     }
 }
 
