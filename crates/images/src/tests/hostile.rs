@@ -273,7 +273,7 @@ fn a_vhdx_without_sums_is_refused() {
 const BEGINNINGS: [&[u8]; 4] = [
     b"\0\0\x17QFI\xfb\0\0\0\x03\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x10",
     b"\0\0\x07KDMV\x01\0\0\0",
-    b"\0\x04\x07\x7f\x10\xda\xbe\x01\0\x01\0",
+    b"\0\x01\x07\x7f\x10\xda\xbe\x01\0\x01\0",
     b"\0\0\x07vhdxfile",
 ];
 
