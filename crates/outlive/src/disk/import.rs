@@ -78,7 +78,7 @@ pub(super) fn import(options: &ImportOptions, out: &mut impl Write) -> Result<()
         return Err(ImportError::Smaller { path: file.clone(), needs, size });
     }
     let mut target = Target::open(to, file, *overwrite)?;
-    let bytes = target.length(size.unwrap_or(needs), size.is_some())?;
+    let bytes = target.begin(size.unwrap_or(needs), size.is_some())?;
     for note in image.notes() {
         writeln!(out, "{}: {note}", file.display())?;
     }

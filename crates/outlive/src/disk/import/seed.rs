@@ -54,7 +54,7 @@ pub(in crate::disk) fn seed(options: &SeedOptions, out: &mut impl Write) -> Resu
         SeedCommandError::Seed { path, source }
     })?;
     let mut target = Target::open(to, user_data, *overwrite)?;
-    let bytes = target.length(image.len() as u64, false)?;
+    let bytes = target.begin(image.len() as u64, false)?;
     target.write(0, &image)?;
     target.finish(image.len() as u64, bytes)?;
     target.keep()?;

@@ -23,7 +23,7 @@ use super::super::sidecar::beside;
 /// How long what is at the place is searched for data, apart from its ends.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// So much of a block device is written last: whoever looks at it finds no disk before it is one.
-const HEAD: usize = 1 << 20;
+pub(super) const HEAD: usize = 1 << 20;
 /// What a file is called until it is whole.
 const SUFFIX: &str = "importing";
 
@@ -134,10 +134,6 @@ impl Target {
         if about.file_type().is_block_device() {
             let bytes = file.bytes().map_err(make)?;
             let has_data = content != Content::Blank;
-            if has_data {
-                // It is no disk any more, and not a new one yet.
-                file.zero(0, bytes.min(HEAD as u64)).map_err(make)?;
-            }
             let kind = Kind::Device { head: vec![0; HEAD], has_data, bytes, _locked: locked };
             return Ok(Self { path: path.to_owned(), file, kind });
         }
@@ -198,15 +194,18 @@ impl Target {
         &self.path
     }
 
-    /// Its length, for a disk of `needs` bytes: of a block device its own.
-    pub(super) fn length(&self, needs: u64, is_asked_for: bool) -> Result<u64, TargetError> {
+    /// Begins a disk of `needs` bytes. Returns its length: a block device has its own.
+    pub(super) fn begin(&self, needs: u64, is_asked_for: bool) -> Result<u64, TargetError> {
         let Kind::Device { bytes, .. } = self.kind else { return Ok(needs) };
-        let path = self.path.clone();
-        match bytes {
-            _ if is_asked_for => Err(TargetError::DeviceSize(path)),
-            bytes if bytes < needs => Err(TargetError::SmallDevice { path, bytes, needs }),
-            bytes => Ok(bytes),
+        if is_asked_for {
+            return Err(TargetError::DeviceSize(self.path.clone()));
         }
+        if bytes < needs {
+            return Err(TargetError::SmallDevice { path: self.path.clone(), bytes, needs });
+        }
+        // It is no disk any more, and not a new one yet.
+        self.zero(0, bytes.min(HEAD as u64))?;
+        Ok(bytes)
     }
 
     /// Writes data.

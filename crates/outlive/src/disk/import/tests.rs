@@ -9,7 +9,7 @@ use clap::Parser;
 use fastrand::Rng;
 use outlive_epoch::VmId;
 
-use super::target::Target;
+use super::target::{HEAD, Target};
 use super::{import, seed};
 use crate::cli::{Cli, ImageCommand};
 use crate::disk::sidecar::Sidecar;
@@ -219,4 +219,60 @@ fn a_seed_is_made_of_files_and_names_the_one_that_is_wrong() {
     there.refuses("seed --user-data @/user --vendor-data @/wrong --to @/new", "/wrong as vendor-data: ");
     there.refuses("seed --user-data @/missing --to @/new", "cannot read ");
     assert!(!there.path("new").exists());
+}
+
+/// A loop device on a file.
+struct Loop(String);
+
+impl Loop {
+    fn on(file: &Path) -> Option<Self> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
+        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        output.status.success().then_some(Self(name))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        Command::new("losetup").args(["--detach", &self.0]).status().ok();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk_when_all_of_it_is_there() {
+    let (there, mut dice) = (There::new(), Rng::with_seed(4));
+    let mut disk = vec![0; 3 << 20];
+    disk.fill_with(|| dice.u8(..));
+    // Also a hole in the first and in the last part.
+    disk[4096..200_000].fill(0);
+    disk[2 << 20..(2 << 20) + 700_000].fill(0);
+    there.write("source", &disk);
+    there.write("storage", &[0; 4 << 20]);
+    let Some(device) = Loop::on(&there.path("storage")) else {
+        return println!("skipped: loop devices");
+    };
+    let name = &device.0;
+    there.refuses(&format!("import @/source --to {name} --size 4M"), "leave --size out");
+    let said = there.says(&format!("import @/source --to {name} --verify")).unwrap();
+    assert!(said.contains("truncate --size 4194304 "), "{said}");
+    let stored = || fs::read(name).unwrap();
+    assert!(stored()[..disk.len()] == disk[..] && stored()[disk.len()..].iter().all(|byte| *byte == 0));
+
+    // What was there is gone, also behind the new disk and in its holes.
+    fs::write(name, vec![9; 4 << 20]).unwrap();
+    there.refuses(&format!("import @/source --to {name}"), "say --overwrite");
+    there.says(&format!("import @/source --to {name} --overwrite --verify")).unwrap();
+    assert!(stored()[..disk.len()] == disk[..] && stored()[disk.len()..].iter().all(|byte| *byte == 0));
+    let before = stored();
+    there.write("large", &[1; (4 << 20) + 1]);
+    there.refuses(&format!("import @/large --to {name} --overwrite"), "and 4194816 are needed");
+    assert!(stored() == before);
+
+    // Until it is whole nobody takes it for a disk.
+    let mut target = Target::open(Path::new(name), Path::new("x"), true).unwrap();
+    target.begin(disk.len() as u64, false).unwrap();
+    target.write(0, &disk).unwrap();
+    target.sync().unwrap();
+    drop(target);
+    assert!(stored()[..HEAD].iter().all(|byte| *byte == 0) && stored()[HEAD..disk.len()] == disk[HEAD..]);
 }
