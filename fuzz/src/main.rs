@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 15] = [
+const TARGETS: [(&str, Target); 16] = [
     ("wire", wire::stream),
     ("message", wire::message),
     ("incoming", wire::incoming),
@@ -19,6 +19,7 @@ const TARGETS: [(&str, Target); 15] = [
     ("metrics", outlive::fuzz::metrics),
     ("disk", outlive_bootdisk::fuzz::disk),
     ("grub", outlive_bootdisk::fuzz::text),
+    ("image", outlive_images::fuzz::image),
     ("kernel", outlive_machine::fuzz::kernel),
     ("console", outlive_machine::fuzz::console),
     ("rng", outlive_machine::fuzz::rng),

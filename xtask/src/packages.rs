@@ -19,7 +19,7 @@ pub(crate) struct Package {
     serves: bool,
 }
 
-const NEEDED: [Package; 5] = [
+const NEEDED: [Package; 8] = [
     Package {
         name: "redis-tools",
         programs: &["redis-cli", "redis-benchmark"],
@@ -43,6 +43,24 @@ const NEEDED: [Package; 5] = [
         name: "chromium",
         programs: &["chromium"],
         used_for: "the node's page in a real browser",
+        serves: false,
+    },
+    Package {
+        name: "qemu-utils",
+        programs: &["qemu-img"],
+        used_for: "disk images in the formats of other programs",
+        serves: false,
+    },
+    Package {
+        name: "mtools",
+        programs: &["mcopy", "mdir"],
+        used_for: "cloud-init's seeds as others read them",
+        serves: false,
+    },
+    Package {
+        name: "dosfstools",
+        programs: &["fsck.fat"],
+        used_for: "the same, in every detail",
         serves: false,
     },
 ];

@@ -39,7 +39,8 @@ pub use console::ConsoleOptions;
 pub use demo::{DemoArbiter, DemoOptions};
 pub use doctor::DoctorOptions;
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
-pub use image::{ImageCommand, ImageOptions};
+pub(crate) use image::shell_word;
+pub use image::{ImageCommand, ImageOptions, ImportOptions, SeedOptions};
 pub(crate) use keys::AnyAndOne;
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
 pub use man::ManOptions;
@@ -111,7 +112,7 @@ pub enum Command {
     Arbiter(ArbiterOptions),
     /// Make, show, renew and revoke the keys that hosts know each other by
     Keys(KeysOptions),
-    /// Show whose a disk image is, and take it as it is
+    /// Make disk images of other formats and seeds for cloud-init; show whose an image is, and take it as it is
     Image(ImageOptions),
     /// Kill a protected VM again and again on this machine and count what was lost
     Demo(DemoOptions),

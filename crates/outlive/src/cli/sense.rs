@@ -287,7 +287,10 @@ mod tests {
             let disk = format!("--disk path={}", image.display());
             for line in [format!("run {disk}"), format!("run {disk},readonly"), format!("{standby} {disk}")] {
                 let said = said(&line);
-                let remedy = format!("qemu-img convert -f {format} -O raw {}", image.display());
+                let remedy = format!(
+                    "{format}, and VMs of Outlive have raw images only: make one with `outlive image import {} ",
+                    image.display()
+                );
                 assert!(said.contains(&remedy), "{line}: {said}");
             }
             assert_eq!(said(&format!("{standby} {disk},overwrite")), "");

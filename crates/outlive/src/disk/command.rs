@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use outlive_epoch::{Lineage, VmId};
 use serde::Serialize;
 
+use super::import;
 use super::prepare::{self, PrepareError};
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
 use super::shared::Note;
@@ -24,6 +25,8 @@ pub(crate) fn command(options: &ImageOptions) -> u8 {
         ImageCommand::Accept { images, arbiter, name, yes } => {
             accept(images, arbiter.as_deref(), name.as_deref(), *yes, &mut out)
         }
+        ImageCommand::Import(options) => import::import(options, &mut out).map_err(CommandError::from),
+        ImageCommand::Seed(options) => import::seed(options, &mut out).map_err(CommandError::from),
     };
     match done {
         Ok(()) => exit::OK,
@@ -61,6 +64,12 @@ enum CommandError {
     /// The host has no random numbers.
     #[error("this host has no random numbers: {0}")]
     NoRandom(#[source] io::Error),
+    /// No image is made of a file.
+    #[error(transparent)]
+    Import(#[from] import::ImportError),
+    /// No seed is made.
+    #[error(transparent)]
+    Seed(#[from] import::SeedCommandError),
     /// The result cannot be shown.
     #[error("cannot print: {0}")]
     Print(#[source] io::Error),

@@ -8,23 +8,24 @@ use std::path::Path;
 use super::sidecar::beside;
 
 /// What images of other programs begin with.
-const MAGIC: [(&[u8], &str); 7] = [
-    (b"QFI\xfb", "qcow2"),
-    (b"QED\0", "qed"),
-    (b"KDMV", "vmdk"),
-    (b"COWD", "vmdk"),
-    (b"# Disk DescriptorFile", "vmdk"),
-    (b"vhdxfile", "vhdx"),
-    (b"conectix", "vpc"),
+const MAGIC: [(usize, &[u8], &str); 8] = [
+    (0, b"QFI\xfb", "qcow2"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
 ];
-/// As many bytes as the longest has.
-const LONGEST: usize = 21;
+/// As many bytes as are looked at.
+const LONGEST: usize = 68;
 
 /// An image that has to be converted.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the disk image {image} is in the format {format}, and Outlive takes raw images only: make one with `qemu-img \
-     convert -f {format} -O raw {image} {image}.raw` and give that"
+    "the disk image {image} is in the format {format}, and VMs of Outlive have raw images only: make one with \
+     `outlive image import {image} --to {image}.raw` and give that"
 )]
 pub(crate) struct NotRaw {
     image: String,
@@ -43,6 +44,6 @@ pub(crate) fn refuse_other_formats(image: &Path) -> Result<(), NotRaw> {
     else {
         return Ok(());
     };
-    let format = MAGIC.iter().find(|(magic, _)| bytes[..read].starts_with(magic));
-    format.map_or(Ok(()), |(_, format)| Err(NotRaw { image: image.display().to_string(), format }))
+    let format = MAGIC.iter().find(|(at, magic, _)| bytes[*at.min(&read)..read].starts_with(magic));
+    format.map_or(Ok(()), |(.., format)| Err(NotRaw { image: image.display().to_string(), format }))
 }

@@ -10,6 +10,7 @@
 //! a start   prepare.rs: brings images to their last commit; standing.rs: whether the VM may go on with them;
 //!           start.rs: as which VM, in which generation; overwrite.rs, blank.rs: what a standby may overwrite;
 //!           format.rs: images that are not raw
+//! before    import.rs: makes an image of a file in another format, and a disk for cloud-init
 //! ```
 //!
 //! Why an image is never between two checkpoints, not even after a loss of power (invariant 2):
@@ -32,6 +33,7 @@ mod format;
 pub(crate) mod fuzz;
 mod hash;
 mod image;
+mod import;
 mod journal;
 mod overwrite;
 mod part;

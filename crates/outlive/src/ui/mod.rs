@@ -3,4 +3,4 @@
 
 mod progress;
 
-pub(crate) use progress::show_progress;
+pub(crate) use progress::{bytes_bar, show_progress};

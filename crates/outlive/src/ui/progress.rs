@@ -89,6 +89,15 @@ impl Bars {
     }
 }
 
+/// A bar for a copy of this many bytes. Whoever is no terminal sees none.
+pub(crate) fn bytes_bar(what: &'static str, bytes: u64) -> ProgressBar {
+    let bar =
+        bar("{msg} {bar:30} {percent:>3} % of {binary_total_bytes} {binary_bytes_per_sec:>12}, {eta} left");
+    bar.set_message(what);
+    bar.set_length(bytes);
+    bar
+}
+
 fn bar(template: &str) -> ProgressBar {
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template(template) {

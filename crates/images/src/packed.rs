@@ -1,0 +1,42 @@
+//! Compressed clusters. What they become is bounded by the cluster's length, whatever their streams say.
+
+use std::io::Read;
+
+use miniz_oxide::inflate::TINFLStatus;
+use miniz_oxide::inflate::core::inflate_flags::{
+    TINFL_FLAG_PARSE_ZLIB_HEADER, TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF,
+};
+use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
+use ruzstd::decoding::StreamingDecoder;
+
+use crate::error::ReadError;
+use crate::layer::Codec;
+
+/// The largest window of a zstd stream: none needs more than a cluster, which has 2 MiB at most.
+const WINDOW: u64 = 8 << 20;
+
+/// Unpacks a cluster that fills `cluster`. Whatever follows its stream in `packed` is of no interest: a cluster's place
+/// is only known by the sector.
+pub(crate) fn unpack(codec: Codec, packed: &[u8], cluster: &mut [u8]) -> Result<(), ReadError> {
+    match codec {
+        Codec::Deflate => inflate(packed, cluster, 0),
+        Codec::Zlib => inflate(packed, cluster, TINFL_FLAG_PARSE_ZLIB_HEADER),
+        Codec::Zstd => unzstd(packed, cluster),
+    }
+}
+
+fn inflate(packed: &[u8], cluster: &mut [u8], flags: u32) -> Result<(), ReadError> {
+    let mut state = Box::<DecompressorOxide>::default();
+    let flags = flags | TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
+    let (status, _, written) = decompress(&mut state, packed, cluster, 0, flags);
+    // A stream that would go on has filled the cluster all the same; what is behind it is nobody's.
+    let full = matches!(status, TINFLStatus::Done | TINFLStatus::HasMoreOutput) && written == cluster.len();
+    if full { Ok(()) } else { Err(ReadError::damaged("a compressed cluster cannot be unpacked")) }
+}
+
+fn unzstd(packed: &[u8], cluster: &mut [u8]) -> Result<(), ReadError> {
+    let wrong = |why: String| ReadError::Damaged(format!("a compressed cluster cannot be unpacked: {why}"));
+    let mut stream =
+        StreamingDecoder::new_with_max_window_size(packed, WINDOW).map_err(|why| wrong(why.to_string()))?;
+    stream.read_exact(cluster).map_err(|why| wrong(why.to_string()))
+}
