@@ -341,6 +341,9 @@ struct Shown {
 }
 
 fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError> {
+    load::load(keys)?;
+    // Where the CA is, its remedy is the better one.
+    let own_ca = make::own_ca(keys)?;
     let loaded = load::fitting(keys)?;
     let cas = loaded.cas.iter().map(|ca| Certificate::of_ca(ca)).collect::<Result<Vec<_>, _>>()?;
     let issued = make::issued(keys)?;
@@ -350,7 +353,7 @@ fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError
         let shown = Shown {
             host: Entry::new(&loaded.host, &loaded),
             cas: cas.iter().map(|ca| Entry::new(ca, &loaded)).collect(),
-            makes_certificates: make::own_ca(keys)?.is_some(),
+            makes_certificates: own_ca.is_some(),
             issued: issued.iter().map(|it| Entry::new(it, &loaded)).collect(),
             revoked: loaded.revoked.len(),
             warnings,
@@ -363,7 +366,7 @@ fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError
     for ca in &cas {
         writeln!(out, "CA       {}, until {}", ca.name, day(ca.until))?;
     }
-    if let Some(ca) = make::own_ca(keys)? {
+    if let Some(ca) = own_ca {
         writeln!(out, "key of   {}", ca.name)?;
     }
     for it in &issued {

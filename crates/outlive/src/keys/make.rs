@@ -262,6 +262,14 @@ fn other_kind(directory: &Path, order: &Order) -> Result<(), MakeError> {
     Err(MakeError::NameTaken { name: order.host.clone(), whose })
 }
 
+/// This host's certificate, and the CA. A `ca.crt` that lacks the CA has a better remedy here than elsewhere, so it is told
+/// before what does not fit because of it.
+fn open_both(directory: &Path) -> Result<(Certificate, Ca), MakeError> {
+    load::load(directory)?;
+    let ca = open_ca(directory)?;
+    Ok((load::fitting(directory)?.host, ca))
+}
+
 /// Gives this host a new key and certificate, with the rights that it has. The first one of a new CA is given when all
 /// other hosts have theirs, because these know that CA; with `force` at once.
 ///
@@ -269,8 +277,7 @@ fn other_kind(directory: &Path, order: &Order) -> Result<(), MakeError> {
 /// See [`MakeError`].
 pub fn rotate(directory: &Path, life: Duration, force: bool) -> Result<Certificate, MakeError> {
     let _held = hold(directory)?;
-    let ca = open_ca(directory)?;
-    let old = load::fitting(directory)?.host;
+    let (old, ca) = open_both(directory)?;
     if old.ca != ca.about()?.name && !force {
         let hosts = hosts_of_old_ca(directory, &ca, &old.name)?;
         if !hosts.is_empty() {
@@ -293,8 +300,7 @@ pub fn rotate(directory: &Path, life: Duration, force: bool) -> Result<Certifica
 /// See [`MakeError`].
 pub fn rotate_ca(directory: &Path) -> Result<Certificate, MakeError> {
     let _held = hold(directory)?;
-    open_ca(directory)?;
-    let host = load::fitting(directory)?.host;
+    let (host, _) = open_both(directory)?;
     let ca = new_ca(&host.name)?;
     let old = text(&directory.join(CAS))?;
     let file = ca::found(directory).join(CA_KEY);
@@ -314,8 +320,7 @@ pub fn rotate_ca(directory: &Path) -> Result<Certificate, MakeError> {
 /// See [`MakeError`].
 pub fn forget_old_cas(directory: &Path, force: bool) -> Result<Certificate, MakeError> {
     let _held = hold(directory)?;
-    let ca = open_ca(directory)?;
-    let host = load::fitting(directory)?.host;
+    let (host, ca) = open_both(directory)?;
     let about = ca.about()?;
     if host.ca != about.name {
         return Err(MakeError::StillOld(directory.join(HOST)));
