@@ -132,7 +132,7 @@ impl Root {
         for (number, part) in parts.iter().enumerate().rev() {
             let mut entry = [0; ENTRY];
             let last = if number + 1 == parts.len() { 0x40 } else { 0 };
-            entry[0] = number as u8 + 1 | last;
+            entry[0] = (number as u8 + 1) | last;
             entry[11] = LONG_NAME;
             entry[13] = sum;
             for (at, place) in LETTERS.into_iter().enumerate() {

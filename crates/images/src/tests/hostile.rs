@@ -26,7 +26,7 @@ impl Made {
         made.be64(40, CLUSTER as u64);
         made.be32(96, 4);
         made.be32(100, 104);
-        made.be64(CLUSTER, 2 * CLUSTER as u64 | 1 << 63);
+        made.be64(CLUSTER, (2 * CLUSTER as u64) | (1 << 63));
         made.bytes[3 * CLUSTER..].fill(7);
         made
     }
@@ -55,7 +55,7 @@ impl Made {
     }
 }
 
-const DATA: u64 = 3 * CLUSTER as u64 | 1 << 63;
+const DATA: u64 = (3 * CLUSTER as u64) | (1 << 63);
 
 #[test]
 fn a_cluster_that_is_stored_once_is_given_once() {
@@ -160,9 +160,13 @@ fn what_a_header_says_of_the_image_is_heard() {
 
 #[test]
 fn clusters_and_tables_that_cannot_be_there_are_no_disk() {
-    for entry in
-        [DATA + 512, 1 << 50, 0x00ff_ffff_ffff_0000, 1 << 62 | u64::MAX >> 2, 1 << 62 | 3 * CLUSTER as u64]
-    {
+    for entry in [
+        DATA + 512,
+        1 << 50,
+        0x00ff_ffff_ffff_0000,
+        1 << 62 | u64::MAX >> 2,
+        (1 << 62) | (3 * CLUSTER as u64),
+    ] {
         let mut made = Made::new(1 << 20);
         made.cluster(3, entry);
         assert!(made.read().is_err(), "{entry:x}");

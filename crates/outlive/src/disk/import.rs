@@ -108,6 +108,10 @@ fn report(out: &mut impl Write, to: &Path, bytes: u64, data: u64, from: &str) ->
     let whole = BinaryBytes(bytes);
     writeln!(out, "{}: {whole}, {} of it data, from {from}", to.display(), BinaryBytes(data))?;
     writeln!(out, "  start a VM:          outlive run --boot disk --memory 2G --disk path={word}")?;
-    writeln!(out, "  its standby's image: truncate --size {bytes} {word}")?;
+    if to.is_file() {
+        writeln!(out, "  its standby's image: truncate --size {bytes} {word}")?;
+    } else {
+        writeln!(out, "  its standby's image: an empty block device of {bytes} bytes")?;
+    }
     Ok(())
 }
