@@ -18,6 +18,11 @@ impl Told {
         let is_news = self.0.len() < MOST && self.0.iter().all(|(said, _)| said != text);
         if is_news {
             self.0.push((text.to_owned(), now));
+            if self.0.len() == MOST {
+                tracing::warn!(
+                    "{MOST} different lines of this kind within a minute: others are left out until it is over"
+                );
+            }
         }
         is_news
     }

@@ -101,7 +101,7 @@ impl Seed<'_> {
             hash.update(&(part.len() as u64).to_le_bytes()).update(part);
         }
         let id = &hash.finalize().to_hex()[..32];
-        let name = self.hostname.map(|name| format!("local-hostname: {name}\n")).unwrap_or_default();
+        let name = self.hostname.map(|name| format!("local-hostname: \"{name}\"\n")).unwrap_or_default();
         format!("instance-id: outlive-{id}\n{name}")
     }
 }

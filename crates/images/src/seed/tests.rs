@@ -86,7 +86,7 @@ fn the_same_input_makes_the_same_seed_and_another_one_a_new_instance() {
     let vendor = Seed { vendor_data: Some(b"version: 2"), ..seed() };
     let ids: std::collections::HashSet<_> = [seed(), named, other, network, vendor].iter().map(id).collect();
     assert_eq!(ids.len(), 5);
-    assert!(named.made_meta_data().ends_with("\nlocal-hostname: web-1.example.org\n"));
+    assert!(named.made_meta_data().ends_with("\nlocal-hostname: \"web-1.example.org\"\n"));
     let empty = Seed { meta_data: Some(b"instance-id: mine"), ..seed() };
     let image = empty.image().unwrap();
     assert!(image.windows(17).any(|it| it == b"instance-id: mine"));

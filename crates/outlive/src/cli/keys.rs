@@ -181,7 +181,7 @@ const KEYS_EXAMPLES: &str = "\
 Examples:
   outlive keys init                                  this host's keys, in /etc/outlive/keys, and a CA, beside them
   outlive keys init --issue hostb                    the same, and host b's keys in hostb.keys; then:
-  scp -rp hostb.keys root@hostb:/etc/outlive/keys && rm -r hostb.keys
+  ssh root@hostb mkdir -p -m 700 /etc/outlive/keys && scp -p hostb.keys/* root@hostb:/etc/outlive/keys/ && rm -r hostb.keys
   outlive keys issue --host hostb                    the second host's keys, the first or new ones; then:
   ssh root@hostb mkdir -p -m 700 /etc/outlive/keys && scp -p hostb.keys/* root@hostb:/etc/outlive/keys/ &&
     rm -r hostb.keys

@@ -10,7 +10,7 @@ use super::certificate::{Certificate, CertificateError};
 use super::load::{self, LoadError, Loaded};
 use super::make::{self, MakeError, Order};
 use super::{Grant, Right, Vms, ca};
-use crate::cli::{AnyAndOne, GrantOptions, KeysCommand, KeysOptions};
+use crate::cli::{AnyAndOne, GrantOptions, KeysCommand, KeysOptions, shell_word};
 use crate::{exit, process};
 
 /// Why a command of `outlive keys` failed.
@@ -112,7 +112,7 @@ fn init(
         writeln!(
             out,
             "for the other host: outlive keys issue --keys {} --host NAME, and copy what it makes",
-            place.display()
+            shell_word(place)
         )?;
     }
     for other in others {
@@ -141,8 +141,8 @@ fn issue(
     let usual = usual_place(host);
     let to = to.unwrap_or(&usual);
     let made = make::issue(keys, &order, to)?;
-    let to = to.display();
-    writeln!(out, "{to} has the keys of {}", Told(&made))?;
+    writeln!(out, "{} has the keys of {}", to.display(), Told(&made))?;
+    let to = shell_word(to);
     let there = super::USUAL;
     // The same for the first keys and for new ones: a directory that is there stays, and its files are replaced.
     writeln!(
@@ -164,7 +164,7 @@ fn still_count(keys: &Path, made: &Certificate, out: &mut dyn Write) -> Result<(
     let name = &made.name;
     let option = match keys {
         usual if usual == Path::new(super::USUAL) => String::new(),
-        keys => format!(" --keys {}", keys.display()),
+        keys => format!(" --keys {}", shell_word(keys)),
     };
     writeln!(
         out,
@@ -206,8 +206,8 @@ fn operator(
     let usual = usual_place(name);
     let to = to.unwrap_or(&usual);
     let made = make::issue(keys, &order, to)?;
-    let to = to.display();
-    writeln!(out, "{to} has the keys of operator {}", Told(&made))?;
+    writeln!(out, "{} has the keys of operator {}", to.display(), Told(&made))?;
+    let to = shell_word(to);
     writeln!(
         out,
         "whoever has them may do everything with the VMs of every host whose node has --listen: move the directory to \
@@ -349,6 +349,7 @@ fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError
     let issued = make::issued(keys)?;
     let mut warnings = warnings(&loaded, &cas);
     warnings.extend(ca::misplaced(keys));
+    warnings.extend(load::loose(keys));
     if json {
         let shown = Shown {
             host: Entry::new(&loaded.host, &loaded),

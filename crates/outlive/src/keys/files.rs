@@ -93,13 +93,12 @@ pub(super) fn new_directory<E: From<WriteError>>(
     let new_parent = fs::DirBuilder::new().mode(0o755).create(parent).is_ok();
     remove_left(parent, &beginning);
     let beside = parent.join(format!("{beginning}{}", std::process::id()));
-    let make = || {
+    let make = || -> Result<(), E> {
         let made = private_directory(&beside).and_then(|()| File::open(&beside)).map_err(failed)?;
         // Others see by the lock that somebody is at work there.
         let _ = made.try_lock();
         fill(&beside)?;
-        made.sync_all().and_then(|()| fs::rename(&beside, place)).map_err(failed)?;
-        Ok(sync(parent).map_err(failed)?)
+        Ok(made.sync_all().and_then(|()| fs::rename(&beside, place)).map_err(failed)?)
     };
     make().inspect_err(|_| {
         // There is nothing better to do about an error now.
@@ -107,7 +106,9 @@ pub(super) fn new_directory<E: From<WriteError>>(
         if new_parent {
             let _ = fs::remove_dir(parent);
         }
-    })
+    })?;
+    sync(parent);
+    Ok(())
 }
 
 /// Makes a directory for its owner alone, whatever the umask.
@@ -149,13 +150,18 @@ pub(super) fn write(path: &Path, text: &str, mode: u32) -> Result<(), WriteError
 pub(super) fn replace(path: &Path, text: &str, mode: u32) -> Result<(), WriteError> {
     let new = path.with_extension(format!("{NEW}{}", std::process::id()));
     write(&new, text, mode)?;
-    fs::rename(&new, path).and_then(|()| sync(parent(path))).map_err(|source| {
+    fs::rename(&new, path).map_err(|source| {
         let _ = fs::remove_file(&new);
         WriteError { path: path.to_owned(), source }
-    })
+    })?;
+    sync(parent(path));
+    Ok(())
 }
 
-/// Makes the names in a directory durable.
-fn sync(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
+/// Makes the names in a directory durable. A file system that cannot, as some over a network, is no reason to undo what is
+/// there already.
+fn sync(directory: &Path) {
+    if let Err(error) = File::open(directory).and_then(|it| it.sync_all()) {
+        tracing::warn!(%error, "{} may be as it was after a loss of power", directory.display());
+    }
 }

@@ -211,11 +211,6 @@ pub fn fitting(directory: &Path) -> Result<Loaded, LoadError> {
             return Err(LoadError::damaged(&file, what));
         }
     }
-    for file in [CAS, REVOKED, REVOKED_HERE].map(|name| directory.join(name)) {
-        if file.exists() {
-            kept(&file, 0o022, "go-w")?;
-        }
-    }
     made_by(&keys).map_err(|why| {
         let host = directory.join(HOST);
         let Certificate { name, ca, .. } = &keys.host;
@@ -227,6 +222,14 @@ pub fn fitting(directory: &Path) -> Result<Loaded, LoadError> {
         }
     })?;
     Ok(keys)
+}
+
+/// What others than the owner could change, were the directory open, and what belongs to another user: a line for each
+/// file. Nobody else comes to it while the directory is closed, so no start fails for it.
+pub fn loose(directory: &Path) -> Vec<String> {
+    let files = [CAS, REVOKED, REVOKED_HERE].map(|name| directory.join(name));
+    let complaint = |file: &PathBuf| kept(file, 0o022, "go-w").err().map(|why| why.to_string());
+    files.iter().filter(|file| file.exists()).filter_map(complaint).collect()
 }
 
 /// Whether a private key is that of the first certificate. What the library cannot say, the first link finds.

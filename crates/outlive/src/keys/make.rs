@@ -63,12 +63,13 @@ pub enum MakeError {
     )]
     NotCopied(PathBuf),
     /// The CA's key is elsewhere.
-    #[error("{} is not here: certificates are made where the CA's private key is, with `outlive keys issue`", .0.display())]
+    #[error("{} is not here: certificates are made where the CA's private key is, with `outlive keys issue`; `outlive keys init` makes a CA, \
+         once", .0.display())]
     NoCa(PathBuf),
     /// No certificate can have it.
     #[error(
         "'{0}' cannot be a host's name, or an operator's: use letters, digits, '.' and '-', at most 64, first and last a letter \
-         or a digit, and not 16 or more hexadecimal digits alone, which is a serial number"
+         or a digit, no address, and not 16 or more hexadecimal digits alone, which is a serial number"
     )]
     Name(String),
     /// One name would mean two things in logs, and for `revoke`.
@@ -203,6 +204,7 @@ pub fn issue(directory: &Path, order: &Order, to: &Path) -> Result<Certificate, 
     let _held = hold(directory)?;
     let ca = open_ca(directory)?;
     can_issue(directory, &order.host, to)?;
+    load::cas(directory)?;
     let cas = text(&directory.join(CAS))?;
     // A host that cannot refuse what was revoked before would accept it.
     let revoked = list(directory)?;
@@ -233,7 +235,8 @@ fn check_name(name: &str) -> Result<(), MakeError> {
     let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
     let ends = |name: &str| name.starts_with(['.', '-']) || name.ends_with(['.', '-']);
     let fits = (1..=64).contains(&name.len()) && name.chars().all(good);
-    if fits && !ends(name) && !name.contains("..") && !is_serial(name) {
+    let is_address = name.parse::<std::net::IpAddr>().is_ok();
+    if fits && !ends(name) && !name.contains("..") && !is_serial(name) && !is_address {
         return Ok(());
     }
     // It is told in a line.

@@ -52,7 +52,7 @@ pub use certificate::{Certificate, CertificateError};
 pub use command::command;
 pub use files::WriteError;
 pub use grant::{Grant, Right, Vms};
-pub use load::{LoadError, Loaded, fitting, load};
+pub use load::{LoadError, Loaded, fitting, load, loose};
 pub use make::{MakeError, Order, forget_old_cas, init, issue, revoke, rotate, rotate_ca};
 pub use revoked::Revoked;
 

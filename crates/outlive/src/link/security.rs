@@ -155,6 +155,7 @@ impl Security {
 /// See [`SecurityError`].
 pub(crate) fn usable(directory: &Path) -> Result<Loaded, SecurityError> {
     let keys = keys::fitting(directory)?;
+    keys::loose(directory).iter().for_each(|complaint| tracing::warn!("{complaint}"));
     let now = SystemTime::now();
     if keys.revoked.has(&keys.host.serial) {
         let Certificate { name, serial, .. } = keys.host;

@@ -340,6 +340,7 @@ fn admit(
         return Err(Refusal::Slots(hello.limits.slots));
     }
     let arbiter = same_arbiter(decisions, hello)?;
+    let by_hand = arbiter.is_a_person();
     let told = decisions.clone();
     let kept = decisions.equipment.shelf.take_for(hello, &introduction);
     let holds = kept.is_some();
@@ -370,8 +371,9 @@ fn admit(
         session.handover.end(Ending::Discard);
         Refusal::Attached
     })?;
-    // Not before: what a primary that is refused says of its generation must not become what an operator decides about.
-    if let Ok(mut arbiter) = arbiter::parse(&decisions.equipment.options.arbiter) {
+    // Not before: what a primary that is refused says of its generation must not become what an operator decides about. A
+    // person is at hand; opening any other arbiter may take long, and the primary is not heard meanwhile.
+    if by_hand && let Ok(mut arbiter) = arbiter::parse(&decisions.equipment.options.arbiter) {
         arbiter.introduced(&arbiter::VmId(hello.vm.0), hello.generation);
     }
     if let Some((intake, key)) = strays {

@@ -115,7 +115,8 @@ impl Notes {
         };
         let seconds = lasts.as_secs();
         let why = format!(
-            "this host takes no primary: the copy that it throws away has not been gone for {seconds} s, most likely              because its disk does not answer"
+            "this host takes no primary: the copy that it throws away has not been freed for {seconds} s, for example \
+             because its disk does not answer"
         );
         self.standing.now(&why);
         if self.lingering.is_some_and(|due| now < due) {
@@ -314,7 +315,7 @@ mod tests {
         for second in 0..100 {
             let lasts = Duration::from_secs(second);
             notes.lingers(began + lasts, Some(lasts));
-            let said = why().contains(&format!("has not been gone for {second} s"));
+            let said = why().contains(&format!("has not been freed for {second} s"));
             assert_eq!(said, second >= 10, "{second}: {}", why());
         }
         notes.lingers(began + Duration::from_secs(100), None);

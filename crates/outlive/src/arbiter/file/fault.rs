@@ -19,8 +19,8 @@ pub enum DirectoryFault {
     },
     /// The file that says which arbiter this is cannot be read.
     #[error(
-        "its file {MARKER} is damaged ({0}): restore it, or delete it while no VM uses this arbiter and run \
-         `outlive arbiter init`"
+        "its file {MARKER} is damaged ({0}): restore it, or make a new arbiter in an empty directory while no VM uses this \
+         one (`outlive arbiter init`)"
     )]
     DamagedMarker(String),
     /// Another arbiter is in its place.

@@ -274,6 +274,8 @@ pub(super) const LISTEN: &[Call] = &[free(libc::SYS_listen), free(libc::SYS_acce
 /// Files, where Landlock allows it. What Landlock has no right for is not here: modes, owners, times and attributes of files
 /// that are open to read, or only have a name. Root without capabilities owns every program of the host.
 pub(super) const FILES: &[Call] = &[
+    // Whose file it is decides whether keys are believed.
+    free(libc::SYS_geteuid),
     free(libc::SYS_open),
     free(libc::SYS_openat),
     free(libc::SYS_openat2),
