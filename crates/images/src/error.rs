@@ -64,6 +64,20 @@ pub enum OpenError {
         /// Its name.
         named: String,
     },
+    /// Another image is based on it, and does not say in which format it is.
+    #[error(
+        "{} looks like {format}, and {}, which is based on it, does not say in which format it is: a guest may have \
+         written what it begins with; if you know the format, say it with `qemu-img rebase -u -b {} -F FORMAT {}`",
+        .path.display(), .of.display(), .path.display(), .of.display()
+    )]
+    NoFormat {
+        /// The file.
+        path: PathBuf,
+        /// What it begins like.
+        format: Format,
+        /// The image that is based on it.
+        of: PathBuf,
+    },
     /// Images name each other, or too many do.
     #[error(
         "{} is the last of {limit} images that name each other: make one of them with `qemu-img convert -O raw`",

@@ -15,8 +15,6 @@ use crate::{Format, magic};
 
 /// How many images may be based on each other.
 const DEEPEST: usize = 16;
-/// A compressed cluster has this many bytes at least: so what a file becomes is bounded by its own length.
-const LEAST_PACKED: u64 = 8;
 
 /// Opens files.
 pub trait Files {
@@ -57,21 +55,23 @@ impl Image {
     /// # Errors
     /// One line that names the remedy.
     pub fn open(path: &Path, files: &dyn Files) -> Result<Self, OpenError> {
-        Self::open_deep(path, None, files, 0)
+        Self::open_deep(path, None, files)
     }
 
-    fn open_deep(
-        path: &Path,
-        named: Option<&str>,
-        files: &dyn Files,
-        depth: usize,
-    ) -> Result<Self, OpenError> {
+    fn open_deep(path: &Path, base: Option<Base>, files: &dyn Files) -> Result<Self, OpenError> {
+        let depth = base.as_ref().map_or(0, |base| base.depth);
         if depth >= DEEPEST {
             return Err(OpenError::TooDeep { path: path.to_owned(), limit: DEEPEST });
         }
         let source = open(path, files)?;
         // What another image says is raw is raw, whatever it begins with: its guest wrote that.
-        let format = if named == Some("raw") { Format::Raw } else { magic::format(&*source, path)? };
+        let is_raw = base.as_ref().is_some_and(|base| base.format == Some("raw"));
+        let format = if is_raw { Format::Raw } else { magic::format(&*source, path)? };
+        if let Some(Base { of, format: None, .. }) = base
+            && format != Format::Raw
+        {
+            return Err(OpenError::NoFormat { path: path.to_owned(), format, of: of.to_owned() });
+        }
         let failed = |source| OpenError::Tables { path: path.to_owned(), format, source };
         let mut backing = None;
         let layer: Box<dyn Layer> = match format {
@@ -88,8 +88,8 @@ impl Image {
                 }
                 let Linked { backing: name, backing_format, .. } = image.linked();
                 if let Some(name) = name {
-                    let (path, format) = (beside(path, name), backing_format.as_deref());
-                    backing = Some(Box::new(Self::open_deep(&path, format, files, depth + 1)?));
+                    let base = Base { of: path, format: backing_format.as_deref(), depth: depth + 1 };
+                    backing = Some(Box::new(Self::open_deep(&beside(path, name), Some(base), files)?));
                 }
                 Box::new(image)
             }
@@ -149,6 +149,7 @@ impl Image {
 
     fn begin_anew(&mut self) {
         self.given = 0;
+        self.layer.begin_anew();
         if let Some(below) = &mut self.backing {
             below.begin_anew();
         }
@@ -172,14 +173,14 @@ impl Image {
             return Ok(());
         }
         self.which = None;
-        self.give(LEAST_PACKED)?;
         let source = self.layer.data();
         // The last sector of a file need not be whole.
         let length = (packed.length as u64).min(source.bytes().saturating_sub(packed.offset)) as usize;
         self.packed.resize(length, 0);
         crate::source::read(source, &mut self.packed, packed.offset)?;
         self.unpacked.resize(packed.unpacked, 0);
-        crate::packed::unpack(packed.codec, &self.packed, &mut self.unpacked)?;
+        let stream = crate::packed::unpack(packed.codec, &self.packed, &mut self.unpacked)?;
+        self.give(stream as u64)?;
         self.which = Some(which);
         Ok(())
     }
@@ -189,6 +190,16 @@ impl Image {
         self.given += bytes;
         if self.given > self.layer.data().bytes() { Err(ReadError::Twice) } else { Ok(()) }
     }
+}
+
+/// An image that another one is based on.
+struct Base<'a> {
+    /// The other one.
+    of: &'a Path,
+    /// Its format, if the other one says that.
+    format: Option<&'a str>,
+    /// How many are above it.
+    depth: usize,
 }
 
 fn open(path: &Path, files: &dyn Files) -> Result<Box<dyn Source>, OpenError> {

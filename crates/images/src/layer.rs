@@ -21,6 +21,9 @@ pub(crate) trait Layer {
     /// The file in which places are.
     fn data(&self) -> &dyn Source;
 
+    /// Reading begins at the first byte once more.
+    fn begin_anew(&mut self) {}
+
     /// What an operator should know.
     fn notes(&self) -> Vec<Note> {
         Vec::new()
@@ -128,7 +131,10 @@ pub(crate) fn joined(
     }
     let first = match first {
         Place::Stored(offset) => Place::Stored(offset.checked_add(within).ok_or_else(out_of_bounds)?),
-        Place::Packed(packed) => Place::Packed(Packed { within: within as usize, ..packed }),
+        Place::Packed(packed) => {
+            // A part of a cluster says where in the cluster it begins.
+            Place::Packed(Packed { within: packed.within + within as usize, ..packed })
+        }
         other => other,
     };
     Ok((first, units * unit - within))

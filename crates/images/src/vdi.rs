@@ -82,8 +82,7 @@ impl Layer for Vdi {
         let limit = JOINED.min(bytes.div_ceil(*block) - at / *block);
         joined(at, *block, limit, |index| {
             Ok(match u32::from_le_bytes(map.entry(&**source, index)?) {
-                FREE => Place::Absent,
-                DISCARDED => Place::Zero,
+                FREE | DISCARDED => Place::Zero,
                 number => {
                     let offset = u64::from(number).checked_mul(*block).and_then(|it| it.checked_add(*data));
                     Place::Stored(offset.ok_or_else(out_of_bounds)?)

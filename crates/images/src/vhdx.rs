@@ -206,8 +206,7 @@ impl Layer for Vhdx {
             }
             let entry = u64::from_le_bytes(map.entry(&**source, number)?);
             match entry & 7 {
-                NOT_PRESENT | UNDEFINED => Ok(Place::Absent),
-                ZERO | UNMAPPED => Ok(Place::Zero),
+                NOT_PRESENT | UNDEFINED | ZERO | UNMAPPED => Ok(Place::Zero),
                 PRESENT if entry & OFFSET != 0 => Ok(Place::Stored(entry & OFFSET)),
                 state => Err(ReadError::Damaged(format!("a block is in the state {state}"))),
             }

@@ -162,7 +162,7 @@ impl Layer for Vmdk {
         let limit = if is_compressed { left } else { left.min(JOINED.div_ceil(grain)) };
         let found = joined(within, grain, limit, |index| {
             Ok(match u32::from_le_bytes(window.entry(source, index)?) {
-                0 => Place::Absent,
+                0 => Place::Zero,
                 1 if has_zeroes => Place::Zero,
                 // Stands for a packed one: those are never joined.
                 sector if is_compressed => Place::Packed(Packed {

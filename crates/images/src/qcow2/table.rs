@@ -29,6 +29,8 @@ pub(crate) struct Qcow2 {
     /// The first table. The crate keeps no other one whole.
     first: Vec<u8>,
     second: Second,
+    /// Which part of the second table was counted last, and how many bytes those that were counted have.
+    counted: (Option<u64>, u64),
 }
 
 /// The part of the second table that is there.
@@ -49,7 +51,14 @@ impl Qcow2 {
             return Err(failed(ReadError::damaged("its first table is larger than QEMU makes it")));
         }
         let first = read_vec(&*source, header.table.0, needed as usize * 8).map_err(failed)?;
-        Ok(Self { source, data: None, header, first, second: Second { offset: None, bytes: Vec::new() } })
+        Ok(Self {
+            source,
+            data: None,
+            header,
+            first,
+            second: Second { offset: None, bytes: Vec::new() },
+            counted: (None, 0),
+        })
     }
 
     /// Other files that it names.
@@ -60,6 +69,15 @@ impl Qcow2 {
     /// Takes the clusters from this file.
     pub(crate) fn with_data(&mut self, data: Box<dyn Source>) {
         self.data = Some(data);
+    }
+
+    /// Each part of the second table is for one place of the disk. So no first table makes more work than the file is
+    /// long.
+    fn count(&mut self, number: u64) -> Result<(), ReadError> {
+        if self.counted.0 != Some(number) {
+            self.counted = (Some(number), self.counted.1 + self.header.cluster());
+        }
+        if self.counted.1 > self.source.bytes() { Err(ReadError::Twice) } else { Ok(()) }
     }
 
     fn first(&self, number: u64) -> u64 {
@@ -158,6 +176,7 @@ impl Layer for Qcow2 {
         if !table.is_multiple_of(self.header.cluster()) {
             return Err(ReadError::damaged("a table does not begin where clusters begin"));
         }
+        self.count(number)?;
         let Self { source, data, header, second, .. } = self;
         if second.offset != Some(table) {
             second.offset = None;
@@ -166,11 +185,19 @@ impl Layer for Qcow2 {
             second.offset = Some(table);
         }
         let limit = (JOINED / unit).min(covered / unit - within / unit);
-        joined(within, unit, limit, |index| header.place(&second.bytes, index, data.is_some()))
+        let has_base = header.linked.backing.is_some();
+        joined(within, unit, limit, |index| match header.place(&second.bytes, index, data.is_some())? {
+            Place::Absent if !has_base => Ok(Place::Zero),
+            place => Ok(place),
+        })
     }
 
     fn data(&self) -> &dyn Source {
         self.data.as_deref().unwrap_or(&*self.source)
+    }
+
+    fn begin_anew(&mut self) {
+        self.counted = (None, 0);
     }
 
     fn notes(&self) -> Vec<Note> {

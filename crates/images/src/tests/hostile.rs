@@ -97,6 +97,44 @@ fn a_disk_of_any_length_costs_no_memory_and_little_time() {
 }
 
 #[test]
+fn a_file_makes_no_more_work_than_it_is_long() {
+    // One table for every part of the disk.
+    let mut made = Made::new(8 * (512 << 20));
+    (0..8).for_each(|number| {
+        made.be64(CLUSTER + 8 * number, (2 * CLUSTER as u64) | (1 << 63));
+    });
+    let read = |image: &mut Image| -> Result<(), ReadError> {
+        let mut at = 0;
+        while at < image.bytes() {
+            let Span::Zero(length) = image.read(at, &mut [0; 512])? else { unreachable!("it has no data") };
+            at += length;
+        }
+        Ok(())
+    };
+    assert!(matches!(read(&mut made.open().unwrap()), Err(ReadError::Twice)));
+    // Once more is not twice.
+    (4..8).for_each(|number| {
+        made.be64(CLUSTER + 8 * number, 0);
+    });
+    let mut image = made.open().unwrap();
+    (0..3).for_each(|_| read(&mut image).unwrap());
+    // A compressed cluster whose stream is as long as the cluster: in two blocks of stored bytes.
+    let mut made = Made::new(1 << 20);
+    let stream = &mut made.bytes[3 * CLUSTER..];
+    stream[..5].copy_from_slice(&[0, 0xff, 0x7f, 0, 0x80]);
+    stream[5 + 0x7fff..][..5].copy_from_slice(&[1, 1, 0x80, 0xfe, 0x7f]);
+    made.bytes.resize(5 * CLUSTER, 0);
+    // The lengths differ, or it would be unpacked once.
+    let packed = |number: usize| (1 << 62) | ((128 + (number as u64 & 1)) << 54) | (3 * CLUSTER as u64);
+    (0..4).for_each(|number| {
+        made.cluster(number, packed(number));
+    });
+    assert!(made.read().is_ok());
+    made.cluster(4, packed(4));
+    assert!(matches!(made.read(), Err(ReadError::Twice)));
+}
+
+#[test]
 fn no_file_of_the_host_comes_into_a_guest() {
     let named = |mut made: Made, name: &str| {
         made.be64(8, 512).be32(16, name.len() as u32);
@@ -118,8 +156,19 @@ fn no_file_of_the_host_comes_into_a_guest() {
         let why = Image::open(Path::new("a.img"), &files).err().unwrap().to_string();
         assert!(why.contains("which is no path"), "{name}: {why}");
     }
+    // Nobody says what that is, and it looks like something: its guest may have written that.
+    let mut circle = named(Made::new(1 << 20), "a.img");
+    let mut files = Held::default().with("a.img", circle.bytes.clone());
+    files.may_be_named = true;
+    let why = Image::open(Path::new("a.img"), &files).err().unwrap().to_string();
+    assert!(
+        why.contains("looks like qcow2") && why.contains("qemu-img rebase -u -b a.img -F FORMAT"),
+        "{why}"
+    );
     // Around in a circle.
-    let mut files = Held::default().with("a.img", named(Made::new(1 << 20), "a.img").bytes);
+    circle.be32(104, 0xe279_2aca).be32(108, 5);
+    circle.bytes[112..117].copy_from_slice(b"qcow2");
+    let mut files = Held::default().with("a.img", circle.bytes);
     files.may_be_named = true;
     assert!(matches!(Image::open(Path::new("a.img"), &files), Err(OpenError::TooDeep { .. })));
     // A name with an escape sequence is shown as what it is.

@@ -1,13 +1,14 @@
 //! Images as qemu-img makes them.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
 use fastrand::Rng;
 
 use super::{Held, contents};
-use crate::{Files, Format, Image, Note, OpenError, Source};
+use crate::{Files, Format, Image, Note, OpenError, Source, Span};
 
 /// Files of a directory.
 struct Real {
@@ -43,7 +44,7 @@ fn open(there: &Path, name: &str, may_be_named: bool) -> Result<Image, OpenError
 }
 
 /// Every way in which an image may be stored.
-const WAYS: [(&str, Format); 17] = [
+const WAYS: [(&str, Format); 28] = [
     ("-O qcow2", Format::Qcow2),
     ("-O qcow2 -c", Format::Qcow2),
     ("-O qcow2 -c -o compression_type=zstd", Format::Qcow2),
@@ -52,12 +53,23 @@ const WAYS: [(&str, Format); 17] = [
     ("-O qcow2 -o cluster_size=2M", Format::Qcow2),
     ("-O qcow2 -o cluster_size=2M -c", Format::Qcow2),
     ("-O qcow2 -o extended_l2=on,cluster_size=64k", Format::Qcow2),
+    ("-O qcow2 -c -o extended_l2=on,cluster_size=64k", Format::Qcow2),
+    ("-O qcow2 -c -o extended_l2=on,cluster_size=16k", Format::Qcow2),
+    ("-O qcow2 -c -o extended_l2=on,cluster_size=2M,compression_type=zstd", Format::Qcow2),
+    ("-O qcow2 -o extended_l2=on,cluster_size=16k,lazy_refcounts=on", Format::Qcow2),
+    ("-O qcow2 -o cluster_size=4k,refcount_bits=1", Format::Qcow2),
+    ("-O qcow2 -c -o cluster_size=512,refcount_bits=64,compression_type=zstd", Format::Qcow2),
     ("-O qcow2 -o preallocation=metadata", Format::Qcow2),
+    ("-O qcow2 -o preallocation=falloc,extended_l2=on", Format::Qcow2),
     ("-O vmdk", Format::Vmdk),
     ("-O vmdk -o zeroed_grain=on", Format::Vmdk),
     ("-O vmdk -o subformat=streamOptimized", Format::Vmdk),
+    ("-O vmdk -o subformat=streamOptimized,adapter_type=lsilogic", Format::Vmdk),
+    ("-O vmdk -o adapter_type=buslogic,compat6=on", Format::Vmdk),
     ("-O vhdx", Format::Vhdx),
     ("-O vhdx -o subformat=fixed,block_size=2M", Format::Vhdx),
+    ("-O vhdx -o block_size=1M,block_state_zero=off", Format::Vhdx),
+    ("-O vhdx -o block_size=4M,log_size=2M", Format::Vhdx),
     ("-O vdi", Format::Vdi),
     ("-O vdi -o static=on", Format::Vdi),
     ("-O raw", Format::Raw),
@@ -189,4 +201,36 @@ fn what_qemu_img_makes_and_is_not_read_has_a_remedy() {
     let read = Held::image(cut).map(|mut image| contents(&mut image, 1 << 20));
     let why = read.map_or_else(|why| why.to_string(), |read| read.unwrap_err().to_string());
     assert!(why.contains("it was not copied to its end"), "{why}");
+}
+
+#[test]
+fn a_large_disk_with_little_in_it_is_read_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let there = directory.path();
+    let raw = fs::File::create(there.join("raw")).unwrap();
+    raw.set_len(1 << 40).unwrap();
+    let places = [0, (300 << 30) + 4096, (1 << 40) - 65_536];
+    for at in places {
+        raw.write_all_at(&[7; 65_536], at).unwrap();
+    }
+    for way in
+        ["qcow2", "qcow2 -o extended_l2=on,cluster_size=16k", "qcow2 -c -o extended_l2=on", "vmdk", "vdi"]
+    {
+        if !qemu_img(there, &format!("convert -f raw -O {way} raw image")) {
+            return;
+        }
+        let mut image = open(there, "image", false).unwrap();
+        let (mut at, mut reads, mut data, mut buffer) = (0, 0, 0, vec![0; 1 << 20]);
+        while at < image.bytes() {
+            reads += 1;
+            at += match image.read(at, &mut buffer).unwrap_or_else(|why| panic!("{way}: {why}")) {
+                Span::Zero(length) => length,
+                Span::Data(length) => {
+                    data += buffer[..length].iter().filter(|byte| **byte == 7).count();
+                    length as u64
+                }
+            };
+        }
+        assert!(data == places.len() * 65_536 && reads < 300_000, "{way}: {data} in {reads}");
+    }
 }

@@ -70,14 +70,13 @@ pub(super) fn import(options: &ImportOptions, out: &mut impl Write) -> Result<()
     if let Some(size) = size.filter(|size| !size.is_multiple_of(SECTOR)) {
         return Err(ImportError::Sectors { size });
     }
-    let files = Opened { may_be_named: *allow_backing };
-    let _held = source::hold(file)?;
-    let mut image = Image::open(file, &files)?;
+    let files = Opened::new(*allow_backing);
+    let mut image = Image::open(file, &files).map_err(source::not_opened)?;
     let needs = image.bytes().next_multiple_of(SECTOR);
     if let Some(size) = size.filter(|size| *size < needs) {
         return Err(ImportError::Smaller { path: file.clone(), needs, size });
     }
-    let mut target = Target::open(to, file, *overwrite)?;
+    let mut target = Target::open(to, &files.read(), *overwrite)?;
     let bytes = target.begin(size.unwrap_or(needs), size.is_some())?;
     for note in image.notes() {
         writeln!(out, "{}: {note}", file.display())?;
@@ -87,7 +86,8 @@ pub(super) fn import(options: &ImportOptions, out: &mut impl Write) -> Result<()
     target.finish(image.bytes(), bytes)?;
     if *verify {
         let bar = ui::bytes_bar("comparing", image.bytes());
-        compare(&mut image, file, &target, &bar)?;
+        // A device that has a bad disk is to start nothing.
+        compare(&mut image, file, &target, &bar).inspect_err(|_| target.spoil())?;
     }
     let format = image.format();
     target.keep()?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use outlive_images::seed::{self, Seed, SeedError};
 
+use super::source::Identity;
 use super::target::{Target, TargetError};
 use crate::cli::{SeedOptions, shell_word};
 
@@ -53,7 +54,10 @@ pub(in crate::disk) fn seed(options: &SeedOptions, out: &mut impl Write) -> Resu
         };
         SeedCommandError::Seed { path, source }
     })?;
-    let mut target = Target::open(to, user_data, *overwrite)?;
+    let files = [Some(user_data), meta_data.as_ref(), network_config.as_ref(), vendor_data.as_ref()];
+    let files = files.into_iter().flatten().filter_map(|path| std::fs::metadata(path).ok());
+    let read: Vec<_> = files.map(|about| Identity::of(&about)).collect();
+    let mut target = Target::open(to, &read, *overwrite)?;
     let bytes = target.begin(image.len() as u64, false)?;
     target.write(0, &image)?;
     target.finish(image.len() as u64, bytes)?;

@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
 use nix::libc;
+use nix::unistd::geteuid;
 use outlive_epoch::VmId;
 use outlive_machine::{ImageError, LockedImage};
 
@@ -19,6 +20,7 @@ use super::super::blank::{self, Content};
 use super::super::image::Store;
 use super::super::overwrite;
 use super::super::sidecar::beside;
+use super::source::{self, Identity};
 
 /// How long what is at the place is searched for data, apart from its ends.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -55,6 +57,12 @@ pub(in crate::disk) enum TargetError {
     /// Another process makes it.
     #[error("{} is being made by another process: wait for it, or stop it", .0.display())]
     Busy(PathBuf),
+    /// Something has the name that the image has until it is whole.
+    #[error(
+        "{} is in the way, and nothing says that an import has left it there: move it away, or give another path",
+        .0.display()
+    )]
+    InTheWay(PathBuf),
     /// There is no such directory, for example.
     #[error("cannot make {}: {source}", .path.display())]
     Make { path: PathBuf, source: io::Error },
@@ -106,27 +114,28 @@ enum Kind {
 }
 
 impl Target {
-    /// Opens what becomes the image at `path`, which is made of the file `from`.
-    pub(super) fn open(path: &Path, from: &Path, overwrite: bool) -> Result<Self, TargetError> {
+    /// Opens what becomes the image at `path`, which is made of the files `from`.
+    pub(super) fn open(path: &Path, from: &[Identity], overwrite: bool) -> Result<Self, TargetError> {
         let make = |source| TargetError::Make { path: path.to_owned(), source };
         let about = match fs::metadata(path) {
             Ok(about) => Some(about),
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(make(error)),
         };
-        let same = |to: &fs::Metadata, from: &fs::Metadata| {
-            (to.dev(), to.ino()) == (from.dev(), from.ino())
-                || (to.file_type().is_block_device() && to.rdev() == from.rdev())
-        };
-        if about.as_ref().is_some_and(|to| fs::metadata(from).is_ok_and(|from| same(to, &from))) {
+        if about.as_ref().is_some_and(|to| from.contains(&Identity::of(to))) {
             return Err(TargetError::Itself(path.to_owned()));
         }
-        if let Some(vm) = overwrite::Target::owners(path, false)?.first() {
-            return Err(TargetError::OfAVm { path: path.to_owned(), vm: *vm });
-        }
-        let Some(about) = about else { return Self::file(path, None, None) };
+        refuse_owned(path)?;
+        let Some(about) = about else { return Self::file(path, from, None, None) };
         let locked = LockedImage::open(path)?;
         let file = locked.file()?;
+        if from.contains(&Identity::of(&file.metadata().map_err(make)?)) {
+            return Err(TargetError::Itself(path.to_owned()));
+        }
+        // An installer that has just begun has written nothing yet.
+        if source::qemu_uses(&file) {
+            return Err(ImageError::InUse(path.to_owned()).into());
+        }
         let content = blank::scan(&file, PATIENCE).map_err(make)?;
         if let (Content::Data { at }, false) = (content, overwrite) {
             return Err(TargetError::HasData { path: path.to_owned(), at });
@@ -138,12 +147,15 @@ impl Target {
             return Ok(Self { path: path.to_owned(), file, kind });
         }
         // Of a link what it leads to is replaced, and the link stays.
-        Self::file(&fs::canonicalize(path).map_err(make)?, Some(&about), Some(locked))
+        let path = fs::canonicalize(path).map_err(make)?;
+        refuse_owned(&path)?;
+        Self::file(&path, from, Some(&about), Some(locked))
     }
 
     /// A file beside its place, which nobody else writes. One that a killed process has left is taken.
     fn file(
         path: &Path,
+        from: &[Identity],
         replaced: Option<&fs::Metadata>,
         replaces: Option<LockedImage>,
     ) -> Result<Self, TargetError> {
@@ -153,15 +165,18 @@ impl Target {
         let named = PathBuf::from(name);
         let make = |source| TargetError::Make { path: named.clone(), source };
         loop {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-                .open(&named)
-                .map_err(make)?;
+            let open = |is_new| {
+                let mut options = OpenOptions::new();
+                options.read(true).write(true).create_new(is_new).mode(0o600);
+                options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&named)
+            };
+            let (file, is_new) = match open(true) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => match open(false) {
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    file => (file.map_err(make)?, false),
+                },
+                file => (file.map_err(make)?, true),
+            };
             let opened = file.metadata().map_err(make)?;
             if !opened.is_file() {
                 return Err(make(io::Error::other("it is no file: remove it")));
@@ -176,6 +191,9 @@ impl Target {
             // Whoever had the lock may just have given the file its name, or removed it.
             if !fs::metadata(&named).is_ok_and(|there| there.ino() == opened.ino()) {
                 continue;
+            }
+            if !is_new && !is_leftover(&named, &opened, from, replaced)? {
+                return Err(TargetError::InTheWay(named));
             }
             let kind = Kind::File { named: named.clone(), replaces, is_kept: false };
             let target = Self { path: path.to_owned(), file, kind };
@@ -253,6 +271,16 @@ impl Target {
         self.file.sync_all().map_err(|error| self.not_written(error))
     }
 
+    /// Has a block device begin with zeroes again, as it is no disk.
+    pub(super) fn spoil(&self) {
+        if let Kind::Device { bytes, .. } = self.kind {
+            let zeroes = vec![0; HEAD.min(bytes as usize)];
+            if let Err(error) = self.file.write_all_at(&zeroes, 0).and_then(|()| self.file.sync_all()) {
+                tracing::warn!(path = %self.path.display(), %error, "the beginning of the bad disk cannot be removed");
+            }
+        }
+    }
+
     /// Has what is read next come from the storage.
     pub(super) fn forget_cached(&self) {
         posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).ok();
@@ -277,12 +305,17 @@ impl Target {
         let make = |source| TargetError::Make { path: path.clone(), source };
         if let Kind::File { named, replaces, is_kept } = &mut self.kind {
             let is_free = replaces.is_none();
+            if let Some(replaced) = replaces {
+                // It took long: another image may be there now, of a VM that has begun meanwhile.
+                replaced.file()?;
+            }
+            refuse_owned(&path)?;
             let flags = if is_free { RenameFlags::RENAME_NOREPLACE } else { RenameFlags::empty() };
             match renameat2(AT_FDCWD, named.as_path(), AT_FDCWD, &path, flags) {
                 Ok(()) => {}
                 Err(Errno::EEXIST) => return Err(TargetError::Appeared(path)),
                 // Not every file system can do both in one.
-                Err(Errno::EINVAL) if !path.exists() => fs::rename(named, &path).map_err(make)?,
+                Err(Errno::EINVAL) if is_free => rename_by_link(named, &path)?,
                 Err(error) => return Err(make(error.into())),
             }
             *is_kept = true;
@@ -295,6 +328,44 @@ impl Target {
     fn not_written(&self, source: io::Error) -> TargetError {
         let left = if matches!(self.kind, Kind::File { .. }) { REMOVED } else { PARTLY };
         TargetError::Write { path: self.path.clone(), source, left }
+    }
+}
+
+/// Refuses to touch what is a VM's.
+fn refuse_owned(path: &Path) -> Result<(), TargetError> {
+    match overwrite::Target::owners(path, false)?.first() {
+        Some(vm) => Err(TargetError::OfAVm { path: path.to_owned(), vm: *vm }),
+        None => Ok(()),
+    }
+}
+
+/// Whether the file `named`, which `about` is of, is what an import has left that was killed: of this user, or of the
+/// one whose image was to be replaced, and nothing else to anybody.
+fn is_leftover(
+    named: &Path,
+    about: &fs::Metadata,
+    from: &[Identity],
+    replaced: Option<&fs::Metadata>,
+) -> Result<bool, TargetError> {
+    let is_ours = about.uid() == geteuid().as_raw() || replaced.is_some_and(|it| it.uid() == about.uid());
+    let is_read = from.contains(&Identity::of(about));
+    Ok(is_ours && !is_read && about.nlink() == 1 && overwrite::Target::owners(named, false)?.is_empty())
+}
+
+/// Gives a file its name where a file system cannot rename and look in one: a second name does not replace anything.
+fn rename_by_link(named: &Path, path: &Path) -> Result<(), TargetError> {
+    let make = |source| TargetError::Make { path: path.to_owned(), source };
+    match fs::hard_link(named, path) {
+        Ok(()) => fs::remove_file(named).map_err(make),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(TargetError::Appeared(path.to_owned())),
+        // It knows no second names either.
+        Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) => {
+            if path.exists() {
+                return Err(TargetError::Appeared(path.to_owned()));
+            }
+            fs::rename(named, path).map_err(make)
+        }
+        Err(error) => Err(make(error)),
     }
 }
 

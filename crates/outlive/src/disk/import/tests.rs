@@ -7,8 +7,11 @@ use std::process::Command;
 
 use clap::Parser;
 use fastrand::Rng;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
 use outlive_epoch::VmId;
 
+use super::source::Identity;
 use super::target::{HEAD, Target};
 use super::{import, seed};
 use crate::cli::{Cli, ImageCommand};
@@ -132,12 +135,37 @@ fn nothing_is_lost_unless_somebody_says_so_and_a_vms_disk_never_is() {
     there.says("import @/source --to @/image --overwrite").unwrap();
     assert_eq!(there.read("image"), [7; 4096]);
     assert_eq!(fs::metadata(there.path("image")).unwrap().permissions().mode() & 0o777, 0o640);
+    // Nor what the file is based on.
+    let overlay = Command::new("qemu-img")
+        .args(["create", "-f", "qcow2", "-F", "raw", "-b"])
+        .args([there.path("image"), there.path("overlay")])
+        .status();
+    if overlay.is_ok_and(|status| status.success()) {
+        let line = "import @/overlay --allow-backing --to @/image --overwrite";
+        there.refuses(line, "/image is the file that is imported");
+        let writer = fs::File::options().read(true).write(true).open(there.path("image")).unwrap();
+        writer.lock().unwrap();
+        there.refuses("import @/overlay --allow-backing --to @/other", "/image is in use by a program");
+    }
     // Nothing but zeroes is nobody's.
     there.write("empty", &[0; 100_000]);
     symlink(there.path("empty"), there.path("link")).unwrap();
     there.says("import @/source --to @/link").unwrap();
     assert_eq!(there.read("empty"), [7; 4096]);
     assert!(there.path("link").is_symlink());
+    // A QEMU has it, if only for reading.
+    there.write("blank", &[0; 4096]);
+    let other = fs::File::open(there.path("blank")).unwrap();
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 100,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(&other, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+    there.refuses("import @/source --to @/blank", "blank is in use");
+    drop(other);
     let vm = VmId([9; 16]);
     Sidecar::primary(&provenance(vm), 1, None).write(&there.path("image")).unwrap();
     let why = format!("is a disk of VM {vm}, as ");
@@ -158,22 +186,58 @@ fn what_a_killed_import_has_left_is_replaced_and_what_another_one_writes_is_not(
     there.says("import @/source --to @/image").unwrap();
     assert_eq!(there.read("image"), [7; 4096]);
 
-    let other = Target::open(&there.path("new"), Path::new("x"), false).unwrap();
-    let why = super::Target::open(&there.path("new"), Path::new("x"), false).err().unwrap().to_string();
+    let other = Target::open(&there.path("new"), &[], false).unwrap();
+    let why = super::Target::open(&there.path("new"), &[], false).err().unwrap().to_string();
     assert!(why.contains("is being made by another process"), "{why}");
     drop(other);
     assert!(!there.path("new.importing").exists() && !there.path("new").exists());
     // Somebody else was faster.
-    let mut slow = Target::open(&there.path("new"), Path::new("x"), false).unwrap();
+    let mut slow = Target::open(&there.path("new"), &[], false).unwrap();
     slow.write(0, &[7; 512]).unwrap();
     slow.finish(512, 512).unwrap();
     there.write("new", b"mine");
     let why = slow.keep().unwrap_err().to_string();
     assert!(why.contains("was made by somebody else") && there.read("new") == b"mine", "{why}");
     assert!(!there.path("new.importing").exists());
+    // Another image came to the place of the one that is replaced, or a VM began to have it.
+    let replace = || {
+        there.write("old", &[1; 512]);
+        let mut target = Target::open(&there.path("old"), &[], true).unwrap();
+        target.finish(512, 512).unwrap();
+        target
+    };
+    let slow = replace();
+    there.write("moved", b"mine");
+    fs::rename(there.path("moved"), there.path("old")).unwrap();
+    let why = slow.keep().unwrap_err().to_string();
+    assert!(why.contains("was replaced") && there.read("old") == b"mine", "{why}");
+    let slow = replace();
+    Sidecar::primary(&provenance(VmId([9; 16])), 1, None).write(&there.path("old")).unwrap();
+    let why = slow.keep().unwrap_err().to_string();
+    assert!(why.contains("is a disk of VM ") && there.read("old") == [1; 512], "{why}");
+    // What has the name of an unfinished image, and is something else.
+    there.write("third.importing", &[5; 512]);
+    fs::hard_link(there.path("third.importing"), there.path("second")).unwrap();
+    let why = Target::open(&there.path("third"), &[], false).err().unwrap().to_string();
+    assert!(why.contains("is in the way") && there.read("second") == [5; 512], "{why}");
+    fs::remove_file(there.path("third.importing")).unwrap();
+    there.write("third.importing", &[5; 512]);
+    Sidecar::primary(&provenance(VmId([9; 16])), 1, None).write(&there.path("third.importing")).unwrap();
+    assert!(Target::open(&there.path("third"), &[], false).is_err());
+    assert_eq!(there.read("third.importing"), [5; 512]);
+    // Without the sidecar, but it is what is read.
+    for name in fs::read_dir(there.0.path()).unwrap().map(|it| it.unwrap().path()) {
+        if name.to_string_lossy().contains("third.importing.") {
+            fs::remove_file(name).unwrap();
+        }
+    }
+    let read = [Identity::of(&fs::metadata(there.path("third.importing")).unwrap())];
+    assert!(Target::open(&there.path("third"), &read, false).is_err());
+    assert_eq!(there.read("third.importing"), [5; 512]);
+    assert!(Target::open(&there.path("third"), &[], false).is_ok());
     // No link leads an import elsewhere.
     symlink(there.path("source"), there.path("other.importing")).unwrap();
-    assert!(Target::open(&there.path("other"), Path::new("x"), false).is_err());
+    assert!(Target::open(&there.path("other"), &[], false).is_err());
     assert_eq!(there.read("source"), [7; 4096]);
 }
 
@@ -268,8 +332,18 @@ fn a_block_device_is_a_disk_when_all_of_it_is_there() {
     there.refuses(&format!("import @/large --to {name} --overwrite"), "and 4194816 are needed");
     assert!(stored() == before);
 
+    // What a comparison has found to be bad is no disk any more.
+    let mut target = Target::open(Path::new(name), &[], true).unwrap();
+    target.begin(disk.len() as u64, false).unwrap();
+    target.write(0, &disk).unwrap();
+    target.finish(disk.len() as u64, 4 << 20).unwrap();
+    assert!(stored()[..HEAD] == disk[..HEAD]);
+    target.spoil();
+    assert!(stored()[..HEAD].iter().all(|byte| *byte == 0));
+    drop(target);
+
     // Until it is whole nobody takes it for a disk.
-    let mut target = Target::open(Path::new(name), Path::new("x"), true).unwrap();
+    let mut target = Target::open(Path::new(name), &[], true).unwrap();
     target.begin(disk.len() as u64, false).unwrap();
     target.write(0, &disk).unwrap();
     target.sync().unwrap();
