@@ -7,6 +7,7 @@
 //!
 //! Readers must skip fields and events that they do not know; [`Event::Unknown`] stands for the latter.
 
+mod counts;
 mod event;
 mod histogram;
 #[cfg(test)]
@@ -15,7 +16,8 @@ mod writer;
 
 use nix::time::{ClockId, clock_gettime};
 
-pub use event::{Event, Measured, PageCounts, Part, Place, Record, Role, SettlePart, Stats, ThreadTime};
+pub use counts::{Measured, PageCounts, Stats, ThreadTime};
+pub use event::{Event, Part, Place, Record, Role, SettlePart};
 pub use histogram::{HISTOGRAM_MAX, add_pairs, histogram, pairs};
 pub use writer::EventWriter;
 pub(crate) use writer::{EventsError, EventsTo, open};
