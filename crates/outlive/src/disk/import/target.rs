@@ -207,6 +207,15 @@ impl Target {
         }
     }
 
+    /// Keeps a file to its owner, also where it replaces one that others may read.
+    pub(super) fn close_to_others(&self) -> Result<(), TargetError> {
+        if let Kind::File { named, .. } = &self.kind {
+            let closed = self.file.set_permissions(fs::Permissions::from_mode(0o600));
+            closed.map_err(|source| TargetError::Make { path: named.clone(), source })?;
+        }
+        Ok(())
+    }
+
     /// Its path.
     pub(super) fn path(&self) -> &Path {
         &self.path

@@ -275,6 +275,11 @@ fn a_seed_is_made_of_files_and_names_the_one_that_is_wrong() {
     assert!(image.windows(6).any(|it| it == b"CIDATA") && image.windows(11).any(|it| it == b"version: 2\n"));
     there.says("seed --user-data @/user --network-config @/network --hostname web --to @/again").unwrap();
     assert!(there.read("again") == image);
+    // There may be passwords in it, whoever could read what was there.
+    there.write("empty", &[0; 4096]);
+    fs::set_permissions(there.path("empty"), fs::Permissions::from_mode(0o644)).unwrap();
+    there.says("seed --user-data @/user --to @/empty").unwrap();
+    assert_eq!(there.path("empty").metadata().unwrap().mode() & 0o777, 0o600);
     there.refuses("seed --user-data @/user --to @/seed", "say --overwrite");
     there.refuses(
         "seed --user-data @/wrong --to @/new",
