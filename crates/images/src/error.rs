@@ -1,7 +1,7 @@
 //! Why an image is not read.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::Format;
 
@@ -68,7 +68,7 @@ pub enum OpenError {
     #[error(
         "{} looks like {format}, and {}, which is based on it, does not say in which format it is: a guest may have \
          written what it begins with; if you know the format, say it with `qemu-img rebase -u -b {} -F FORMAT {}`",
-        .path.display(), .of.display(), .path.display(), .of.display()
+        .path.display(), .of.display(), shell_word(.path), shell_word(.of)
     )]
     NoFormat {
         /// The file.
@@ -93,14 +93,14 @@ pub enum OpenError {
     #[error(
         "{} is marked as corrupt, by the program that used it last: repair it with `qemu-img check -r all {}`, or \
          restore it from a backup",
-        .0.display(), .0.display()
+        .0.display(), shell_word(.0)
     )]
     MarkedCorrupt(PathBuf),
     /// It has a log whose writes are not in their places.
     #[error(
         "{} (vhdx) was not closed in order, and its log has writes that are not in their places yet: open it once where \
          it comes from, or replay the log with `qemu-img check -r all {}`",
-        .0.display(), .0.display()
+        .0.display(), shell_word(.0)
     )]
     Log(PathBuf),
     /// It is encrypted.
@@ -111,8 +111,17 @@ pub enum OpenError {
     Encrypted(PathBuf),
 }
 
-fn convert(path: &std::path::Path, format: &str) -> String {
-    format!("qemu-img convert -f {format} -O raw {path} {path}.raw", path = path.display())
+fn convert(path: &Path, format: &str) -> String {
+    let mut raw = path.as_os_str().to_owned();
+    raw.push(".raw");
+    format!("qemu-img convert -f {format} -O raw {} {}", shell_word(path), shell_word(Path::new(&raw)))
+}
+
+/// A path as a shell reads it.
+pub(crate) fn shell_word(path: &Path) -> String {
+    let path = path.display().to_string();
+    // No path has the byte that cannot be quoted.
+    shlex::try_quote(&path).map_or(path.clone(), Into::into)
 }
 
 /// What is wrong with the contents of an image.

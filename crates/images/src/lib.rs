@@ -45,7 +45,7 @@ mod tests;
 pub use error::{OpenError, ReadError};
 pub use image::{Files, Image, Span};
 pub use layer::Note;
-pub use magic::Format;
+pub use magic::{Format, NAMED_BY, named};
 pub use source::Source;
 
 /// The largest disk that is read: 64 TiB, as for Hyper-V's format.

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::path::Path;
 
-use crate::error::{OpenError, ReadError};
+use crate::error::{OpenError, ReadError, shell_word};
 use crate::source::Source;
 
 /// A format that is read.
@@ -34,6 +34,33 @@ impl fmt::Display for Format {
     }
 }
 
+/// What images of other programs have, where, and what `qemu-img` calls their format.
+const IMAGES: [(usize, &[u8], &str); 8] = [
+    (0, b"QFI\xfb", "qcow2"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, COWD, "vmdk"),
+    (0, DESCRIPTOR, "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, VHD, "vpc"),
+];
+/// VMware's old format.
+const COWD: &[u8] = b"COWD";
+/// The text that only says which files a disk of VMware's has.
+const DESCRIPTOR: &[u8] = b"# Disk DescriptorFile";
+/// What a virtual disk of the format before vhdx ends with, or begins with a copy of.
+const VHD: &[u8] = b"conectix";
+/// As many bytes of a file as [`named`] needs.
+pub const NAMED_BY: usize = 68;
+
+/// The format of an image that is not raw, by its first [`NAMED_BY`] bytes, as `qemu-img` calls it. Not all of them are
+/// read.
+pub fn named(head: &[u8]) -> Option<&'static str> {
+    let has = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
+    IMAGES.iter().find(|(at, magic, _)| has(*at, magic)).map(|(.., name)| *name)
+}
+
 /// What files begin with that are packed as a whole, and what unpacks them.
 const PACKED: [(&[u8], &str, &str); 7] = [
     (b"\x1f\x8b", "gzip", "gunzip --keep"),
@@ -46,8 +73,6 @@ const PACKED: [(&[u8], &str, &str); 7] = [
 ];
 /// Where a tar archive, and so an OVA, says that it is one.
 const TAR: (usize, &[u8]) = (257, b"ustar");
-/// What a virtual disk of the format before vhdx ends with, or begins with a copy of.
-const VHD: &[u8] = b"conectix";
 /// As many bytes as are looked at.
 const HEAD: usize = 1024;
 
@@ -70,28 +95,31 @@ pub(crate) fn format(source: &dyn Source, path: &Path) -> Result<Format, OpenErr
             return Err(packed(path, with, command));
         }
     }
-    match &*head {
-        _ if head.get(TAR.0..).is_some_and(|rest| rest.starts_with(TAR.1)) => {
-            Err(packed(path, "tar, as an OVA is", "tar --extract --file"))
+    if head.get(TAR.0..).is_some_and(|rest| rest.starts_with(TAR.1)) {
+        return Err(packed(path, "tar, as an OVA is", "tar --extract --file"));
+    }
+    match named(&head) {
+        Some("qcow2") => match head.get(4..8) {
+            Some([0, 0, 0, 2 | 3]) => Ok(Format::Qcow2),
+            Some([0, 0, 0, 1]) => not_read("qcow", "is in the format before qcow2"),
+            _ => not_read("qcow2", "is in a newer version of its format"),
+        },
+        Some("vmdk") if head.starts_with(COWD) => {
+            not_read("vmdk", "is a part of a disk, in VMware's old format")
         }
-        [b'Q', b'F', b'I', 0xfb, 0, 0, 0, 2 | 3, ..] => Ok(Format::Qcow2),
-        [b'Q', b'F', b'I', 0xfb, 0, 0, 0, 1, ..] => not_read("qcow", "is in the format before qcow2"),
-        [b'Q', b'F', b'I', 0xfb, ..] => not_read("qcow2", "is in a newer version of its format"),
-        [b'Q', b'E', b'D', 0, ..] => not_read("qed", "is in the format qed"),
-        [b'C', b'O', b'W', b'D', ..] => not_read("vmdk", "is a part of a disk, in VMware's old format"),
-        [b'K', b'D', b'M', b'V', ..] => Ok(Format::Vmdk),
-        _ if head.starts_with(b"# Disk DescriptorFile") => {
+        Some("vmdk") if head.starts_with(DESCRIPTOR) => {
             not_read("vmdk", "only describes a disk that is in other files (a -flat.vmdk is raw: import it)")
         }
-        _ if head.starts_with(b"vhdxfile") => Ok(Format::Vhdx),
-        _ if head.get(64..68) == Some(&[0x7f, 0x10, 0xda, 0xbe]) => Ok(Format::Vdi),
-        _ if head.starts_with(VHD) || tail.starts_with(VHD) => {
-            not_read("vpc", "is in the format before vhdx")
-        }
+        Some("vmdk") => Ok(Format::Vmdk),
+        Some("vhdx") => Ok(Format::Vhdx),
+        Some("vdi") => Ok(Format::Vdi),
+        Some("qed") => not_read("qed", "is in the format qed"),
+        Some("vpc") => not_read("vpc", "is in the format before vhdx"),
+        _ if tail.starts_with(VHD) => not_read("vpc", "is in the format before vhdx"),
         _ => Ok(Format::Raw),
     }
 }
 
 fn packed(path: &Path, with: &'static str, command: &str) -> OpenError {
-    OpenError::Packed { path: path.to_owned(), with, remedy: format!("{command} {}", path.display()) }
+    OpenError::Packed { path: path.to_owned(), with, remedy: format!("{command} {}", shell_word(path)) }
 }

@@ -15,8 +15,8 @@ use crate::layer::Codec;
 /// The largest window of a zstd stream: none needs more than a cluster, which has 2 MiB at most.
 const WINDOW: u64 = 8 << 20;
 
-/// Unpacks a cluster that fills `cluster`. Returns how long its stream is, at least as far as it was needed. Whatever follows its stream in `packed` is of no interest: a cluster's place
-/// is only known by the sector.
+/// Unpacks a cluster into `cluster`, which it fills. Returns how many bytes of `packed` that took: what is behind them is
+/// of no interest, because the end of a cluster is only known by the sector.
 pub(crate) fn unpack(codec: Codec, packed: &[u8], cluster: &mut [u8]) -> Result<usize, ReadError> {
     match codec {
         Codec::Deflate => inflate(packed, cluster, 0),

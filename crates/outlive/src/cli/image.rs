@@ -1,6 +1,6 @@
 //! `outlive image`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
@@ -103,17 +103,6 @@ pub struct SeedOptions {
     /// Lose what IMAGE has now. A disk of a VM is not overwritten
     #[arg(long)]
     pub overwrite: bool,
-}
-
-/// A path as a shell reads it.
-pub(crate) fn shell_word(path: &Path) -> String {
-    let text = path.display().to_string();
-    let is_plain = |it: char| it.is_ascii_alphanumeric() || "/._-+@%:=".contains(it);
-    if !text.is_empty() && text.chars().all(is_plain) {
-        text
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
-    }
 }
 
 const IMAGE_EXAMPLES: &str = "\

@@ -39,7 +39,6 @@ pub use console::ConsoleOptions;
 pub use demo::{DemoArbiter, DemoOptions};
 pub use doctor::DoctorOptions;
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
-pub(crate) use image::shell_word;
 pub use image::{ImageCommand, ImageOptions, ImportOptions, SeedOptions};
 pub(crate) use keys::AnyAndOne;
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};

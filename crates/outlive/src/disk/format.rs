@@ -3,32 +3,21 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use outlive_images::{NAMED_BY, named};
 
 use super::sidecar::beside;
-
-/// What images of other programs begin with.
-const MAGIC: [(usize, &[u8], &str); 8] = [
-    (0, b"QFI\xfb", "qcow2"),
-    (64, b"\x7f\x10\xda\xbe", "vdi"),
-    (0, b"QED\0", "qed"),
-    (0, b"KDMV", "vmdk"),
-    (0, b"COWD", "vmdk"),
-    (0, b"# Disk DescriptorFile", "vmdk"),
-    (0, b"vhdxfile", "vhdx"),
-    (0, b"conectix", "vpc"),
-];
-/// As many bytes as are looked at.
-const LONGEST: usize = 68;
+use crate::ui::shell_word;
 
 /// An image that has to be converted.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the disk image {image} is in the format {format}, and VMs of Outlive have raw images only: make one with \
-     `outlive image import {image} --to {image}.raw` and give that"
+    "the disk image {} is in the format {format}, and VMs of Outlive have raw images only: make one with `outlive image \
+     import {} --to {}` and give that", .image.display(), shell_word(.image), shell_word(&beside(.image, "raw"))
 )]
 pub(crate) struct NotRaw {
-    image: String,
+    image: PathBuf,
     format: &'static str,
 }
 
@@ -38,12 +27,11 @@ pub(crate) struct NotRaw {
 /// # Errors
 /// See [`NotRaw`].
 pub(crate) fn refuse_other_formats(image: &Path) -> Result<(), NotRaw> {
-    let mut bytes = [0; LONGEST];
+    let mut bytes = [0; NAMED_BY];
     let known = beside(image, "outlive").exists();
     let Some(read) = File::open(image).and_then(|file| file.read_at(&mut bytes, 0)).ok().filter(|_| !known)
     else {
         return Ok(());
     };
-    let format = MAGIC.iter().find(|(at, magic, _)| bytes[*at.min(&read)..read].starts_with(magic));
-    format.map_or(Ok(()), |(.., format)| Err(NotRaw { image: image.display().to_string(), format }))
+    named(&bytes[..read]).map_or(Ok(()), |format| Err(NotRaw { image: image.to_owned(), format }))
 }

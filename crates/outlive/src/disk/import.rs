@@ -22,8 +22,8 @@ pub(super) use seed::{SeedCommandError, seed};
 use source::Opened;
 use target::{Target, TargetError};
 
-use crate::cli::{ImportOptions, shell_word};
-use crate::ui;
+use crate::cli::ImportOptions;
+use crate::ui::{self, shell_word};
 
 /// The sectors of a VM's disk.
 const SECTOR: u64 = 512;

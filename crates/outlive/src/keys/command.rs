@@ -10,7 +10,8 @@ use super::certificate::{Certificate, CertificateError};
 use super::load::{self, LoadError, Loaded};
 use super::make::{self, MakeError, Order};
 use super::{Grant, Right, Vms, ca};
-use crate::cli::{AnyAndOne, GrantOptions, KeysCommand, KeysOptions, shell_word};
+use crate::cli::{AnyAndOne, GrantOptions, KeysCommand, KeysOptions};
+use crate::ui::shell_word;
 use crate::{exit, process};
 
 /// Why a command of `outlive keys` failed.

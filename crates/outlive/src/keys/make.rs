@@ -1,7 +1,4 @@
-//! Makes CAs, certificates and directories of keys.
-//!
-//! A new directory is made beside its place and moved there when it is whole; a file is replaced at once. So whoever
-//! reads keys finds old ones or new ones, and an attempt that fails leaves nothing behind.
+//! Makes CAs, certificates and directories of keys. An attempt that fails leaves nothing behind; `files.rs` says how.
 
 use std::fs;
 use std::io;
@@ -15,6 +12,7 @@ use super::load::{self, LoadError};
 use super::revoked::is_serial;
 use super::sign::{Ca, Made, new_ca, open_ca};
 use super::{CA_KEY, CAS, HOST, ISSUED, REVOKED, REVOKED_HERE, ca};
+use crate::ui::shell_word;
 
 /// What is to be made for a host, or for an operator.
 #[derive(Clone, Debug)]
@@ -37,7 +35,7 @@ pub enum MakeError {
     #[error(
         "{} has a CA's private key, but {} has no keys: if `outlive keys init` was cut off and no host has keys of this CA, \
          remove it (rm -r {}) and try again; otherwise copy ca.crt and revoked of another host there, and `outlive keys \
-         issue` makes this host's keys", .ca.display(), .keys.display(), .ca.display()
+         issue` makes this host's keys", .ca.display(), .keys.display(), shell_word(.ca)
     )]
     CaAlone {
         /// The directory with the CA.
@@ -63,8 +61,10 @@ pub enum MakeError {
     )]
     NotCopied(PathBuf),
     /// The CA's key is elsewhere.
-    #[error("{} is not here: certificates are made where the CA's private key is, with `outlive keys issue`; `outlive keys init` makes a CA, \
-         once", .0.display())]
+    #[error(
+        "{} is not here: certificates are made where the CA's private key is, with `outlive keys issue`; `outlive keys \
+         init` makes a CA, once", .0.display()
+    )]
     NoCa(PathBuf),
     /// No certificate can have it.
     #[error(
@@ -85,8 +85,8 @@ pub enum MakeError {
     /// The CA's key makes certificates that nobody accepts.
     #[error(
         "{cas} does not have the CA whose private key is in {file}, so no host that has it would accept what is made: copy a \
-         newer {cas} from another host, or add the CA: sed -n '/BEGIN CERTIFICATE/,$p' {file} >> {cas}",
-        cas = .cas.display(), file = .file.display()
+         newer {cas} from another host, or add the CA: sed -n '/BEGIN CERTIFICATE/,$p' {} >> {}",
+        shell_word(.file), shell_word(.cas), cas = .cas.display(), file = .file.display()
     )]
     UnknownCa {
         /// The file with the CA's key.
@@ -204,6 +204,7 @@ pub fn issue(directory: &Path, order: &Order, to: &Path) -> Result<Certificate, 
     let _held = hold(directory)?;
     let ca = open_ca(directory)?;
     can_issue(directory, &order.host, to)?;
+    // A file without a certificate would be handed out as it is.
     load::cas(directory)?;
     let cas = text(&directory.join(CAS))?;
     // A host that cannot refuse what was revoked before would accept it.
@@ -254,11 +255,9 @@ fn hold(directory: &Path) -> Result<Option<fs::File>, MakeError> {
 
 /// Refuses a host the name of an operator, and the other way round, while that has a certificate that counts.
 fn other_kind(directory: &Path, order: &Order) -> Result<(), MakeError> {
-    let (now, is_operators) = (SystemTime::now(), order.grant.is_operators());
-    let (revoked, all) = (load::revoked(directory)?, issued(directory)?);
-    let counts = |it: &Certificate| !it.left(now).is_zero() && !revoked.has(&it.serial);
+    let is_operators = order.grant.is_operators();
     let taken = |it: &Certificate| it.name == order.host && it.grant.is_operators() != is_operators;
-    if !all.iter().any(|it| taken(it) && counts(it)) {
+    if !still_counting(directory)?.iter().any(taken) {
         return Ok(());
     }
     let whose = if is_operators { "a host" } else { "an operator" };
@@ -342,9 +341,8 @@ pub(super) fn waiting_for_new_ca(directory: &Path, besides: &str) -> Result<Vec<
 }
 
 fn hosts_of_old_ca(directory: &Path, ca: &Ca, besides: &str) -> Result<Vec<String>, MakeError> {
-    let (newest, now) = (ca.about()?.name, SystemTime::now());
-    let (revoked, mut all) = (load::revoked(directory)?, issued(directory)?);
-    all.retain(|it| it.name != besides && !it.left(now).is_zero() && !revoked.has(&it.serial));
+    let (newest, mut all) = (ca.about()?.name, still_counting(directory)?);
+    all.retain(|it| it.name != besides);
     let (new, mut old): (Vec<_>, Vec<_>) = all.into_iter().partition(|it| it.ca == newest);
     old.retain(|it| new.iter().all(|new| new.name != it.name));
     old.dedup_by(|one, other| one.name == other.name);
@@ -421,8 +419,14 @@ pub(super) fn issued(directory: &Path) -> Result<Vec<Certificate>, MakeError> {
 
 /// Other certificates of a name that count, and with them the rights that they have.
 pub(super) fn earlier(directory: &Path, new: &Certificate) -> Result<Vec<Certificate>, MakeError> {
-    let (revoked, mut all, now) = (load::revoked(directory)?, issued(directory)?, SystemTime::now());
+    let mut all = still_counting(directory)?;
     all.retain(|it| it.name == new.name && it.serial != new.serial);
+    Ok(all)
+}
+
+/// The certificates that were made here, and are neither over nor revoked.
+fn still_counting(directory: &Path) -> Result<Vec<Certificate>, MakeError> {
+    let (revoked, mut all, now) = (load::revoked(directory)?, issued(directory)?, SystemTime::now());
     all.retain(|it| !it.left(now).is_zero() && !revoked.has(&it.serial));
     Ok(all)
 }

@@ -3,4 +3,13 @@
 
 mod progress;
 
+use std::path::Path;
+
 pub(crate) use progress::{bytes_bar, show_progress};
+
+/// A path as a shell reads it, for a command that a person copies.
+pub(crate) fn shell_word(path: &Path) -> String {
+    let path = path.display().to_string();
+    // No path has the byte that cannot be quoted.
+    shlex::try_quote(&path).map_or(path.clone(), Into::into)
+}

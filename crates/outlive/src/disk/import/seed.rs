@@ -8,7 +8,8 @@ use outlive_images::seed::{self, Seed, SeedError};
 
 use super::source::Identity;
 use super::target::{Target, TargetError};
-use crate::cli::{SeedOptions, shell_word};
+use crate::cli::SeedOptions;
+use crate::ui::shell_word;
 
 /// Why no seed was made.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,8 @@ pub(in crate::disk) fn seed(options: &SeedOptions, out: &mut impl Write) -> Resu
     let files = files.into_iter().flatten().filter_map(|path| std::fs::metadata(path).ok());
     let read: Vec<_> = files.map(|about| Identity::of(&about)).collect();
     let mut target = Target::open(to, &read, *overwrite)?;
+    // There may be passwords in it.
+    target.close_to_others()?;
     let bytes = target.begin(image.len() as u64, false)?;
     target.write(0, &image)?;
     target.finish(image.len() as u64, bytes)?;
