@@ -27,8 +27,8 @@ impl Files for One {
     }
 }
 
-/// An image with any contents. `data` is a list of patches to zeroes: two bytes of offset, in units of 16 bytes, one of
-/// length, and the bytes; so a short input reaches every header.
+/// An image with any contents. `data` is a list of patches to zeroes: two bytes of offset, in units of [`UNIT`], one of
+/// length less one, and the bytes; so a short input reaches every header.
 pub fn image(data: &[u8]) {
     let mut bytes = vec![0; BYTES];
     patch(&mut bytes, data);

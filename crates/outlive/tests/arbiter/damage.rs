@@ -90,7 +90,7 @@ fn a_damaged_marker_stops_claims_until_it_is_repaired() {
     fs::write(&marker, &good[..good.len() - 1]).unwrap();
     assert!(why(arbiter.claim(&VM, 1, "primary")).contains("outlive-arbiter is damaged"));
     let refusal = FileArbiter::open(directory.path()).map(drop).unwrap_err().to_string();
-    assert!(refusal.contains("restore it, or delete it"), "{refusal}");
+    assert!(refusal.contains("restore it, or make a new arbiter in an empty directory"), "{refusal}");
     fs::write(&marker, &good).unwrap();
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
 }
