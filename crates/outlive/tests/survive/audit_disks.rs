@@ -323,7 +323,7 @@ fn writes_that_take_long_never_differ() {
 }
 
 /// Nothing but the audit reads a standby's disk. A part of it that the disk cannot read, and tries for long, must not
-/// hold up the guest.
+/// hold up a guest that writes little.
 #[test]
 fn a_standbys_disk_that_does_not_answer_a_read_delays_no_commit() {
     let Some(world) = World::new() else { return };
