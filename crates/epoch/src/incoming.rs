@@ -190,6 +190,11 @@ impl Incoming {
         }
     }
 
+    /// Whether no checkpoint has begun since the last reset.
+    pub fn is_idle(&self) -> bool {
+        self.phase == Phase::Idle
+    }
+
     /// The checkpoint, if it is whole.
     pub fn checkpoint(&self) -> Option<Checkpoint<'_>> {
         (self.phase == Phase::Complete).then_some(Checkpoint { incoming: self })
@@ -440,6 +445,11 @@ impl<'a> Checkpoint<'a> {
         self.incoming.begin.number
     }
 
+    /// The generation in which the VM runs.
+    pub fn generation(&self) -> u64 {
+        self.incoming.begin.generation
+    }
+
     /// What is special about this checkpoint.
     pub fn flags(&self) -> CheckpointFlags {
         self.incoming.begin.flags
@@ -453,6 +463,11 @@ impl<'a> Checkpoint<'a> {
     /// Every page, in the order received. No GFN appears twice, and all are RAM of the layout.
     pub fn pages(&self) -> impl Iterator<Item = (u64, PageData<'a>)> + 'a {
         with_data(self.incoming.entries.iter().copied(), &self.incoming.data)
+    }
+
+    /// The pages as they came: their entries, and the data of all entries in their order.
+    pub fn raw_pages(&self) -> (&'a [PageEntry], &'a [u8]) {
+        (&self.incoming.entries, &self.incoming.data)
     }
 
     /// The state sections, in the order received. None appears twice.

@@ -261,6 +261,17 @@ impl RecordBuf {
         self.zeroed = 0;
     }
 
+    /// Makes it a copy of another buffer. Allocates only if there is too little room.
+    ///
+    /// # Errors
+    /// When there is not that much memory; the buffer is empty then.
+    pub fn try_copy_from(&mut self, other: &Self) -> Result<(), TryReserveError> {
+        self.empty_for(other.len())?;
+        self.bytes.extend_from_slice(&other.bytes);
+        (self.flush, self.zeroed) = (other.flush, other.zeroed);
+        Ok(())
+    }
+
     /// Adds a write. Data of more than [`DISK_RECORD_DATA`] becomes several records; a write of no bytes that
     /// is no flush changes nothing and becomes none. Returns whether there was room; if not, nothing is
     /// added.
