@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 16] = [
+const TARGETS: [(&str, Target); 17] = [
     ("wire", wire::stream),
     ("message", wire::message),
     ("incoming", wire::incoming),
@@ -20,6 +20,7 @@ const TARGETS: [(&str, Target); 16] = [
     ("disk", outlive_bootdisk::fuzz::disk),
     ("grub", outlive_bootdisk::fuzz::text),
     ("image", outlive_images::fuzz::image),
+    ("record", outlive_record::fuzz::record),
     ("kernel", outlive_machine::fuzz::kernel),
     ("console", outlive_machine::fuzz::console),
     ("rng", outlive_machine::fuzz::rng),

@@ -27,9 +27,9 @@ The first input that breaks a target ends the run with exit code 1; the file tha
 takes some minutes the first time and needs a C++ compiler, which is fetched if it is missing.";
 
 /// The same as in `fuzz/src/main.rs`.
-const TARGETS: [&str; 16] = [
+const TARGETS: [&str; 17] = [
     "wire", "message", "incoming", "state", "sidecar", "journal", "served", "metrics", "disk", "grub",
-    "image", "kernel", "console", "rng", "net", "blk",
+    "image", "record", "kernel", "console", "rng", "net", "blk",
 ];
 
 /// Seconds for each target by default.

@@ -44,6 +44,7 @@ fn program_at(path: impl Into<PathBuf>) -> Program {
         "events-max",
         "events-keep",
         "status",
+        "record",
     ];
     let run = Command::new("run")
         .args(values.map(value))

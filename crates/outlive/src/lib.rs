@@ -21,6 +21,7 @@ pub mod fuzz;
 #[cfg(test)]
 mod golden;
 mod heat;
+mod history;
 pub mod keys;
 mod lines;
 mod link;
@@ -35,6 +36,7 @@ mod primary;
 mod process;
 mod pulse;
 mod report;
+mod rewind;
 pub mod sandbox;
 mod sentinel;
 mod serving;

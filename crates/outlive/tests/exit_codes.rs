@@ -39,6 +39,9 @@ const ELSEWHERE: &[(&str, u8, &str, &str)] = &[
     ("node", 1, "../node/src/cli/say.rs", "bad_input_has_its_own_exit_code_and_no_second_remedy"),
     ("node drain", 1, "../node/src/cli/say.rs", "bad_input_has_its_own_exit_code_and_no_second_remedy"),
     ("node events", 1, "../node/src/cli/say.rs", "bad_input_has_its_own_exit_code_and_no_second_remedy"),
+    ("history", 0, "tests/survive/time_machine.rs", "a_vm_can_be_had_again_as_it_was_at_each_checkpoint"),
+    ("rewind", 0, "tests/survive/rewind.rs", "a_vm_is_rewound_to_each_moment_exactly"),
+    ("rewind", 1, "src/exit.rs", "codes_are_as_the_help_says"),
     ("demo", 0, "src/demo/summary.rs", "any_damage_makes_it_fail"),
     ("demo", 1, "src/demo/summary.rs", "any_damage_makes_it_fail"),
     ("demo", 130, "src/demo/summary.rs", "an_interrupted_run_is_judged_by_what_was_done"),
@@ -101,6 +104,8 @@ fn every_documented_code_is_what_the_program_does() {
     fs::write(seen.path("vms/web.toml"), "ip = '10.0.0.5/24'\n").unwrap();
     fs::write(seen.path("bad.toml"), "colour = 'red'\n").unwrap();
     fs::write(seen.path("image"), vec![0; 4096]).unwrap();
+    fs::create_dir_all(seen.path("record/00000001")).unwrap();
+    fs::write(seen.path("record/00000001/base"), "of another release").unwrap();
     for (row, code, line) in COMMANDS {
         seen.sees(row, *code, line);
     }
@@ -168,6 +173,9 @@ const COMMANDS: &[(&str, u8, &str)] = &[
     ("keys", 0, "keys init @/keys"),
     ("keys", 2, "keys show --keys @/missing"),
     ("image", 0, "image show @/image"),
+    ("history", 1, "history @/record"),
+    ("history", 2, "history @/missing"),
+    ("rewind", 2, "rewind @/missing --to newest --into @/vm"),
     ("image", 2, "image show @/missing"),
     ("demo", 2, "demo --seconds 0"),
     ("check", 2, "check --nonsense"),

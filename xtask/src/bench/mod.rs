@@ -48,6 +48,7 @@ Examples:
   cargo xtask bench hand-over --count 50       what clients notice of hand-overs; as root, in network namespaces
   cargo xtask bench rate                       how many checkpoints a second are held; as root, in network namespaces
   cargo xtask bench link                       what TLS costs, beside a plain link; as root, in network namespaces
+  cargo xtask bench record                     what recording a VM costs it; as root, in network namespaces
   cargo xtask bench pause --quick              the pause of a checkpoint beside what KVM alone needs for it
 
 Every row is a ratio: the value beside that of a peer, both measured in turns in one run. A goal that is missed is
@@ -75,6 +76,8 @@ enum Bench {
     Rate,
     /// Checkpoints and the base over TLS, compared with a plain link and with a copy over the same one
     Link,
+    /// What recording a VM costs it: its writes, checkpoints and requests, compared with a standby that does not record
+    Record,
     /// The time of a request, the requests of many clients, and the longest wait around a kill, compared with the same
     /// guest unprotected
     Clients,
@@ -92,6 +95,7 @@ impl Bench {
             Bench::Pause => "pause",
             Bench::Rate => "rate",
             Bench::Link => "link",
+            Bench::Record => "record",
             Bench::Clients => "clients",
             Bench::HandOver => "hand-over",
         }
@@ -100,7 +104,9 @@ impl Bench {
     fn package(self) -> &'static str {
         match self {
             Bench::Dirty | Bench::Migrate => "outlive-dirty",
-            Bench::Guest | Bench::Rate | Bench::Link | Bench::Clients | Bench::HandOver => "outlive",
+            Bench::Guest | Bench::Rate | Bench::Link | Bench::Record | Bench::Clients | Bench::HandOver => {
+                "outlive"
+            }
             Bench::Wire => "outlive-epoch",
             Bench::Pause => "outlive-machine",
         }
@@ -120,6 +126,7 @@ impl Bench {
             | Bench::Pause
             | Bench::Rate
             | Bench::Link
+            | Bench::Record
             | Bench::Clients
             | Bench::HandOver => Vec::new(),
         }

@@ -284,7 +284,7 @@ fn a_restarted_machine_with_a_card_is_a_new_one() {
     in_namespace(|| {
         let dir = tempfile::tempdir().unwrap();
         let net = NetConfig {
-            tap: Arc::new(Tap::open("restart0").unwrap()),
+            tap: Some(Arc::new(Tap::open("restart0").unwrap())),
             mac: MacAddr([2, 0, 0, 0, 0, 9]),
             pairs: 1,
             mtu: Some(1400),

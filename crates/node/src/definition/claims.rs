@@ -106,6 +106,10 @@ pub(super) fn claims(of: &Definition) -> Vec<Claim> {
             claim(key, what, &path, false, Identity::of_file(&path));
         }
     }
+    for record in of.values("record") {
+        let directory = record.rsplit_once(",keep=").map_or(&*record, |(directory, _)| directory);
+        claim("record", "the directory", directory, false, Identity::of_file(directory));
+    }
     claims
 }
 
@@ -166,6 +170,8 @@ mod tests {
             (listen("10.0.0.2:7000"), listen("10.0.0.1:7000"), None),
             (listen("0.0.0.0:7001"), listen("0.0.0.0:7000"), None),
             ("console = '/run/x'".into(), "console = '/run/x'".into(), Some("console")),
+            ("record = '/x,keep=1h'".into(), "record = '/x'".into(), Some("record")),
+            ("record = '/x,keep=1h'".into(), "record = '/y,keep=1h'".into(), None),
             ("events = '/run/x'".into(), "console = '/run/x'".into(), None),
         ] {
             let (a, b) = (vm("a", &a), vm("b", &b));

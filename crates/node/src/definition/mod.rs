@@ -233,7 +233,7 @@ fn check(key: &str, value: &Value, program: &Program) -> Result<(), Fault> {
 }
 
 /// Keys whose values are files or directories.
-const PATHS: [&str; 5] = ["kernel", "initrd", "keys", "events", "console"];
+const PATHS: [&str; 6] = ["kernel", "initrd", "keys", "events", "console", "record"];
 
 /// What is good for a command at a terminal, and not for a service.
 fn is_usable(key: &str, value: &Value) -> Result<(), Fault> {

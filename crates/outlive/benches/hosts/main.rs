@@ -15,6 +15,7 @@ mod guest;
 mod hand_over;
 mod link;
 mod rate;
+mod record;
 
 use std::fs::File;
 use std::io::Write;
@@ -25,11 +26,12 @@ use common::Amount;
 /// Measures, and adds rows. `None`: this machine cannot run it, which it has said.
 type Bench = fn(Amount, &mut String) -> Option<()>;
 
-const BENCHES: [(&str, Bench); 5] = [
+const BENCHES: [(&str, Bench); 6] = [
     ("guest", guest::run),
     ("clients", clients::run),
     ("rate", rate::run),
     ("link", link::run),
+    ("record", record::run),
     ("hand-over", hand_over::run),
 ];
 

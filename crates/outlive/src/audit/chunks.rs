@@ -58,6 +58,17 @@ struct Sent {
     tries: u8,
 }
 
+/// The standby's answer to the sums of checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Answer {
+    /// It has done with all sums up to this checkpoint.
+    pub(super) checkpoint: u64,
+    /// How many chunks it has compared.
+    pub(super) compared: u64,
+    /// It has read something, and compared nothing: a write has overtaken the read of the first chunk.
+    pub(super) overtaken: bool,
+}
+
 /// What became of a disk's chunks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Outcome {
@@ -262,9 +273,10 @@ impl WaitingChunks {
         self.sent.make_contiguous()[old..].sort_unstable_by_key(|sent| place(&sent.chunks));
     }
 
-    /// The standby has done with all sums up to this checkpoint, and has compared so many more chunks: the first of
-    /// those that it had not answered. Returns whether these were all.
-    pub(super) fn answered(&mut self, checkpoint: u64, mut compared: u64) -> bool {
+    /// The standby has answered. What it has compared are the first of those chunks that it had not answered. Returns
+    /// whether these were all.
+    pub(super) fn answered(&mut self, answer: Answer) -> bool {
+        let Answer { checkpoint, mut compared, mut overtaken } = answer;
         let mut all = true;
         while self.sent.front().is_some_and(|sent| sent.checkpoint <= checkpoint) {
             let Some(Sent { chunks, tries, .. }) = self.sent.pop_front() else { break };
@@ -275,6 +287,11 @@ impl WaitingChunks {
             }
             if done < chunks.count {
                 all = false;
+                if std::mem::take(&mut overtaken) {
+                    // A chunk that the guest always writes, on a disk that is slow to read, would have its turn for ever.
+                    self.try_again(chunks, tries);
+                    continue;
+                }
                 let (first, count) = (chunks.first + u64::from(done), chunks.count - done);
                 // That is no fault of theirs, and the standby is asked at its pace.
                 self.again.push_back((ChunkRange { first, count, ..chunks }, tries));

@@ -60,6 +60,18 @@ impl Faithful {
         self.answer_first(usize::MAX);
     }
 
+    /// It reads the first chunk that is as `overtaken` says, and does not compare it, nor what comes behind it.
+    fn answer_until(&mut self, overtaken: impl Fn(&ChunkRange) -> bool) {
+        let mut ranges = Vec::new();
+        self.taking.take_chunks(self.epoch, &log(), &mut ranges);
+        let compared = ranges.iter().take_while(|range| !overtaken(&range.chunks));
+        self.said.chunks += compared.map(|range| u64::from(range.chunks.count)).sum::<u64>();
+        self.said.read_ns += 1000 * ranges.len() as u64;
+        self.said.checkpoint = self.epoch;
+        self.audit.heard_of_disks(&self.said);
+        self.epoch += 1;
+    }
+
     fn answer_first(&mut self, most: usize) -> Vec<AuditRange> {
         let mut ranges = Vec::new();
         self.taking.take_chunks(self.epoch, &log(), &mut ranges);
@@ -128,6 +140,25 @@ fn what_the_standby_leaves_out_has_another_turn() {
     assert_eq!(waiting(&audit), before, "a read may take long");
     audit.chunks().expire(Instant::now() + Duration::from_secs(40));
     assert_eq!(waiting(&audit), before + ranges.len());
+}
+
+/// The guest writes to a chunk in every epoch, and the standby's disk takes longer than that to read it.
+#[test]
+fn what_is_always_overtaken_is_left_out_and_does_not_hold_up_the_round() {
+    let audit = Arc::<Audit>::default();
+    let mut standby = Faithful::new(&audit);
+    let (mut auditor, _file) = quiet(&audit, 0);
+    while audit.progress().disk_rounds == 0 {
+        assert!(standby.epoch < 200, "the round does not end");
+        auditor.look(&|| Some(standby.epoch));
+        if audit.chunks().room() >= 4 {
+            auditor.burst(&|| Some(standby.epoch));
+        }
+        standby.answer_until(|chunks| chunks.first == 0);
+    }
+    let disk = audit.disks()[0];
+    // The other one is where a write of the guest has failed.
+    assert_eq!((disk.left_out, disk.compared), (2 * 65536, 39 * 65536));
 }
 
 /// A disk with a chunk to which a request is always in flight: each begins before the last one is complete.

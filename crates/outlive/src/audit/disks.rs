@@ -126,8 +126,8 @@ impl<S: Store> DiskAuditor<S> {
     }
 
     fn take_answers(&mut self) {
-        for (checkpoint, compared) in self.audit.take_answers() {
-            if self.audit.chunks().answered(checkpoint, compared) {
+        for answer in self.audit.take_answers() {
+            if self.audit.chunks().answered(answer) {
                 self.rest = None;
                 continue;
             }

@@ -37,7 +37,7 @@ use outlive_machine::PAGE_SIZE;
 
 pub(crate) use auditor::{AuditThread, Source};
 pub(crate) use chunks::MOST_CHUNKS;
-use chunks::WaitingChunks;
+use chunks::{Answer, WaitingChunks};
 pub(crate) use disks::AuditDisk;
 pub(crate) use pace::{AuditShare, Budget, DiskRate, Pace, thread_time};
 pub(crate) use picked::Picked;
@@ -153,7 +153,7 @@ struct Counted {
     pages: Audited,
     chunks: DiskAudited,
     /// Answers that the auditor has not taken: of which checkpoint, and how many chunks.
-    answers: Vec<(u64, u64)>,
+    answers: Vec<Answer>,
 }
 
 /// How many answers may wait for the auditor; later ones count with the next.
@@ -307,8 +307,8 @@ impl Audit {
         }
     }
 
-    /// The standby's answers since the last call: up to which checkpoint, and how many chunks it has compared.
-    fn take_answers(&self) -> Vec<(u64, u64)> {
+    /// The standby's answers since the last call.
+    fn take_answers(&self) -> Vec<Answer> {
         std::mem::take(&mut self.counted().answers)
     }
 
@@ -356,9 +356,14 @@ impl Audit {
         let earlier = if word.chunks >= before.chunks { *before } else { DiskAudited::default() };
         let chunks = word.chunks - earlier.chunks;
         let is_full = answers.len() >= MOST_ANSWERS;
+        let (checkpoint, compared) = (word.checkpoint, chunks);
+        let overtaken = chunks == 0 && word.read_ns > earlier.read_ns;
         match answers.last_mut() {
-            Some(last) if is_full => *last = (word.checkpoint, last.1.saturating_add(chunks)),
-            _ => answers.push((word.checkpoint, chunks)),
+            Some(last) if is_full => {
+                let compared = last.compared.saturating_add(compared);
+                *last = Answer { checkpoint, compared, overtaken: false };
+            }
+            _ => answers.push(Answer { checkpoint, compared, overtaken }),
         }
         progress.disk_bytes = progress.disk_bytes.saturating_add(chunks.saturating_mul(DISK_CHUNK as u64));
         progress.differences += u64::from(word.differs.is_some());

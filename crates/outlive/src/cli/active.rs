@@ -9,8 +9,8 @@ use clap::{Args, ValueEnum};
 
 use super::epochs::EpochOptions;
 use super::values::{
-    ConsoleSpec, DiskTimeout, parse_dead_after, parse_events_max, parse_fence, parse_fence_timeout,
-    parse_host_port, parse_max_pause, parse_stop_within, parse_uplink_timeout,
+    ConsoleSpec, DiskTimeout, RecordSpec, parse_dead_after, parse_events_max, parse_fence,
+    parse_fence_timeout, parse_host_port, parse_max_pause, parse_stop_within, parse_uplink_timeout,
 };
 use crate::audit::AuditShare;
 use crate::events::EventsTo;
@@ -114,6 +114,12 @@ pub struct ActiveOptions {
     /// How many old files of events are kept with --events-max, 0 to 1000
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = RangedU64ValueParser::<u32>::new().range(0..=1000))]
     pub events_keep: u32,
+
+    /// While this host is the VM's standby, record the VM in this directory of its own: its memory and disks, and every
+    /// checkpoint since. keep=TIME (10s to 30d) or keep=SIZE says how much of the past is kept. See outlive history and
+    /// docs/time-machine.md [default of keep: 10m]
+    #[arg(long, value_name = "DIR[,keep=TIME|SIZE]", value_parser = RecordSpec::from_str)]
+    pub record: Option<RecordSpec>,
 
     /// Socket on which outlive status asks this process [default: named after the VM, in /run/outlive or
     /// $XDG_RUNTIME_DIR/outlive]

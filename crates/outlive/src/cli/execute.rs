@@ -1,17 +1,19 @@
 //! From a command to its exit code.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use outlive_epoch::EndReason;
 use outlive_machine::{HostError, LockError};
 use outlive_node::{BEING_STARTED, UNDECIDED};
 use outlive_pair::{ExitReason, StandbyExit};
+use outlive_record::ClaimError;
 
 use super::part::{self, PartError};
 use super::sense::SenseError;
 use super::standby::ItsOwnStandby;
-use super::{ActiveOptions, Command, RunOptions, StandbyOptions};
+use super::{ActiveOptions, Command, RewindOptions, RunOptions, StandbyOptions};
 use super::{completions, man, node};
 use crate::arbiter::Site;
 use crate::disk::{Held, Part};
@@ -20,13 +22,14 @@ use crate::link::SecurityError;
 use crate::logs::LogError;
 use crate::network::here;
 use crate::primary::StartError;
+use crate::rewind::{Folder, FolderError, RewindError};
 use crate::sandbox::{Plan, PrivilegeError, SandboxError};
 use crate::standby::{Door, DoorError, Outcome, Post, PostError};
 use crate::status::{NO_PRIMARY, NoPlace, Server, ServerError, Standing};
 use crate::vm::{self, End, Launch, Remedied, Stops};
 use crate::{
-    arbiter, check, console, demo, disk, doctor, exit, keys, logs, metrics, notify, primary, process,
-    sandbox, sentinel, status, ui,
+    arbiter, check, console, demo, disk, doctor, exit, history, keys, logs, metrics, notify, primary,
+    process, rewind, sandbox, sentinel, status, ui,
 };
 
 impl From<PrivilegeError> for BeginError {
@@ -54,6 +57,8 @@ impl Command {
             Self::Arbiter(options) => arbiter::command(options),
             Self::Keys(options) => keys::command(options),
             Self::Image(options) => disk::command(options),
+            Self::History(options) => history::command(options),
+            Self::Rewind(options) => rewind(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
             Self::Doctor(options) => doctor::command(options),
@@ -86,6 +91,9 @@ enum BeginError {
     /// Links cannot be made as the options say.
     #[error(transparent)]
     Security(#[from] SecurityError),
+    /// Nothing can be recorded.
+    #[error(transparent)]
+    Record(#[from] ClaimError),
     /// Another process has an image.
     #[error(transparent)]
     Held(#[from] disk::PrepareError),
@@ -115,6 +123,12 @@ enum BeginError {
     /// This host cannot be a standby.
     #[error(transparent)]
     Post(#[from] PostError),
+    /// There is no place for the disks of a VM that is rewound.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// The VM cannot be rewound.
+    #[error(transparent)]
+    Rewind(#[from] RewindError),
     /// This host cannot be a standby later, because it cannot run a VM.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -156,6 +170,7 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
         );
     }
     check_security(&options.active, options.listen.as_deref())?;
+    check_record(&options.active)?;
     if options.listen.is_some()
         && let Err(why) = options.active.security().may_hold(None)
     {
@@ -268,6 +283,11 @@ fn check_security(options: &ActiveOptions, listen: Option<&str>) -> Result<(), S
     options.security().check(addresses())
 }
 
+/// Refuses a place where nothing can ever be recorded. One that is full, or does not answer, costs the VM nothing.
+fn check_record(options: &ActiveOptions) -> Result<(), ClaimError> {
+    options.record.as_ref().map_or(Ok(()), |record| outlive_record::check(&record.directory))
+}
+
 /// Locks the images that the VM writes to and does not share: its machine has them without a gap.
 fn hold(options: &RunOptions) -> Result<Held, disk::PrepareError> {
     Held::of(options.written().into_iter().map(|(_, path)| path))
@@ -331,6 +351,52 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
     Ok((server.or_else(|| Server::open_usual(&options.status_name(), standing)), post))
 }
 
+fn rewind(options: &RewindOptions) -> u8 {
+    let Some(into) = options.into.as_deref().filter(|_| !options.dry_run) else {
+        return rewind::dry_run(options).map_or_else(exit::usage, |()| exit::OK);
+    };
+    let active = options.active();
+    let begun =
+        confine_rewind(options, &active, into).and_then(|folder| begin_rewind(options, active, folder));
+    match begun {
+        Ok((_server, launch)) => Life::begin(Some(launch), None, None),
+        Err(why @ BeginError::Rewind(RewindError::Stopped)) => {
+            tracing::warn!("{why}");
+            exit::OK
+        }
+        Err(line) => exit::usage(line),
+    }
+}
+
+/// The folder is made before this process gives up its rights, and is given to the user that it becomes.
+fn confine_rewind(
+    options: &RewindOptions,
+    active: &ActiveOptions,
+    into: &Path,
+) -> Result<Folder, BeginError> {
+    sandbox::close_inherited();
+    process::machine();
+    active.make_sense()?;
+    let folder = Folder::claim(into)?;
+    sandbox::enter(&Plan::of_rewind(options, active, &folder)?)?;
+    Ok(folder)
+}
+
+fn begin_rewind(
+    options: &RewindOptions,
+    active: ActiveOptions,
+    folder: Folder,
+) -> Result<(Option<Server>, Launch), BeginError> {
+    logs::never_wait()?;
+    vm::lock_memory(active.lock_memory)?;
+    let standing = Standing::new(Role::Primary, options.name.as_deref(), BEING_STARTED);
+    let server = Server::open(active.status.as_deref(), &standing)?;
+    let stops = hear_stops(&active)?;
+    let launch = rewind::start(options, active, folder, standing.clone(), stops)?;
+    let name = &launch.identity.provenance.name;
+    Ok((server.or_else(|| Server::open_usual(name, standing)), launch))
+}
+
 fn standby(options: &StandbyOptions) -> u8 {
     let options = options.with_keys();
     match confine_standby(&options).and_then(|()| begin_standby(&options)) {
@@ -353,6 +419,7 @@ fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), Beg
     hears_words(&options.active, Some(&options.arbiter))?;
     vm::lock_memory(options.active.lock_memory)?;
     check_security(&options.active, Some(&options.listen))?;
+    check_record(&options.active)?;
     options.active.security().may_hold(options.vm.as_deref())?;
     let begun = stand_by(options, NO_PRIMARY)?;
     if options.active.standbys.is_empty() {
@@ -404,6 +471,9 @@ impl<'a> Life<'a> {
             (None, None) => return exit::FAILED,
         };
         notify::stopping();
+        if let Some(post) = &life.post {
+            post.close_record();
+        }
         console.close();
         exit::conclude(&end, events)
     }

@@ -100,6 +100,25 @@ pub const TABLE: &[(&str, Codes)] = &[
     ("keys", DONE),
     ("image", DONE),
     (
+        "history",
+        &[
+            (0, "done"),
+            (1, "a part of the record cannot be read"),
+            (2, "wrong options, or there is no record"),
+        ],
+    ),
+    (
+        "rewind",
+        &[
+            (0, "the VM ended in order: its guest was shut down, or this process was told to stop"),
+            (1, "the VM or its host failed, or the guest crashed"),
+            (
+                2,
+                "wrong options, no such moment, or something missing on this machine: one line says what to do",
+            ),
+        ],
+    ),
+    (
         "demo",
         &[
             (0, "nothing was lost, duplicated or broken"),

@@ -11,6 +11,7 @@ mod doctor;
 mod epochs;
 mod execute;
 pub mod exits;
+mod history;
 mod image;
 mod keys;
 mod man;
@@ -18,6 +19,7 @@ mod metrics;
 mod node;
 mod page;
 mod part;
+mod rewind;
 mod run;
 mod sense;
 mod standby;
@@ -39,6 +41,7 @@ pub use console::ConsoleOptions;
 pub use demo::{DemoArbiter, DemoOptions};
 pub use doctor::DoctorOptions;
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
+pub use history::HistoryOptions;
 pub use image::{ImageCommand, ImageOptions, ImportOptions, SeedOptions};
 pub(crate) use keys::AnyAndOne;
 pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
@@ -46,12 +49,14 @@ pub use man::ManOptions;
 pub use metrics::MetricsOptions;
 pub(crate) use node::definitions;
 pub use outlive_node::cli::{NodeOptions, TopOptions, VmOptions};
+pub use rewind::{Moment, RewindOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
 pub use tree::tree;
 pub use values::{
-    BootFrom, ConsoleSpec, DiskSpec, DiskUse, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time,
+    BootFrom, ConsoleSpec, DiskSpec, DiskUse, IpSpec, NetSpec, RecordSpec, StandbyDisk, parse_size,
+    parse_time,
 };
 pub use word::{HandOverOptions, WordOptions};
 
@@ -113,6 +118,10 @@ pub enum Command {
     Keys(KeysOptions),
     /// Make disk images of other formats and seeds for cloud-init; show whose an image is, and take it as it is
     Image(ImageOptions),
+    /// Show which moments of a VM its standby has recorded
+    History(HistoryOptions),
+    /// Start a VM as it was at a recorded moment, as a new one beside the old one
+    Rewind(RewindOptions),
     /// Kill a protected VM again and again on this machine and count what was lost
     Demo(DemoOptions),
     /// Say whether this machine can run VMs, and what to do about each thing that is missing

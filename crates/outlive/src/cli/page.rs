@@ -29,6 +29,8 @@ const DOCUMENTS: &[(&str, &[&str])] = &[
     ("arbiter", &["docs/arbitration.md"]),
     ("keys", &["docs/trust.md"]),
     ("image", &["docs/linux-guest.md"]),
+    ("history", &["docs/time-machine.md"]),
+    ("rewind", &["docs/time-machine.md"]),
     ("demo", &["docs/measuring.md"]),
     ("check", &["docs/operations.md"]),
     ("doctor", &["docs/operations.md"]),

@@ -34,6 +34,11 @@ pub(super) enum SenseError {
          process may have taken over"
     )]
     FenceWithoutPart,
+    /// Nothing would be recorded.
+    #[error(
+        "--record has no effect here: a standby records, so give --listen, with which this host can become the VM's standby"
+    )]
+    RecordWithoutPart,
     /// Nobody to wait for.
     #[error("--or-standby needs --standby HOST:PORT: name the other host")]
     NoOtherHost,
@@ -87,6 +92,9 @@ impl RunOptions {
                 return Err(SenseError::FenceWithoutPart);
             }
         }
+        if self.active.record.is_some() && self.listen.is_none() {
+            return Err(SenseError::RecordWithoutPart);
+        }
         if self.or_standby && self.active.standbys.is_empty() {
             return Err(SenseError::NoOtherHost);
         }
@@ -122,7 +130,7 @@ impl StandbyOptions {
 }
 
 impl ActiveOptions {
-    fn make_sense(&self) -> Result<(), SenseError> {
+    pub(super) fn make_sense(&self) -> Result<(), SenseError> {
         let to_stdout = self.events.as_deref().is_some_and(|path| path == Path::new("-"));
         if to_stdout && self.console == Some(ConsoleSpec::Stdio) {
             return Err(SenseError::OneOutput);

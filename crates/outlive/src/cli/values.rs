@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use outlive_epoch::Wiring;
 use outlive_machine::SectorSize;
+use outlive_record::Keep;
 
 use crate::standby::{FenceCheckError, check_fence};
 
@@ -442,6 +443,53 @@ impl FromStr for StandbyDisk {
             }
         }
         if disk.path.as_os_str().is_empty() { Err("path=FILE is missing".into()) } else { Ok(disk) }
+    }
+}
+
+/// Where a standby records its VM, and how much of it is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordSpec {
+    /// The directory.
+    pub directory: PathBuf,
+    /// How much.
+    pub keep: Keep,
+}
+
+impl FromStr for RecordSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = text.rsplit_once(",keep=").map_or(text, |(directory, _)| directory);
+        if let Some((_, option)) = known.rsplit_once(',')
+            && option.contains('=')
+        {
+            return Err(format!("'{option}' is no option of a record: there is keep=TIME|SIZE"));
+        }
+        let (directory, keep) = match text.rsplit_once(",keep=") {
+            Some((directory, keep)) => (directory, parse_keep(keep)?),
+            None => (text, Keep::Time(Duration::from_secs(600))),
+        };
+        if directory.is_empty() || directory.starts_with("keep=") {
+            return Err("the directory is missing: give DIR or DIR,keep=10m".into());
+        }
+        Ok(Self { directory: directory.into(), keep })
+    }
+}
+
+/// A time like `10m`, or a size like `20G`. `5m` is a time and `5M` a size.
+fn parse_keep(text: &str) -> Result<Keep, String> {
+    let day = text.strip_suffix('d').and_then(|days| days.parse::<u64>().ok());
+    let time = day.and_then(|days| days.checked_mul(86_400)).map(Duration::from_secs);
+    if let Some(time) = time.or_else(|| parse_time(text).ok()) {
+        let fits = (Duration::from_secs(10)..=Duration::from_secs(30 * 86_400)).contains(&time);
+        return fits
+            .then_some(Keep::Time(time))
+            .ok_or_else(|| format!("'{text}' is out of range: give 10s to 30d"));
+    }
+    match parse_size(text) {
+        Ok(bytes) if bytes >= 64 << 20 => Ok(Keep::Bytes(bytes)),
+        Ok(_) => Err(format!("'{text}' is too little: give 64M or more")),
+        Err(_) => Err(format!("'{text}' is neither a time like 10m, 2h or 7d nor a size like 20G")),
     }
 }
 

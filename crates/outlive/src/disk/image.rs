@@ -69,6 +69,36 @@ impl Store for File {
     }
 }
 
+/// Reads an image beside whoever writes to it.
+pub(crate) struct ImageReader {
+    pub(super) file: File,
+    /// Bytes of the disk.
+    pub(super) bytes: u64,
+}
+
+impl ImageReader {
+    /// Its length in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Where the next data is, from this byte on.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn next_data(&self, from: u64) -> io::Result<Option<u64>> {
+        Store::next_data(&self.file, from)
+    }
+
+    /// Fills `to` with the bytes at this place.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn read(&self, to: &mut [u8], at: u64) -> io::Result<()> {
+        Store::read(&self.file, to, at)
+    }
+}
+
 /// The largest sectors of a block device.
 const LARGEST_SECTOR: u64 = 4096;
 

@@ -8,7 +8,8 @@
 //!           sidecar.rs: whose copy an image is, and whether it is whole; shared.rs: who uses a shared disk;
 //!           sidecars.rs: the thread that writes both
 //! a start   prepare.rs: brings images to their last commit; standing.rs: whether the VM may go on with them;
-//!           start.rs: as which VM, in which generation; overwrite.rs, blank.rs: what a standby may overwrite;
+//!           start.rs: as which VM, in which generation; descendant.rs: the same for a VM that begins from another one's past;
+//!           overwrite.rs, blank.rs: what a standby may overwrite;
 //!           format.rs: images that are not raw
 //! before    import.rs: makes an image of a file in another format, and a disk for cloud-init
 //! ```
@@ -28,6 +29,7 @@ mod apply;
 mod blank;
 mod book;
 mod command;
+mod descendant;
 mod format;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
@@ -52,9 +54,10 @@ pub(crate) mod tests;
 
 pub(crate) use book::{Book, Books};
 pub(crate) use command::command;
+pub(crate) use descendant::{Newborn, NewbornError, descendant, write_sidecars};
 pub(crate) use format::{NotRaw, refuse_other_formats};
 pub(crate) use hash::{chunk as chunk_sum, contents as hash_contents};
-pub(crate) use image::{ChunkReader, Store, chunks, overlay};
+pub(crate) use image::{ChunkReader, ImageReader, Store, apply, chunks, overlay};
 pub(crate) use overwrite::{OverwriteError, Target};
 pub(crate) use part::{Part, PartError};
 pub(crate) use prepare::{Held, PrepareError, for_run, for_standby, refuse_shared_in_use, refuse_unfinished};

@@ -1,21 +1,25 @@
 //! A standby's disks: one thread compares, writes, journals and applies, so that neither the link nor the
-//! VM's memory ever waits for a disk that is a little slow.
+//! VM's memory ever waits for a disk that is a little slow. A second one reads for the audit, and the first one waits for
+//! no read.
 //!
 //! Jobs are done in the order in which they came. The queue is bounded: during base synchronisation by the
 //! chunks that were asked for, afterwards by [`QUEUE_BYTES`](queue::QUEUE_BYTES) and
 //! [`QUEUE_TIME`](queue::QUEUE_TIME). Beyond that the applier waits here. It then acknowledges no further
 //! checkpoint, and so slows the guest down; the reader keeps reading the link meanwhile.
 
+#[cfg(test)]
+mod audit_game;
 mod claims;
 mod compare;
 mod error;
 mod queue;
+mod reading;
 mod worker;
 
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -24,14 +28,16 @@ use outlive_epoch::{AuditRange, ChunkRange, DiskAudited, DiskSums, DiskWant, Rec
 use outlive_machine::DiskHash;
 
 use super::book::Book;
-use super::image::{Sum, chunks};
+use super::image::{ImageReader, Store, Sum, chunks};
 use super::provenance::{Accepted, Provenance};
 use super::shared::Note;
 use super::sidecar::CopyEnd;
 use super::sidecars::{Image, Sidecars, SidecarsError};
 use crate::audit::Budget;
+use compare::Audits;
 pub(crate) use error::{ReplicaEndError, ReplicaError, ReplicaStartError, UnfitError};
 use queue::{Job, Queue};
+pub(super) use reading::Source;
 use worker::Worker;
 
 /// Bytes of the base synchronisation that may wait: far more than a primary of this release ever sends
@@ -126,6 +132,20 @@ impl Replica {
         generation: u64,
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, ReplicaStartError> {
+        let sources =
+            disks.iter().map(|disk| disk.as_ref().map(|it| Source::of(&it.file, it.bytes)).transpose());
+        let sources = sources.collect::<Result<_, _>>().map_err(ReplicaStartError::NoThread)?;
+        Self::begin(disks, shared, (provenance, generation), sources, tell)
+    }
+
+    /// The same, and `sources` is what the audit reads of the images.
+    pub(super) fn begin(
+        disks: Vec<Option<ReplicaDisk>>,
+        shared: Vec<PathBuf>,
+        (provenance, generation): (Provenance, u64),
+        sources: Vec<Option<Source<impl Store + Sync + 'static>>>,
+        tell: impl Fn(DiskEvent) + Send + 'static,
+    ) -> Result<Self, ReplicaStartError> {
         let claimed = claims::claim(&disks)?;
         // Not before: a standby without room asks again every few seconds, and overwrites nothing.
         for ReplicaDisk { path, accepted, .. } in disks.iter().flatten() {
@@ -139,6 +159,7 @@ impl Replica {
         let no_thread = ReplicaStartError::NoThread;
         let queue = Arc::new(Queue::default());
         let known = disks.iter().map(|disk| disk.as_ref().map(|d| (d.bytes, !d.read_only))).collect();
+        let sizes = disks.iter().map(|disk| disk.as_ref().map_or(0, |disk| disk.bytes)).collect();
         let written = disks.iter().enumerate().filter_map(|(index, disk)| {
             let disk = disk.as_ref().filter(|disk| !disk.read_only)?;
             let (path, accepted) = (disk.path.clone(), disk.accepted.clone());
@@ -147,7 +168,13 @@ impl Replica {
         let vm = provenance.vm;
         let sidecars = Sidecars::with_shared(written.collect(), shared, provenance);
         let sidecars = Arc::new(sidecars.map_err(no_thread)?);
-        let worker = Worker::new(queue.clone(), disks, (vm, generation), sidecars.clone(), claimed, tell);
+        let (orders, ordered) = channel();
+        let answers = queue.clone();
+        // Nobody ever waits for its end: a read may hang. It ends when the other one has ended.
+        outlive_machine::spawn("disk-audit", move || reading::run(&sources, &ordered, &answers))
+            .map_err(no_thread)?;
+        let (audits, about) = (Audits::new(orders, sizes), (vm, generation));
+        let worker = Worker::new(queue.clone(), disks, about, sidecars.clone(), claimed, audits, tell);
         let thread = outlive_machine::spawn("disks", move || {
             worker.run();
         });
@@ -225,8 +252,13 @@ impl Replica {
         self.queue.push(waiting, Job::Commit { number, base, records });
     }
 
-    /// Whether the disks have finished nothing for [`STUCK`].
+    /// Whether the disks have finished nothing for [`STUCK`], or have not answered a read of the audit for so long.
     pub(crate) fn is_stuck(&self) -> bool {
+        self.hangs() || self.queue.reading_for() >= STUCK
+    }
+
+    /// Whether the thread of the disks has. Nothing but that must keep anybody from ending a copy.
+    fn hangs(&self) -> bool {
         self.queue.working_for() >= STUCK
     }
 
@@ -275,6 +307,14 @@ impl Replica {
         }
     }
 
+    /// Readers of all images, as soon as everything that was committed so far is in them. Commits go on, and the images
+    /// with them. Nothing comes if the disks fail.
+    pub(crate) fn images(&self) -> Receiver<Vec<Option<ImageReader>>> {
+        let (done, images) = channel();
+        self.queue.push(self.queue.lock(), Job::Images { done });
+        images
+    }
+
     /// Brings the images to the last commit, which is `checkpoint`, durably. Then [`DiskEvent::Settled`] says
     /// so, or [`DiskEvent::Failed`] why not.
     pub(crate) fn settle(&self, checkpoint: u64) {
@@ -305,7 +345,7 @@ impl Replica {
         loop {
             match answer.recv_timeout(Duration::from_millis(100)) {
                 Ok(result) => return Ok(result?),
-                Err(RecvTimeoutError::Timeout) if self.is_stuck() => return Err(ReplicaEndError::NoAnswer),
+                Err(RecvTimeoutError::Timeout) if self.hangs() => return Err(ReplicaEndError::NoAnswer),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(ReplicaEndError::NoThread),
             }
@@ -334,7 +374,7 @@ impl Drop for Replica {
     fn drop(&mut self) {
         self.queue.push(self.queue.lock(), Job::Close);
         if let Some(thread) = self.thread.take()
-            && !self.is_stuck()
+            && !self.hangs()
         {
             thread.join().ok();
         }

@@ -419,6 +419,38 @@ pub enum Event {
         /// Milliseconds since it was thrown away.
         for_ms: u64,
     },
+    /// The VM is another one as it was at a recorded moment (`outlive rewind`).
+    Rewound {
+        /// The id of that VM.
+        from: String,
+        /// The run of the record.
+        run: u64,
+        /// The generation in which that VM ran.
+        generation: u64,
+        /// The checkpoint.
+        checkpoint: u64,
+        /// When it was committed, as RFC 3339, by the clock of the host that recorded it.
+        at: String,
+    },
+    /// The standby has begun to record the VM. Memory and disks are being copied.
+    RecordBegan {
+        /// The number of the run: checkpoints without a gap.
+        run: u64,
+    },
+    /// The record has all that is needed to have the VM again as of this checkpoint and every later one.
+    RecordWhole {
+        /// The run.
+        run: u64,
+        /// The checkpoint.
+        from: u64,
+    },
+    /// The VM goes on and is not recorded, until the next run begins.
+    RecordGap {
+        /// The run that has ended; 0 if none had begun.
+        run: u64,
+        /// Why, for a person.
+        why: String,
+    },
     /// The command of `--fence` has not cut the lost primary off; it is run again, and the VM waits.
     FenceFailed {
         /// Which run it was, from 1.

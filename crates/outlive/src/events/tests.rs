@@ -90,6 +90,16 @@ fn every_event() -> Vec<Event> {
         Event::StandbyCaughtUp { slow_ms: 3_000 },
         Event::SettleSlow { part: SettlePart::Disk, for_ms: 4_000, hangs_ms: 3_500 },
         Event::CopyLingers { for_ms: 10_000 },
+        Event::Rewound {
+            from: "0a".repeat(16),
+            run: 3,
+            generation: 2,
+            checkpoint: 99,
+            at: "2026-01-31T12:00:00.000001Z".into(),
+        },
+        Event::RecordBegan { run: 3 },
+        Event::RecordWhole { run: 3, from: 17 },
+        Event::RecordGap { run: 3, why: "no space".into() },
         Event::Takeover {
             generation: 2,
             checkpoint: 99,

@@ -490,6 +490,20 @@ pub(super) static FAMILIES: &[Family] = &[
     counter("outlive_audit_differences", "How often the standby's copy was found to differ", |s| {
         s.one(|r| Some(number(r.audit.differences)))
     }),
+    gauge("outlive_record_active", "Whether the standby writes the VM's record now", |s| {
+        s.one(|r| r.record.map(|it| flag(it.active)))
+    }),
+    gauge("outlive_record_reach", "How far back the VM can be had from the record; 0 if it cannot", |s| {
+        s.one(|r| r.record.map(|it| Value::Number(it.reach.unwrap_or(0.0))))
+    })
+    .seconds(),
+    gauge("outlive_record_size", "What the record takes in its file system", |s| {
+        s.one(|r| r.record.map(|it| number(it.bytes)))
+    })
+    .bytes(),
+    counter("outlive_record_gaps", "How often the VM went on without being recorded", |s| {
+        s.one(|r| r.record.map(|it| number(it.gaps)))
+    }),
     counter("outlive_self_check_differences", "How often a self-check found that the copy differs", |s| {
         s.one(|r| Some(number(r.counted.self_check_differences)))
     }),

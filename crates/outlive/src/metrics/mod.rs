@@ -31,7 +31,7 @@ mod units;
 pub use command::command;
 pub(crate) use histogram::{Buckets, COUNTS, Histogram, PAUSES, SIZES, TIMES};
 pub(crate) use report::{
-    ArbiterReport, AuditReport, AuditedDisk, FORMAT, Frames, Loss, Report, Running, unix,
+    ArbiterReport, AuditReport, AuditedDisk, FORMAT, Frames, Loss, RecordReport, Report, Running, unix,
 };
 pub(crate) use tally::Tally;
 pub(crate) use tell::tell;

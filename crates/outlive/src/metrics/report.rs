@@ -70,6 +70,9 @@ pub(crate) struct Report {
     pub(crate) protection_losses: u64,
     /// The audit.
     pub(crate) audit: AuditReport,
+    /// The record that a standby writes, if it was told to.
+    #[serde(default)]
+    pub(crate) record: Option<RecordReport>,
     /// How long a standby took to apply a checkpoint, in nanoseconds.
     #[serde(default)]
     pub(crate) apply: Buckets,
@@ -114,6 +117,19 @@ pub(crate) struct AuditReport {
     /// How often all of the disks had their turn.
     #[serde(default)]
     pub(crate) disk_rounds: u64,
+}
+
+/// How far a record is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct RecordReport {
+    /// Whether checkpoints are written.
+    pub(crate) active: bool,
+    /// How far back the VM can be had, in seconds; `None` before a base is whole.
+    pub(crate) reach: Option<f64>,
+    /// Bytes of the whole record.
+    pub(crate) bytes: u64,
+    /// How often the VM went on without being recorded.
+    pub(crate) gaps: u64,
 }
 
 /// How far the audit of a disk is, where the VM runs.

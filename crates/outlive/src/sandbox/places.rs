@@ -213,6 +213,24 @@ impl Places {
         self.list.push((path.to_owned(), Use::Write));
     }
 
+    /// A directory of this process's own with what a VM's memory has been, which is made if it is missing. One that is
+    /// there stays whose it is.
+    pub(super) fn record(&mut self, directory: &Path) {
+        if DirBuilder::new().mode(0o700).create(directory).is_ok() {
+            self.give(directory);
+        }
+        self.list.push((directory.to_owned(), Use::Keep));
+    }
+
+    /// A directory for the disks of a VM. If it was made for that (`is_new`), it may be removed again.
+    pub(super) fn folder(&mut self, directory: &Path, is_new: bool) {
+        if is_new {
+            self.give(directory);
+            self.list.push((parent(directory).to_owned(), Use::Tidy));
+        }
+        self.keep(directory);
+    }
+
     /// A directory for sockets, which is made if it is missing.
     pub(super) fn sockets(&mut self, directory: &Path) {
         if DirBuilder::new().mode(0o700).create(directory).is_ok() {

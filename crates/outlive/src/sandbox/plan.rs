@@ -8,8 +8,9 @@ use super::places::Places;
 use super::privileges::find_user;
 use super::steward::{AllowedVlan, Charter};
 use super::{Mode, PrivilegeError};
-use crate::cli::{ActiveOptions, ConsoleSpec, NetSpec, RunOptions, StandbyOptions};
+use crate::cli::{ActiveOptions, ConsoleSpec, NetSpec, RewindOptions, RunOptions, StandbyOptions};
 use crate::link::Security;
+use crate::rewind::Folder;
 use crate::{arbiter, disk, keys, status};
 
 /// What a process needs once it is confined.
@@ -59,6 +60,26 @@ impl Plan {
         Ok(plan)
     }
 
+    /// Of `outlive rewind`, whose VM has its disks in this folder; likewise.
+    ///
+    /// # Errors
+    /// The user that is named.
+    pub(crate) fn of_rewind(
+        options: &RewindOptions,
+        active: &ActiveOptions,
+        folder: &Folder,
+    ) -> Result<Self, PrivilegeError> {
+        let mut plan = Self::of(active, options.net.as_ref(), None)?;
+        if let Some(net) = &options.net {
+            plan.charter.vlan = AllowedVlan::Only(net.vlan);
+        }
+        if plan.mode != Mode::Off {
+            plan.places.read(&options.record);
+            plan.places.folder(folder.path(), folder.is_new());
+        }
+        Ok(plan)
+    }
+
     fn of(
         active: &ActiveOptions,
         net: Option<&NetSpec>,
@@ -102,6 +123,9 @@ impl Plan {
         needs.renewed.iter().for_each(|file| places.renewed(file));
         if let Some(events) = active.events.as_deref().filter(|it| it.as_os_str() != "-") {
             places.append(events, active.events_max.is_some());
+        }
+        if let Some(record) = &active.record {
+            places.record(&record.directory);
         }
         if let Some(ConsoleSpec::Directory(directory)) = &active.console {
             places.sockets(directory);

@@ -72,7 +72,8 @@ impl Role {
             "receiver" => Self::Receiver,
             "session" => Self::Reader,
             "applier" => Self::Applier,
-            "disks" | "disk-sync" | "sidecars" | "self-check" | "audit" | "boot-disk" => Self::Files,
+            "disks" | "disk-audit" | "disk-sync" | "sidecars" | "self-check" | "audit" | "boot-disk"
+            | "recorder" | "record-base" => Self::Files,
             "log" | "events" => Self::Writer,
             "watchdog" | "signals" | "hangup" | "stdin" | "stats" | "progress" => Self::Watcher,
             "metrics" => Self::Teller,
@@ -212,8 +213,8 @@ mod tests {
         assert_eq!(of(&["outlive-net", "outlive-blk-io", "outlive-serial"]), [Role::Device; 3]);
         assert_eq!(of(&["session", "sender", "arbiter"]), [Role::Reader, Role::Sender, Role::Control]);
         assert_eq!(
-            of(&["audit", "disks", "self-check"]),
-            [Role::Files; 3],
+            of(&["audit", "disks", "disk-audit", "self-check"]),
+            [Role::Files; 4],
             "they read the guest and its images"
         );
     }

@@ -49,6 +49,8 @@ pub(super) struct Applier {
     pub(super) handover: Arc<Handover>,
     pub(super) copy: VmCopy,
     pub(super) audit: Comparing,
+    /// How the copy was found not to be the VM.
+    pub(super) difference: Option<String>,
 }
 
 impl Applier {
@@ -101,9 +103,13 @@ impl Applier {
                 Ok(()) => Event::Applied { link, checkpoint },
                 Err(error @ ApplyError::Audit(_)) => {
                     self.decisions.equipment.differences.note();
+                    self.difference = Some(error.to_string());
                     Event::Differs { link, why: error.to_string() }
                 }
-                Err(error) => Event::Failed { link, why: error.to_string() },
+                Err(error) => {
+                    self.difference = matches!(error, ApplyError::Differs(_)).then(|| error.to_string());
+                    Event::Failed { link, why: error.to_string() }
+                }
             },
         })
     }
@@ -117,7 +123,7 @@ impl Applier {
     }
 
     fn apply(&mut self, staged: &mut Incoming) -> Result<(), ApplyError> {
-        self.copy.sinks().into_iter().try_for_each(|sink| sink.commit(staged))?;
+        self.copy.sinks().try_for_each(|sink| sink.commit(staged))?;
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
         self.copy.disks().audit(checkpoint.number(), checkpoint.disk_audit(), self.audit.budget());
         self.compare_pages(&checkpoint)?;
@@ -161,7 +167,10 @@ impl Applier {
     }
 
     fn discard(self) {
-        let Self { decisions, link, handover, copy, audit } = self;
+        let Self { decisions, link, handover, mut copy, audit, difference } = self;
+        if let Some(record) = copy.end_record() {
+            record.end(difference.as_deref());
+        }
         drop(audit);
         // Nobody else holds memory or disks by then, so this frees them.
         handover.wait_for_reader();

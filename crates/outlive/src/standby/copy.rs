@@ -5,22 +5,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use outlive_epoch::{Checkpoint, Hello, RefuseCode, Wiring};
-use outlive_machine::{
-    CreateError, MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, RestoreError,
-    StateShape,
-};
+use outlive_machine::{MacAddr, Machine, MachineEvent, NetConfig, OutputMode, Ram, RestoreError, StateShape};
 
 use super::decisions::Equipment;
-use super::devices::{self, Card, DisksError, Images, PlanError};
+use super::devices::{self, DisksError, Images, PlanError};
 use super::fence::About;
+use super::record::RecordSink;
 use super::sinks::{CommitSink, DiskSink, MemorySink, StateSink};
 use crate::arbiter::Arbiter;
 use crate::cli::NetSpec;
-use crate::console::Port;
 use crate::disk::{DiskEvent, Note, Provenance, Replica, ReplicaStartError, is_noted_here_only};
-use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
-use crate::vm::{self, CardError, Identity, KeptVm, Relay, VmMemoryError};
+use crate::vm::{self, CannotResume, Card, CardError, Fitting, Identity, KeptVm, NotHereError, Relay};
 
 /// The copy; see the module. The applier owns it.
 pub(super) struct VmCopy {
@@ -28,6 +24,7 @@ pub(super) struct VmCopy {
     memory: MemorySink,
     state: StateSink,
     disks: DiskSink,
+    record: Option<RecordSink>,
     hello: Hello,
     /// Keeps the machine's events: it does not run yet, so nobody listens.
     machine_events: Relay<MachineEvent>,
@@ -56,42 +53,27 @@ pub(super) fn try_card(net: &NetSpec) -> Result<(), CardError> {
 /// Why this host cannot have a copy of the VM.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CopyError {
-    /// It has more vCPUs than this release knows, or none.
-    #[error("a VM with {0} vCPUs cannot run here")]
-    Vcpus(u32),
-    /// It cannot have its memory here.
+    /// This host cannot run it.
     #[error(transparent)]
-    Memory(#[from] VmMemoryError),
+    NotHere(#[from] NotHereError),
     /// An operator has set a bound.
     #[error(
         "the VM has {} MiB of memory, and this standby was started with --max-memory for {} MiB: start it with more",
         .bytes >> 20, .most >> 20
     )]
     TooLarge { bytes: u64, most: u64 },
-    /// The hosts' processors are of two makers.
-    #[error("the VM runs on {there}, but this host is {here}: it cannot load the VM's state")]
-    Vendor { there: String, here: String },
     /// It cannot have its devices here.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// It has no card here.
     #[error(transparent)]
     Card(#[from] CardError),
-    /// The machine cannot be made.
-    #[error(transparent)]
-    Machine(#[from] CreateError),
-    /// Its vCPUs would not run here.
-    #[error(transparent)]
-    CannotResume(#[from] CannotResume),
     /// The images cannot be its disks.
     #[error(transparent)]
     Disks(#[from] DisksError),
     /// The thread of the disks cannot begin.
     #[error(transparent)]
     Replica(#[from] ReplicaStartError),
-    /// Its memory has another layout.
-    #[error("this release lays guest memory out differently: run the same release on both hosts")]
-    Layout,
 }
 
 impl CopyError {
@@ -105,11 +87,6 @@ impl CopyError {
         }
     }
 }
-
-/// This host lacks something that the VM has seen.
-#[derive(Debug, thiserror::Error)]
-#[error("this host cannot resume the VM: {0}")]
-pub(super) struct CannotResume(#[from] RestoreError);
 
 impl VmCopy {
     /// Makes the machine for the VM that a primary introduced, with the memory that was kept of it, if any was.
@@ -125,13 +102,13 @@ impl VmCopy {
     ) -> Result<Self, CopyError> {
         let Equipment { host, options, console, books, .. } = equipment;
         check(hello, options.max_memory)?;
-        let plan = devices::plan(hello, options)?;
+        let board = devices::plan(hello, options)?;
         let provenance = Provenance::introduced(hello, arbiter.identity());
         let images = Images::check(hello, options, &provenance, arbiter.as_mut())?;
         let machine_events = Relay::new();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has seen this number of queues.
-        let card = plan.card.zip(options.net.as_ref());
+        let card = board.card.zip(options.net.as_ref());
         let (ram, tap) = kept.map_or((None, None), |KeptVm { ram, tap }| (Some(ram), tap));
         let open = |(Card { pairs, wiring }, net): (Card, &NetSpec)| -> Result<NetConfig, CardError> {
             // The same VM, so it is wired as it must be. One with several queues is made anew: a card begins with all of them
@@ -143,48 +120,32 @@ impl VmCopy {
             Ok(NetConfig { pairs, mtu: wiring.mtu, ..vm::card(net, tap, mac) })
         };
         let card = card.map(open).transpose()?;
-        let machine_options = Options {
-            vcpus: hello.vcpus as u8,
-            memory: hello.memory_bytes,
-            firmware_bytes: hello.firmware_bytes,
+        let fitting = Fitting {
             output: OutputMode::Discard,
-            net: card,
+            card,
             disks: images.options(hello, options),
-            rng: plan.rng,
-            console: plan.console.then(|| console.end(Port::Hvc0)),
-            serial: plan.serial.then(|| console.end(Port::Serial)),
-            tracker: options.active.tracker.into(),
-            trigger: options.active.max_dirty,
-            max_dirty: options.active.max_dirty * 2,
+            console,
+            active: &options.active,
             events: Arc::new(machine_events.sender()),
         };
-        let mut machine = match ram {
-            Some(ram) => Machine::with_memory(host.clone(), &machine_options, ram)?,
-            None => Machine::new(host.clone(), &machine_options)?,
-        };
-        if let Some(vcpu) = &hello.vcpu {
-            machine.try_constant(vcpu.clone()).map_err(CannotResume)?;
-        }
+        let machine = vm::machine(host.clone(), hello, board, fitting, ram)?;
         let disks = images.replicas(&machine, hello, options, books)?;
         let shared = vm::shared(&machine);
         note_shared(&shared, hello, &provenance);
         vm::warn_unfenced(!shared.is_empty(), &options.active);
         let disks = Replica::with_shared(disks, shared, provenance, hello.generation, tell)?;
         let ram = machine.ram().clone();
-        let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello
-            .layout
-            .ranges()
-            .iter()
-            .map(|r| (r.start, r.pages)));
-        if !same_layout {
-            return Err(CopyError::Layout);
-        }
+        vm::check_layout(&ram, hello)?;
         let state_bytes = hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES) as usize;
+        let disks = Arc::new(disks);
+        let recorder = equipment.record.as_deref();
+        let record = recorder.and_then(|it| RecordSink::new(it, hello, ram.clone(), disks.clone()));
         Ok(Self {
             machine,
             memory: MemorySink(ram),
             state: StateSink::new(state_bytes),
-            disks: DiskSink(Arc::new(disks)),
+            disks: DiskSink(disks),
+            record,
             hello: hello.clone(),
             machine_events,
             arbiter,
@@ -217,8 +178,15 @@ impl VmCopy {
     }
 
     /// Where committed checkpoints go, in this order.
-    pub(super) fn sinks(&mut self) -> [&mut dyn CommitSink; 3] {
-        [&mut self.memory, &mut self.state, &mut self.disks]
+    pub(super) fn sinks(&mut self) -> impl Iterator<Item = &mut dyn CommitSink> {
+        let record = self.record.as_mut().map(|it| it as &mut dyn CommitSink);
+        let others: [&mut dyn CommitSink; 3] = [&mut self.memory, &mut self.state, &mut self.disks];
+        record.into_iter().chain(others)
+    }
+
+    /// Takes the record away, because no commit follows.
+    pub(super) fn end_record(&mut self) -> Option<RecordSink> {
+        self.record.take()
     }
 
     /// Restores the state of the last commit into the machine. The guest's time continues from the moment
@@ -268,33 +236,11 @@ fn note_shared(disks: &[PathBuf], hello: &Hello, provenance: &Provenance) {
 
 /// Whether this host can run the VM.
 fn check(hello: &Hello, max_memory: Option<u64>) -> Result<(), CopyError> {
-    if hello.vcpus == 0 || hello.vcpus > u32::from(outlive_machine::MAX_VCPUS) {
-        return Err(CopyError::Vcpus(hello.vcpus));
-    }
     let bytes = hello.memory_bytes.saturating_add(hello.firmware_bytes);
-    if let Some(most) = max_memory.filter(|most| bytes > *most) {
-        return Err(CopyError::TooLarge { bytes, most });
+    match max_memory.filter(|most| bytes > *most) {
+        Some(most) => Err(CopyError::TooLarge { bytes, most }),
+        None => Ok(vm::check_host(hello)?),
     }
-    vm::check_memory(hello.memory_bytes)?;
-    let vendor = process::vendor();
-    if vendor != hello.vendor {
-        return Err(CopyError::Vendor { there: hello.vendor.clone(), here: vendor });
-    }
-    let microcode = process::microcode();
-    if differs(hello.microcode, microcode) {
-        tracing::warn!(
-            primary = format!("{:#x}", hello.microcode),
-            here = format!("{microcode:#x}"),
-            "the hosts' processors have different microcode: what it changes of their features is compared with \
-             the VM's, but give both hosts the same"
-        );
-    }
-    Ok(())
-}
-
-/// Whether both revisions are known, and not the same.
-fn differs(there: u64, here: u64) -> bool {
-    there != 0 && here != 0 && there != here
 }
 
 #[cfg(test)]
@@ -309,12 +255,5 @@ mod tests {
         assert!(!too_large(Some(64 << 20)) && !too_large(None));
         let with_kernel = Hello { firmware_bytes: 1, ..hello };
         assert!(matches!(check(&with_kernel, Some(64 << 20)), Err(CopyError::TooLarge { .. })));
-    }
-
-    #[test]
-    fn only_microcode_that_both_hosts_know_can_differ() {
-        assert!(differs(0xb00_0040, 0xb00_0041));
-        assert!(!differs(0xb00_0040, 0xb00_0040));
-        assert!(!differs(0, 0xb00_0040) && !differs(0xb00_0040, 0));
     }
 }

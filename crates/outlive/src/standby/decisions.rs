@@ -12,6 +12,8 @@ use outlive_pair::{
     StandbyStatus, Timing, Unwelcome,
 };
 
+use outlive_record::Recorder;
+
 use super::audit::Differences;
 use super::notes;
 use super::outbox::{FAREWELL, Outbox};
@@ -53,6 +55,8 @@ pub(super) struct Equipment {
     pub(super) strays: Option<Intake>,
     /// How often copies on this host were found not to be the VM.
     pub(super) differences: Arc<Differences>,
+    /// Writes the VM's past down, if that is wanted.
+    pub(super) record: Option<Arc<Recorder>>,
 }
 
 /// Why nobody can claim a VM for this host.

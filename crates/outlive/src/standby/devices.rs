@@ -1,51 +1,27 @@
-//! The devices of the VM that a primary introduced, and what this host makes of them. The primary's list
-//! decides alone: no device is guessed from the kind of guest.
+//! The devices of the VM that a primary introduced ([`Board`]), on what this standby was given for them: its card's tap and
+//! its images.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use outlive_epoch::{DeviceInfo, DeviceKind, Hello, Wiring};
-use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine, SectorSize};
+use outlive_epoch::{DeviceInfo, Hello};
+use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine};
 
 use crate::arbiter::Arbiter;
 use crate::cli::{StandbyDisk, StandbyOptions};
 use crate::disk::{
     Accepted, Book, Books, Held, OverwriteError, PrepareError, Provenance, ReplicaDisk, Store, Target,
 };
-use crate::vm;
-
-/// What a network card must be like, because the guest has seen it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Card {
-    /// Queue pairs.
-    pub(super) pairs: u16,
-    /// How it is connected.
-    pub(super) wiring: Wiring,
-}
-
-/// Which devices a machine must have, besides its disks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Plan {
-    /// The network card, if there is one.
-    pub(super) card: Option<Card>,
-    /// A source of random numbers.
-    pub(super) rng: bool,
-    /// A console.
-    pub(super) console: bool,
-    /// A serial port.
-    pub(super) serial: bool,
-}
+use crate::vm::{self, Board, UnknownDevices, disks_of};
 
 /// Why the VM's devices cannot be built here.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum PlanError {
     /// Another release has other devices, or another order of them.
-    #[error(
-        "this release builds no machine with these devices ({list}; {mac} network address): run the same release on both hosts"
-    )]
-    Unknown { list: String, mac: &'static str },
+    #[error("{0}: run the same release on both hosts")]
+    Unknown(#[from] UnknownDevices),
     /// This standby has no network for the card.
     #[error("the VM has a network card, but this standby has none: give it --net tap=NAME")]
     NoCard,
@@ -97,54 +73,13 @@ fn size_remedy(image: &Path, there: u64, here: u64) -> String {
 ///
 /// # Errors
 /// See [`PlanError`].
-pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Plan, PlanError> {
-    let plan = board(hello)?;
-    if plan.card.is_some() && options.net.is_none() {
+pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Board, PlanError> {
+    let board = Board::of(hello)?;
+    if board.card.is_some() && options.net.is_none() {
         return Err(PlanError::NoCard);
     }
     let (wanted, given) = (disks_of(hello).count(), options.disks.len());
-    if wanted == given { Ok(plan) } else { Err(PlanError::Disks { wanted, given }) }
-}
-
-/// Checks that a machine of this release can have these devices in this order: a card, disks, and one of each
-/// other kind.
-fn board(hello: &Hello) -> Result<Plan, PlanError> {
-    let mut plan = Plan::default();
-    let mut last = None;
-    for DeviceInfo { kind, queues, wiring, .. } in &hello.devices {
-        let follows =
-            last.is_none_or(|last| last < *kind as u8 || *kind == DeviceKind::Disk && last == *kind as u8);
-        let fits = vm::fixed_queues(*kind).is_none_or(|fixed| fixed == *queues);
-        if !follows || !fits {
-            return Err(unknown(hello));
-        }
-        last = Some(*kind as u8);
-        match kind {
-            DeviceKind::Net => plan.card = Some(Card { pairs: *queues, wiring: *wiring }),
-            DeviceKind::Disk => {}
-            DeviceKind::Rng => plan.rng = true,
-            DeviceKind::Console => plan.console = true,
-            DeviceKind::Serial => plan.serial = true,
-        }
-    }
-    if plan.card.is_some() == hello.mac.is_some() { Ok(plan) } else { Err(unknown(hello)) }
-}
-
-fn unknown(hello: &Hello) -> PlanError {
-    let describe = |it: &DeviceInfo| format!("{:?} with {} queues", it.kind, it.queues);
-    let list: Vec<String> = hello.devices.iter().map(describe).collect();
-    let mac = if hello.mac.is_some() { "a" } else { "no" };
-    PlanError::Unknown { list: list.join(", "), mac }
-}
-
-/// The VM's disks, in their order.
-pub(super) fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
-    hello.devices.iter().filter(|device| device.kind == DeviceKind::Disk)
-}
-
-/// The guest has seen them, so this host's device may have others.
-fn sectors(info: &DeviceInfo) -> SectorSize {
-    if info.flags.large_sectors { SectorSize::Large } else { SectorSize::Small }
+    if wanted == given { Ok(board) } else { Err(PlanError::Disks { wanted, given }) }
 }
 
 /// The images that are the VM's on this host, found to be fit and locked, so their contents stay as they are.
@@ -194,14 +129,9 @@ impl Images {
 
     /// The VM's disks on them.
     pub(super) fn options(&self, hello: &Hello, options: &StandbyOptions) -> Vec<DiskOptions> {
-        let describe = |(info, disk): (&DeviceInfo, &StandbyDisk)| DiskOptions {
-            readonly: info.flags.read_only,
-            shared: info.flags.shared,
-            serial: (!info.serial.is_empty()).then(|| info.serial.clone()),
-            sectors: Some(sectors(info)),
-            queues: info.queues,
-            locked: self.held.at(&disk.path).cloned(),
-            ..DiskOptions::new(&disk.path)
+        let describe = |(info, disk): (&DeviceInfo, &StandbyDisk)| {
+            let locked = self.held.at(&disk.path).cloned();
+            vm::as_introduced(info, DiskOptions { locked, ..DiskOptions::new(&disk.path) })
         };
         disks_of(hello).zip(&options.disks).map(describe).collect()
     }
@@ -252,69 +182,4 @@ fn replica_disk(
     let book = Book::none();
     let read_only = info.flags.read_only;
     Ok(Some(ReplicaDisk { path, file, bytes, read_only, accepted: None, thin: false, book }))
-}
-
-#[cfg(test)]
-mod tests {
-    use outlive_epoch::{GfnRange, Layout, Limits, VersionRange, VmId};
-
-    use super::*;
-
-    fn board_of(kinds: &[(DeviceKind, u16)], mac: bool) -> Result<Plan, PlanError> {
-        board(&Hello {
-            vm: VmId([1; 16]),
-            generation: 1,
-            vcpus: 1,
-            memory_bytes: 64 << 20,
-            layout: Layout::new(vec![GfnRange { start: 0, pages: 16384 }]).unwrap(),
-            mac: mac.then_some([2; 6]),
-            limits: Limits { max_pages: 1, max_state_bytes: 1, slots: 1, max_disk_bytes: 0 },
-            firmware_bytes: 0,
-            devices: kinds.iter().map(|(kind, queues)| DeviceInfo::new(*kind, *queues)).collect(),
-            interval_us: 1000,
-            dead_after_us: 500_000,
-            name: String::new(),
-            host: String::new(),
-            tracker: String::new(),
-            vendor: String::new(),
-            arbiter: String::new(),
-            lineage: Default::default(),
-            versions: VersionRange::CURRENT,
-            microcode: 0,
-            vcpu: None,
-            since: None,
-        })
-    }
-
-    #[test]
-    fn the_list_alone_says_what_is_built() {
-        use DeviceKind::{Console, Disk, Net, Rng, Serial};
-        assert_eq!(board_of(&[], false), Ok(Plan::default()));
-        let card = |pairs| Some(Card { pairs, wiring: Wiring::default() });
-        assert_eq!(board_of(&[(Net, 4)], true), Ok(Plan { card: card(4), ..Plan::default() }));
-        let serial = Plan { serial: true, ..Plan::default() };
-        assert_eq!(board_of(&[(Disk, 1), (Disk, 8), (Serial, 0)], false), Ok(serial));
-        let all = [(Net, 1), (Disk, 1), (Rng, 1), (Console, 2), (Serial, 0)];
-        let plan = Plan { card: card(1), rng: true, console: true, serial: true };
-        assert_eq!(board_of(&all, true), Ok(plan));
-        for (wrong, mac) in [
-            (&[(Disk, 1), (Net, 1)][..], true),
-            (&[(Net, 1), (Net, 1)], true),
-            (&[(Rng, 1), (Rng, 1)], false),
-            (&[(Serial, 0), (Console, 2)], false),
-            (&[(Rng, 2)], false),
-            (&[(Console, 1)], false),
-            (&[(Serial, 1)], false),
-            (&[(Net, 1)], false),
-            (&[], true),
-        ] {
-            let refused = board_of(wrong, mac).unwrap_err().to_string();
-            assert!(refused.contains("run the same release on both hosts"), "{refused}");
-            assert_eq!(refused.lines().count(), 1);
-        }
-        assert_eq!(
-            board_of(&[(Disk, 1), (Rng, 9)], true).unwrap_err().to_string(),
-            "this release builds no machine with these devices (Disk with 1 queues, Rng with 9 queues; a network address): run the same release on both hosts"
-        );
-    }
 }

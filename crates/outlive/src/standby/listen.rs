@@ -21,7 +21,6 @@ use super::applier::Applier;
 use super::audit::Comparing;
 use super::copy::VmCopy;
 use super::decisions::Decisions;
-use super::devices::disks_of;
 use super::half_open::HalfOpen;
 use super::handover::{Ending, Handover};
 use super::outbox::Outbox;
@@ -35,6 +34,7 @@ use crate::keys::{Certificate, Right, Vms};
 use crate::link::{Connection, Listener, MayNot, NewConnection, Reader};
 use crate::logs::RateLimit;
 use crate::strays::{self, Intake};
+use crate::vm::disks_of;
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 pub(super) use admission::Overreach;
 use admission::{Restricted, are_as_said, believed, is_kept_for, is_wired_as_said};
@@ -349,7 +349,14 @@ fn admit(
     let handover = Arc::new(buffers(hello, &disks.sizes())?);
     let claims = decisions.claim_worker(hello.vm)?;
     let audit = Comparing::new(ram.clone(), decisions.equipment.options.active.audit);
-    let applier = Applier { decisions: decisions.clone(), link, handover: handover.clone(), copy, audit };
+    let applier = Applier {
+        decisions: decisions.clone(),
+        link,
+        handover: handover.clone(),
+        copy,
+        audit,
+        difference: None,
+    };
     let applier = applier.start().map_err(Refusal::NoThread)?;
     let tail = Arc::new(Tail::new(decisions.equipment.options.active.frame_tail.is_on()));
     let strays = decisions.equipment.strays.as_ref().and_then(|intake| Some((intake, key_for_strays()?)));

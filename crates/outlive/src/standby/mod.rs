@@ -8,7 +8,8 @@
 //! handover.rs   the buffers between reader and applier
 //! applier.rs    a thread: tries the base, applies acknowledged checkpoints, owns the copy
 //! audit.rs      compares pages of the copy with the VM's
-//! sinks.rs      where a committed checkpoint goes: memory, state, disks
+//! sinks.rs      where a committed checkpoint goes: memory, state, disks, and before them the record
+//! record.rs     what the VM's record is made of here
 //! copy.rs       the VM's copy: machine, memory, the state of the last committed checkpoint, disks
 //! devices.rs    the VM's devices on this host
 //! decisions.rs  the driver of `pair` behind its lock
@@ -34,6 +35,7 @@ mod notes;
 mod outbox;
 mod ports;
 mod reader;
+mod record;
 mod refusal;
 mod sinks;
 mod tail;
@@ -100,7 +102,7 @@ pub(crate) enum PostError {
     /// There is no console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
-    /// Nobody would watch the arbiter.
+    /// Nobody would watch the arbiter, or record.
     #[error("cannot start a thread: {0}")]
     NoThread(#[source] io::Error),
 }
@@ -177,6 +179,10 @@ impl Post {
             memory: None,
             tracker: None,
         });
+        let record = options.active.record.as_ref();
+        let record =
+            record.map(|spec| record::open(spec, &events)).transpose().map_err(PostError::NoThread)?;
+        standing.records(record.as_ref());
         let (options, books) = (options.clone(), Books::default());
         let (differences, shelf, strays) = (Arc::default(), vm::Shelf::default(), intake(&door, &options));
         let equipment = Equipment {
@@ -191,6 +197,7 @@ impl Post {
             shelf,
             strays,
             differences,
+            record,
         };
         Ok(Self { equipment, door, stops })
     }
@@ -199,16 +206,20 @@ impl Post {
     /// can win it then.
     ///
     /// # Errors
-    /// This host cannot run a VM.
+    /// This host cannot run a VM, or start a thread.
     pub(crate) fn of(
         options: StandbyOptions,
         door: Door,
         launch: &Launch,
-    ) -> Result<Option<Self>, HostError> {
+    ) -> Result<Option<Self>, PostError> {
         let Some(watch) = launch.watch.clone() else { return Ok(None) };
         let host = Arc::new(Host::open()?);
         let (console, events) = (launch.console.clone(), launch.events.clone());
         let (standing, uplink) = (launch.standing.clone(), launch.uplink.clone());
+        let record = options.active.record.as_ref();
+        let record =
+            record.map(|spec| record::open(spec, &events)).transpose().map_err(PostError::NoThread)?;
+        standing.records(record.as_ref());
         let books = launch.books.clone();
         let (differences, shelf, strays) = (Arc::default(), launch.shelf.clone(), intake(&door, &options));
         let equipment = Equipment {
@@ -223,6 +234,7 @@ impl Post {
             shelf,
             strays,
             differences,
+            record,
         };
         let mut post = Self { equipment, door, stops: launch.stops.clone() };
         post.has_run(launch.identity.provenance.vm);
@@ -296,6 +308,13 @@ impl Post {
         while Instant::now() < until && !self.stops.was_used() {
             notify::alive();
             std::thread::sleep(AGAIN);
+        }
+    }
+
+    /// Writes what is to be recorded, for a moment at most.
+    pub(crate) fn close_record(&self) {
+        if let Some(record) = &self.equipment.record {
+            record.close();
         }
     }
 

@@ -16,10 +16,10 @@ use outlive_pair::{Link, LossReason, StandbyEvent as Event};
 use super::applier::hashes;
 use super::decisions::Decisions;
 use super::handover::{Handover, Held, NoBuffer};
-use super::sinks::write_pages;
 use super::tail::Tail;
 use crate::disk::Replica;
 use crate::link;
+use crate::vm::write_pages;
 
 /// The parts of the copy that the reader uses.
 pub(super) struct Admitted {

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use outlive_dirty::Gfn;
-use outlive_epoch::{Checkpoint, Incoming, MAX_STATE_SECTIONS, PageData, StateBuf, StateKind};
+use outlive_epoch::{Checkpoint, Incoming, StateKind};
 use outlive_machine::{Machine, Ram, RestoreError};
 
 use crate::disk::Replica;
+use crate::vm::{LastState, write_pages};
 
 /// Why a committed checkpoint cannot be kept: this host has failed.
 #[derive(Debug, thiserror::Error)]
@@ -38,26 +38,6 @@ impl CommitSink for MemorySink {
     }
 }
 
-/// Writes pages to memory. Returns the first that is outside it.
-pub(super) fn write_pages<'a>(
-    ram: &Ram,
-    pages: impl Iterator<Item = (u64, PageData<'a>)>,
-) -> Result<(), u64> {
-    for (gfn, page) in pages {
-        let written = match page {
-            PageData::Zero => ram.zero_page(Gfn(gfn)),
-            PageData::Raw(bytes) => ram.write_page(Gfn(gfn), bytes),
-            PageData::Granules(granules) => {
-                granules.iter().all(|(at, bytes)| ram.write_part(Gfn(gfn), at, bytes))
-            }
-        };
-        if !written {
-            return Err(gfn);
-        }
-    }
-    Ok(())
-}
-
 /// The images of the VM's disks. It takes the writes away, so other sinks that need them come before it.
 pub(super) struct DiskSink(pub(super) Arc<Replica>);
 
@@ -74,9 +54,7 @@ impl CommitSink for DiskSink {
 
 /// The state of vCPUs and devices as of the last checkpoint.
 pub(super) struct StateSink {
-    /// CPUID and TSC frequency, from the base checkpoint.
-    constants: Vec<Vec<u8>>,
-    kept: StateBuf,
+    last: LastState,
     /// When the checkpoint came, by this host's clock.
     kept_at: Instant,
 }
@@ -84,8 +62,7 @@ pub(super) struct StateSink {
 impl StateSink {
     /// An empty state with room for this many bytes.
     pub(super) fn new(bytes: usize) -> Self {
-        let kept = StateBuf::with_capacity(bytes, MAX_STATE_SECTIONS);
-        Self { constants: Vec::new(), kept, kept_at: Instant::now() }
+        Self { last: LastState::new(bytes), kept_at: Instant::now() }
     }
 
     /// Restores the kept state into a machine. The guest's time continues from the moment when that state
@@ -94,8 +71,8 @@ impl StateSink {
     /// # Errors
     /// What failed.
     pub(super) fn restore(&self, machine: &mut Machine) -> Result<(), RestoreError> {
-        let sections: Vec<_> = self.kept.sections().collect();
-        machine.restore(&self.constants, &sections, self.kept_at.elapsed())
+        let (constants, sections) = self.last.parts();
+        machine.restore(constants, &sections, self.kept_at.elapsed())
     }
 
     /// Restores the state of an uncommitted checkpoint into a machine, as a trial.
@@ -114,18 +91,7 @@ impl CommitSink for StateSink {
     fn commit(&mut self, staged: &mut Incoming) -> Result<(), SinkError> {
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
         self.kept_at = Instant::now();
-        self.kept.clear();
-        let mut constants = Vec::new();
-        for section in checkpoint.state().sections() {
-            match section.kind {
-                StateKind::VcpuConstant => constants.push(section.bytes.to_vec()),
-                StateKind::Check => {}
-                _ => self.kept.push(section),
-            }
-        }
-        if !constants.is_empty() {
-            self.constants = constants;
-        }
+        self.last.follow(&checkpoint);
         Ok(())
     }
 }

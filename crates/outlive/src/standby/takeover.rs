@@ -68,6 +68,11 @@ pub(super) fn take_over(
         let stop = || if stops.was_used() { Stop::Later } else { Stop::No };
         fence(&command, &about, events, &equipment.standing, stop);
     }
+    // The record ends at the last commit: the guest is about to write to what its base may still be copied from, which is
+    // of no use then. Nobody waits for that.
+    if let Some(record) = copy.end_record() {
+        record.taken_over();
+    }
     // The guest may write to its disks only when the copy has nothing left to write.
     copy.disks().become_primary(generation)?;
     // Before anything can write to memory, the restore among it: the old host keeps it, and needs what follows.

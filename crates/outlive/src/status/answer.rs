@@ -1,7 +1,9 @@
 //! What `outlive status` tells, as JSON.
 
+use std::sync::Weak;
 use std::time::{Duration, SystemTime};
 
+use outlive_record::{Recorder, Report};
 use serde::{Deserialize, Serialize};
 
 use super::standing::{Facts, Progress};
@@ -54,6 +56,9 @@ pub struct Status {
     /// Where the guest's memory is written; `null` unless the VM runs here and is protected.
     #[serde(default)]
     pub heat: Option<HeatMap>,
+    /// How far the VM's record is; `null` unless this standby was started with `--record`.
+    #[serde(default)]
+    pub record: Option<Recorded>,
     /// What is known of the arbiter; `null` if there is none.
     pub arbiter: Option<ArbiterSight>,
     /// Since when the standby cannot reach the arbiter, as it says; `null` if it can, or says nothing, and at a standby.
@@ -115,6 +120,46 @@ impl Audited {
     }
 }
 
+/// The record that a standby writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// Where it is.
+    pub directory: String,
+    /// The run that is being written; `null` without a VM, and in a gap.
+    pub run: Option<u64>,
+    /// The first checkpoint of that run that can be had; `null` before its base is whole.
+    pub first: Option<u64>,
+    /// When it was committed.
+    pub first_at: Option<String>,
+    /// Milliseconds since then.
+    pub first_ms_ago: Option<u64>,
+    /// The last one that is written.
+    pub last: Option<u64>,
+    /// Bytes of the whole record.
+    pub bytes: u64,
+    /// How often the VM went on without being recorded.
+    pub gaps: u64,
+    /// Why nothing is recorded, in a gap.
+    pub why: Option<String>,
+}
+
+impl Recorded {
+    fn new(recorder: &Recorder, now: SystemTime) -> Self {
+        let Report { run, from, last, bytes, gaps, why } = recorder.report();
+        Self {
+            directory: recorder.directory().display().to_string(),
+            run,
+            first: from.map(|(number, _)| number),
+            first_at: from.map(|(_, at)| time(at)),
+            first_ms_ago: from.map(|(_, at)| millis(now.duration_since(at).unwrap_or_default())),
+            last: last.map(|(number, _)| number),
+            bytes,
+            gaps,
+            why: why.filter(|_| run.is_none()),
+        }
+    }
+}
+
 /// What is known of the arbiter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArbiterSight {
@@ -164,6 +209,7 @@ impl Status {
             bytes_in_flight: progress.bytes_in_flight.filter(|_| counts),
             audit: Audited::new(progress.audit, now),
             heat: facts.heat.as_ref().filter(|_| counts).and_then(|heat| heat.map()),
+            record: facts.record.as_ref().and_then(Weak::upgrade).map(|it| Recorded::new(&it, now)),
             arbiter: sight.map(|sight| ArbiterSight {
                 // Nobody looks whether a person is awake.
                 seen: sight.seen.filter(|_| !sight.is_a_person).map(time),
@@ -190,7 +236,7 @@ pub(super) fn time(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
 }
 
-pub(super) fn span(ms: u64) -> String {
+pub(crate) fn span(ms: u64) -> String {
     // A long time needs no milliseconds.
     let ms = if ms >= 10_000 { ms / 1000 * 1000 } else { ms };
     humantime::format_duration(Duration::from_millis(ms)).to_string()
@@ -488,7 +534,8 @@ mod tests {
         assert_eq!(json["link"], serde_json::Value::Null);
         assert_eq!(json["sandbox"], true);
         assert_eq!(json["heat"], serde_json::Value::Null);
-        assert_eq!(json.as_object().unwrap().len(), 20);
+        assert_eq!(json["record"], serde_json::Value::Null);
+        assert_eq!(json.as_object().unwrap().len(), 21);
         let mut newer = json.clone();
         newer["something"] = 1.into();
         assert_eq!(

@@ -27,6 +27,7 @@ pub use survival::Survival;
 
 pub use crate::heat::{HeatMap, HeatRange};
 pub use crate::link::LinkKind;
+pub(crate) use answer::span;
 pub(crate) use place::{NoPlace, folders, usual};
 pub(crate) use server::{Server, ServerError};
 #[cfg(test)]

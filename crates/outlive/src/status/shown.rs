@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 
 use super::Status;
-use super::answer::{ArbiterSight, Audited, span};
+use super::answer::{ArbiterSight, Audited, Recorded, span};
 use crate::events::Role;
 use crate::link::LinkKind;
 
@@ -65,6 +65,7 @@ impl Status {
             ("checkpoint", self.committed()),
             ("in flight", self.flying()),
             ("audit", self.audit.as_ref().map(Audited::to_string)),
+            ("record", self.record.as_ref().map(Recorded::to_string)),
             (
                 "arbiter",
                 Some(self.arbiter.as_ref().map_or_else(|| "none".to_owned(), ArbiterSight::to_string)),
@@ -113,6 +114,23 @@ impl fmt::Display for Audited {
         match self.differences {
             0 => f.write_str(", no difference"),
             count => write!(f, ", COPY DIFFERED {count} TIMES"),
+        }
+    }
+}
+
+impl fmt::Display for Recorded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {} MiB: ", self.directory, self.bytes >> 20)?;
+        match (self.run, self.first_ms_ago, &self.why) {
+            (Some(_), Some(ms), _) => write!(f, "the last {} can be had", span(ms / 1000 * 1000))?,
+            (Some(_), None, _) => f.write_str("memory and disks are being copied")?,
+            (None, _, Some(why)) => write!(f, "NOT RECORDING: {why}")?,
+            (None, _, None) => f.write_str("no VM is recorded now")?,
+        }
+        match self.gaps {
+            0 => Ok(()),
+            1 => f.write_str(", one gap"),
+            gaps => write!(f, ", {gaps} gaps"),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use outlive_epoch::ArbiterSight;
+use outlive_record::Recorder;
 
 use super::answer::Status;
 use super::told::{About, report};
@@ -113,6 +114,8 @@ pub(super) struct Facts {
     pub(super) uplink: Option<Weak<Uplink>>,
     /// This host has less memory left than the VM may come to need here.
     pub(super) memory_is_short: bool,
+    /// Writes the VM's past down.
+    pub(super) record: Option<Weak<Recorder>>,
     /// On which host the arbiter is.
     pub(super) site: Site,
     /// Who can hand the VM over.
@@ -185,6 +188,7 @@ impl Standing {
             watch: None,
             uplink: None,
             memory_is_short: false,
+            record: None,
             site: Site::default(),
             coordinator: None,
             counter: None,
@@ -226,6 +230,11 @@ impl Standing {
     /// Whether this host has less memory left than the VM may come to need here.
     pub(crate) fn memory_is_short(&self, short: bool) {
         self.change(|facts| facts.memory_is_short = short);
+    }
+
+    /// Tells how far this record is from now on, but does not keep it alive.
+    pub(crate) fn records(&self, record: Option<&Arc<Recorder>>) {
+        self.change(|facts| facts.record = record.map(Arc::downgrade));
     }
 
     /// On which host the arbiter is.

@@ -1,5 +1,6 @@
 //! The facts as [`crate::metrics`] have them: the same truth as [`Status`], without words.
 
+use std::sync::Weak;
 use std::time::{Duration, SystemTime};
 
 use super::answer::Status;
@@ -7,7 +8,9 @@ use super::standing::{Facts, Progress};
 use crate::arbiter::Sight;
 use crate::events::Role;
 use crate::link::LinkKind;
-use crate::metrics::{ArbiterReport, AuditReport, Buckets, FORMAT, Loss, Report, Running, unix};
+use crate::metrics::{
+    ArbiterReport, AuditReport, Buckets, FORMAT, Loss, RecordReport, Report, Running, unix,
+};
 
 /// What the facts do not have.
 pub(super) struct About {
@@ -73,6 +76,15 @@ pub(super) fn report(
             differences: progress.audit.differences,
             disk_rounds: progress.audit.disk_rounds,
         },
+        record: facts.record.as_ref().and_then(Weak::upgrade).map(|recorder| {
+            let report = recorder.report();
+            RecordReport {
+                active: report.run.is_some(),
+                reach: report.from.map(|(_, at)| since(at)),
+                bytes: report.bytes,
+                gaps: report.gaps,
+            }
+        }),
         apply: about.apply,
         counted,
         takeovers,

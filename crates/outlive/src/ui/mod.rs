@@ -5,7 +5,7 @@ mod progress;
 
 use std::path::Path;
 
-pub(crate) use progress::{bytes_bar, show_progress};
+pub(crate) use progress::{bytes_bar, checkpoints_bar, show_progress};
 
 /// A path as a shell reads it, for a command that a person copies.
 pub(crate) fn shell_word(path: &Path) -> String {

@@ -98,6 +98,13 @@ pub(crate) fn bytes_bar(what: &'static str, bytes: u64) -> ProgressBar {
     bar
 }
 
+/// How far checkpoints have been played. It begins with the first one that it is told of.
+pub(crate) fn checkpoints_bar(last: u64) -> ProgressBar {
+    let bar = bar("playing checkpoints {bar:30} {pos} of {len}");
+    bar.set_length(last);
+    bar
+}
+
 fn bar(template: &str) -> ProgressBar {
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template(template) {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use outlive_epoch::VmId;
 use outlive_machine::{DiskOptions, MacAddr, NetConfig, OutputLimits, Tap};
 
+use super::Card;
 use crate::cli::{DiskSpec, NetSpec};
 use crate::disk::Held;
 
@@ -14,7 +15,12 @@ const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 
 
 /// A network card's options.
 pub(crate) fn card(net: &NetSpec, tap: Arc<Tap>, mac: MacAddr) -> NetConfig {
-    NetConfig { tap, mac, pairs: net.queues.into(), mtu: net.mtu, limits: OUTPUT_LIMITS }
+    NetConfig { tap: Some(tap), mac, pairs: net.queues.into(), mtu: net.mtu, limits: OUTPUT_LIMITS }
+}
+
+/// The options of a card that is connected to nothing.
+pub(crate) fn card_without_network(seen: Card, mac: MacAddr) -> NetConfig {
+    NetConfig { tap: None, mac, pairs: seen.pairs, mtu: seen.wiring.mtu, limits: OUTPUT_LIMITS }
 }
 
 /// A disk's options; its image is handed over if it is held.

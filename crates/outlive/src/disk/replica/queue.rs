@@ -10,8 +10,9 @@ use outlive_epoch::{AuditRange, RecordBuf};
 use outlive_machine::DiskHash;
 
 use super::error::ReplicaError;
+use super::reading::Read;
 use crate::audit::Budget;
-use crate::disk::image::Sum;
+use crate::disk::image::{ImageReader, Sum};
 use crate::disk::sidecar::CopyEnd;
 
 /// How many bytes may wait to be written: data, and ranges to be made zero.
@@ -24,7 +25,10 @@ pub(super) const QUEUE_TIME: Duration = Duration::from_secs(2);
 const LATELY: Duration = Duration::from_millis(20);
 /// Before they were busy for so long nothing is known of them.
 const MEASURED: Duration = Duration::from_millis(5);
-/// How many checkpoints may wait to be audited; the next ones are not.
+/// To make something durable takes about as long for one block as for so many bytes: they are what a mechanical disk
+/// writes in the time of a seek.
+const SYNC_BYTES: usize = 1 << 20;
+/// How many checkpoints may wait to be audited, or be under way; the next ones are not.
 const MOST_AUDITS: usize = 16;
 /// How many buffers of records are kept for reuse.
 const SPARE_BUFFERS: usize = 64;
@@ -35,15 +39,44 @@ const SPARE_BYTES: usize = 1 << 20;
 pub(super) type Answer = Result<(), Arc<ReplicaError>>;
 
 pub(super) enum Job {
-    Sums { disk: u16, first: u64, count: u32, sums: Option<Vec<Sum>> },
+    Sums {
+        disk: u16,
+        first: u64,
+        count: u32,
+        sums: Option<Vec<Sum>>,
+    },
     Blocks(RecordBuf),
-    Commit { number: u64, base: bool, records: RecordBuf },
-    Check { number: u64, hashes: Vec<DiskHash> },
-    Audit { number: u64, ranges: Vec<AuditRange>, budget: Arc<Budget> },
-    Settle { checkpoint: u64 },
+    Commit {
+        number: u64,
+        base: bool,
+        records: RecordBuf,
+    },
+    Check {
+        number: u64,
+        hashes: Vec<DiskHash>,
+    },
+    Audit {
+        number: u64,
+        ranges: Vec<AuditRange>,
+        budget: Arc<Budget>,
+    },
+    Read(Read),
+    /// Everything in front of this is to be in the images; then they are shown.
+    Images {
+        done: Sender<Vec<Option<ImageReader>>>,
+    },
+    Settle {
+        checkpoint: u64,
+    },
     Release,
-    Leave { end: Option<CopyEnd>, done: Sender<Answer> },
-    BecomePrimary { generation: u64, done: Sender<Answer> },
+    Leave {
+        end: Option<CopyEnd>,
+        done: Sender<Answer>,
+    },
+    BecomePrimary {
+        generation: u64,
+        done: Sender<Answer>,
+    },
     Close,
 }
 
@@ -56,6 +89,8 @@ impl Job {
             Self::Commit { records, .. } => records.work().saturating_add(64),
             Self::Check { .. }
             | Self::Audit { .. }
+            | Self::Images { .. }
+            | Self::Read(_)
             | Self::Settle { .. }
             | Self::Release
             | Self::Leave { .. }
@@ -102,13 +137,21 @@ pub(super) struct Waiting {
     pub(super) holds_back: bool,
     /// Since when the thread has worked on a job that must not take long.
     working: Option<Instant>,
-    /// Since when the thread compares the disks with the VM's, or a part of them. That takes as long as reading them,
-    /// and it ends when something urgent waits.
+    /// Since when the thread compares all of the disks with the VM's. That takes as long as reading them, and it ends
+    /// when something urgent waits.
     checking: Option<Instant>,
     spare: Vec<RecordBuf>,
     pace: Pace,
     /// The thread works for committed writes, of so many bytes.
     paced: Option<usize>,
+    /// Bytes of commits since something was made durable last.
+    unsynced: usize,
+    /// How many comparisons of parts the thread has begun, or will begin when it has time.
+    auditing: usize,
+    /// Since when a part is being read, by another thread.
+    reading: Option<Instant>,
+    /// What that thread has read.
+    read: Option<Read>,
 }
 
 impl Waiting {
@@ -127,7 +170,14 @@ impl Waiting {
 
     /// Whether as many sums of the audit wait as ever may.
     pub(super) fn has_enough_to_audit(&self) -> bool {
-        self.jobs.iter().filter(|(_, job)| matches!(job, Job::Audit { .. })).count() >= MOST_AUDITS
+        let come = self.jobs.iter().filter(|(_, job)| matches!(job, Job::Audit { .. }));
+        self.auditing + come.count() >= MOST_AUDITS
+    }
+
+    /// The thread works without a job from now on: it makes durable what was committed.
+    fn begin_sync(&mut self, now: Instant) {
+        let unsynced = std::mem::take(&mut self.unsynced);
+        (self.working, self.paced) = (Some(now), Some(SYNC_BYTES.saturating_sub(unsynced)));
     }
 
     /// Whether a comparison waits.
@@ -164,6 +214,8 @@ impl Queue {
                     | Job::Commit { .. }
                     | Job::Check { .. }
                     | Job::Audit { .. }
+                    | Job::Images { .. }
+                    | Job::Read(_)
             )
         };
         waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(|(_, job)| ends(job))
@@ -182,6 +234,24 @@ impl Queue {
         let waiting = self.lock();
         let next = waiting.jobs.front().map(|(pushed, _)| *pushed).filter(|_| waiting.checking.is_none());
         waiting.working.or(next).map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// So many comparisons of parts are not over, and whether a part of them is being read.
+    pub(super) fn audits(&self, count: usize, is_reading: bool) {
+        let mut waiting = self.lock();
+        waiting.auditing = count;
+        waiting.reading = is_reading.then(|| waiting.reading.unwrap_or_else(Instant::now));
+    }
+
+    /// For how long a part of a disk is being read.
+    pub(super) fn reading_for(&self) -> Duration {
+        self.lock().reading.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// A part was read. It comes before every job, because what is written until then makes it worthless.
+    pub(super) fn read(&self, read: Read) {
+        self.lock().read = Some(read);
+        self.came.notify_one();
     }
 
     /// An empty buffer for records, a used one if possible.
@@ -219,23 +289,29 @@ impl Queue {
         waiting.working = None;
         loop {
             let now = Instant::now();
+            if let Some(read) = waiting.read.take() {
+                (waiting.working, waiting.reading) = (Some(now), None);
+                return Some(Job::Read(read));
+            }
             if hard.is_some_and(|hard| now >= hard) {
-                (waiting.working, waiting.paced) = (Some(now), Some(0));
+                waiting.begin_sync(now);
                 return None;
             }
             if let Some((_, job)) = waiting.jobs.pop_front() {
                 waiting.bytes -= job.bytes();
-                // A commit waits for no comparison as long as there is room. The audit reads little, so a disk on
-                // which that takes very long is broken.
-                waiting.checking = matches!(job, Job::Check { .. } | Job::Audit { .. }).then_some(now);
-                waiting.working = (!matches!(job, Job::Check { .. })).then_some(now);
+                // A commit waits for no comparison as long as there is room.
+                waiting.checking = matches!(job, Job::Check { .. }).then_some(now);
+                waiting.working = waiting.checking.is_none().then_some(now);
                 waiting.paced = matches!(job, Job::Commit { .. }).then(|| job.bytes());
+                // Until the thread says how many there are.
+                waiting.auditing += usize::from(matches!(job, Job::Audit { .. }));
+                waiting.unsynced = waiting.unsynced.saturating_add(waiting.paced.unwrap_or(0));
                 self.room.notify_all();
                 return Some(job);
             }
             waiting = match soft.map(|soft| soft.saturating_duration_since(now)) {
                 Some(Duration::ZERO) => {
-                    (waiting.working, waiting.paced) = (Some(now), Some(0));
+                    waiting.begin_sync(now);
                     return None;
                 }
                 Some(time) => self.came.wait_timeout(waiting, time).unwrap_or_else(PoisonError::into_inner).0,
@@ -249,6 +325,8 @@ impl Queue {
 mod tests {
     use outlive_epoch::{DiskOp, DiskRecord};
 
+    use super::super::STUCK;
+    use super::super::reading::Found;
     use super::*;
 
     fn records(bytes: usize) -> RecordBuf {
@@ -322,6 +400,7 @@ mod tests {
         queue.pop(None, None);
         let after = queue.lock().pace.busy;
         assert!(after > before, "what was done without a job counts");
+        assert_eq!(queue.lock().pace.bytes, SYNC_BYTES, "and with it, what it could have carried");
         queue.push(queue.lock(), Job::Release);
         queue.pop(None, None);
         assert_eq!(queue.lock().pace.busy, after, "a comparison does not");
@@ -372,16 +451,14 @@ mod tests {
         assert!(is_working());
     }
 
-    /// The audit's part of a broken disk may hang, and the guest must not notice.
+    /// A comparison of whole disks takes long, and the guest must not notice.
     #[test]
     fn commits_wait_for_no_comparison_unless_there_is_no_room() {
         let ago = |time| Instant::now().checked_sub(time).unwrap();
-        let audit =
-            || Job::Audit { number: 1, ranges: Vec::new(), budget: Budget::start("1".parse().unwrap()) };
+        let check = || Job::Check { number: 1, hashes: Vec::new() };
         let queue = Queue::default();
-        queue.push(queue.lock(), audit());
-        assert!(matches!(queue.pop(None, None), Some(Job::Audit { .. })));
-        assert!(queue.lock().working.is_some(), "one that takes far too long is a broken disk");
+        queue.push(queue.lock(), check());
+        assert!(matches!(queue.pop(None, None), Some(Job::Check { .. })));
         // It takes long, and commits come meanwhile.
         let commit = |came| {
             let job = Job::Commit { number: 1, base: false, records: RecordBuf::default() };
@@ -399,12 +476,81 @@ mod tests {
         assert!(waited(&queue) < QUEUE_TIME / 2 && !queue.lock().is_full(1));
         // A disk that is slow all the time stays known as one, however often it is compared.
         *queue.lock() = waiting(QUEUE_TIME, 1 << 20);
-        queue.lock().jobs.push_front((ago(QUEUE_TIME), audit()));
+        queue.lock().jobs.push_front((ago(QUEUE_TIME), check()));
         queue.pop(None, None);
-        queue.lock().jobs.push_front((Instant::now(), audit()));
+        queue.lock().jobs.push_front((Instant::now(), check()));
         queue.pop(None, None);
         queue.lock().checking = None;
         assert!(waited(&queue) >= QUEUE_TIME && queue.lock().is_full(1));
+    }
+
+    /// The audit's part of a broken disk may hang. The thread of the disks does not.
+    #[test]
+    fn a_read_that_hangs_is_none_of_the_work_and_comes_first_when_it_is_over() {
+        let queue = Queue::default();
+        let commit = || Job::Commit { number: 1, base: false, records: records(5) };
+        queue.audits(3, true);
+        queue.lock().reading = Instant::now().checked_sub(STUCK);
+        queue.audits(4, true);
+        assert!(queue.reading_for() >= STUCK && queue.working_for() < STUCK);
+        assert!(!queue.lock().is_full(1) && !queue.is_urgent());
+        queue.push(queue.lock(), commit());
+        let read = |ticket| Read {
+            ticket,
+            found: Ok(Found::Data),
+            buffer: Vec::new(),
+            took: Duration::ZERO,
+            spent: Duration::ZERO,
+        };
+        queue.read(read(7));
+        let now = Instant::now();
+        assert!(matches!(queue.pop(Some(now), Some(now)), Some(Job::Read(Read { ticket: 7, .. }))));
+        assert_eq!(queue.reading_for(), Duration::ZERO);
+        assert!(matches!(queue.pop(None, None), Some(Job::Commit { .. })));
+        // As many are on their way as ever may, begun or not.
+        let audit =
+            || Job::Audit { number: 1, ranges: Vec::new(), budget: Budget::start("1".parse().unwrap()) };
+        queue.push(queue.lock(), audit());
+        queue.audits(MOST_AUDITS - 2, true);
+        assert!(!queue.lock().has_enough_to_audit());
+        queue.push(queue.lock(), audit());
+        assert!(queue.lock().has_enough_to_audit());
+        queue.audits(0, false);
+        assert!(!queue.lock().has_enough_to_audit() && queue.reading_for().is_zero());
+    }
+
+    /// To make a few bytes durable takes as long as to make many so, and says nothing of how fast the disk is.
+    #[test]
+    fn a_guest_that_writes_rarely_makes_no_disk_look_slow() {
+        let paced = |took: Duration| {
+            let queue = Queue::default();
+            for _ in 0..50 {
+                queue.push(queue.lock(), Job::Commit { number: 1, base: false, records: records(5) });
+                queue.pop(None, None);
+                assert!(queue.pop(Some(Instant::now()), None).is_none());
+                queue.lock().working = Instant::now().checked_sub(took);
+            }
+            queue.push(queue.lock(), Job::Release);
+            queue.pop(None, None);
+            queue
+        };
+        let is_full = |queue: &Queue, bytes| {
+            queue.lock().bytes = 1;
+            queue.lock().is_full(bytes)
+        };
+        // The seek of a mechanical disk: 100 MB/s are known of it at least.
+        assert!(!is_full(&paced(Duration::from_millis(10)), 100 << 20));
+        // One that takes far longer for it is slow.
+        let slow = paced(Duration::from_secs(1));
+        assert!(!is_full(&slow, 1 << 20) && is_full(&slow, 3 << 20));
+        // Many bytes count as what they are.
+        let mut many = records(1000);
+        assert!(many.push(DiskRecord { disk: 0, offset: 0, op: DiskOp::Zero(8 << 20) }));
+        let queue = Queue::default();
+        queue.push(queue.lock(), Job::Commit { number: 1, base: false, records: many });
+        queue.pop(None, None);
+        queue.pop(Some(Instant::now()), None);
+        assert_eq!(queue.lock().paced, Some(0));
     }
 
     #[test]

@@ -12,14 +12,15 @@ use outlive_epoch::{AuditRange, DISK_CHUNK, DiskWant, RecordBuf, VmId};
 use outlive_machine::DiskHash;
 
 use super::claims::ClaimedJournal;
-use super::compare::Comparing;
+use super::compare::{Audits, Compared};
 use super::error::ReplicaError;
 use super::queue::{Answer, Job, Queue};
+use super::reading::Read;
 use super::{DiskEvent, ReplicaDisk, STUCK};
 use crate::audit::Budget;
 use crate::disk::apply::Applier;
 use crate::disk::hash;
-use crate::disk::image::{self, ChunkReader, Store, Sum, ZERO_SUM};
+use crate::disk::image::{self, ChunkReader, ImageReader, Store, Sum, ZERO_SUM};
 use crate::disk::journal::{Identity, Journal};
 use crate::disk::sidecar::{CopyEnd, Role};
 use crate::disk::sidecars::{Saying, Sidecars};
@@ -28,6 +29,9 @@ use crate::disk::sidecars::{Saying, Sidecars};
 const HARDEN: Duration = Duration::from_millis(50);
 /// As soon as this many bytes wait, they are made durable.
 const HARDEN_BYTES: usize = 8 << 20;
+/// For so much longer a write waits for a read of the audit that it would overtake. Meanwhile it is durable in the
+/// journal. Most disks answer earlier, so chunks that are written in every epoch are compared, too.
+const OVERTAKE: Duration = Duration::from_millis(200);
 /// The journal is emptied after this time without a write.
 const IDLE: Duration = Duration::from_secs(1);
 /// How long an orderly stop waits for the sidecars that spare the primary the arbiter.
@@ -56,7 +60,7 @@ pub(super) struct Worker<T> {
     pending_since: Option<Instant>,
     /// When the last commit came, or something was done without a job.
     quiet_since: Instant,
-    comparing: Comparing,
+    audits: Audits,
     /// The guest does not wait for this, but its flush should soon be durable here.
     flush: bool,
     tell: T,
@@ -69,6 +73,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         (vm, generation): (VmId, u64),
         sidecars: Arc<Sidecars>,
         claimed: Option<ClaimedJournal>,
+        audits: Audits,
         tell: T,
     ) -> Self {
         Self {
@@ -86,7 +91,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             buffer: vec![0; DISK_CHUNK],
             pending_since: None,
             quiet_since: Instant::now(),
-            comparing: Comparing::new(),
+            audits,
             flush: false,
             tell,
         }
@@ -132,7 +137,16 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             Job::Blocks(records) => self.write_blocks(records)?,
             Job::Commit { number, base, records } => self.commit(number, base, records)?,
             Job::Check { number, hashes } => self.check(number, &hashes)?,
-            Job::Audit { number, ranges, budget } => self.audit(number, &ranges, &budget)?,
+            Job::Audit { number, ranges, budget } => self.audit(number, ranges, budget)?,
+            Job::Read(read) => self.compare_read(read)?,
+            Job::Images { done } => {
+                self.harden()?;
+                // Without them nothing is recorded, and the copy is what it was.
+                match self.images() {
+                    Ok(images) => drop(done.send(images)),
+                    Err(error) => tracing::warn!(%error, "the images cannot be shown to the recorder"),
+                }
+            }
             // Do now what a takeover needs from the disks: a won generation cannot be given back.
             Job::Settle { checkpoint } => {
                 self.leave(None)?;
@@ -159,7 +173,12 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             // Not from now on: comparisons come all the time.
             return (Some(self.quiet_since + IDLE), None);
         }
-        let hard = self.pending_since.unwrap_or(now) + HARDEN;
+        let overtakes = applier.waits_since().unwrap_or(now) + HARDEN + OVERTAKE;
+        if applier.is_durable() {
+            // Some of it waits for a read.
+            return (Some(if self.audits.count() == 0 { now } else { overtakes }), Some(overtakes));
+        }
+        let hard = overtakes.min(self.pending_since.unwrap_or(now) + HARDEN);
         (Some(if self.flush { now } else { hard }), Some(hard))
     }
 
@@ -271,6 +290,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
 
     /// Called before an image is written outside the journal: it is between two checkpoints from now on.
     fn taint(&mut self) -> Result<(), ReplicaError> {
+        self.audits.overtake_all();
         if !std::mem::replace(&mut self.tainted, true) {
             self.say_first(self.replica(false, 0, None))?;
         }
@@ -313,7 +333,8 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         }
         let journal_failed = journal_failed(&self.journal);
         let applier = self.applier.as_mut().ok_or(ReplicaError::NoBase)?;
-        let flush = applier.commit(Instant::now(), number, records).map_err(journal_failed)?;
+        let committed = applier.commit(Instant::now(), number, records, &mut self.audits);
+        let flush = committed.map_err(journal_failed)?;
         self.flush |= flush;
         self.quiet_since = Instant::now();
         self.pending_since.get_or_insert_with(Instant::now);
@@ -358,9 +379,17 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         self.flush = false;
         self.pending_since = None;
         let failed = journal_failed(&self.journal);
-        let result = self.applier.as_mut().map_or(Ok(()), Applier::harden).map_err(failed);
+        let hardened = self.applier.as_mut().map_or(Ok(()), |applier| applier.harden(&mut self.audits));
         self.give_back();
-        result
+        hardened.map_err(failed)
+    }
+
+    /// Makes durable what is committed, and leaves the images as they are.
+    fn make_durable(&mut self) -> Result<(), ReplicaError> {
+        self.flush = false;
+        self.pending_since = None;
+        let failed = journal_failed(&self.journal);
+        self.applier.as_mut().map_or(Ok(()), Applier::make_durable).map_err(failed)
     }
 
     /// Takes back the buffers of records that are in the images.
@@ -372,7 +401,12 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     /// Does what is due when no job comes.
     fn harden_or_empty(&mut self) -> Result<(), ReplicaError> {
         match &self.applier {
-            Some(applier) if applier.pending_work() > 0 => self.harden(),
+            Some(applier) if applier.pending_work() > 0 => {
+                let waits = applier.waits_since().map_or(Duration::ZERO, |since| since.elapsed());
+                let overtakes =
+                    waits < HARDEN + OVERTAKE && self.audits.would_be_overtaken(applier.waiting());
+                if overtakes { self.make_durable() } else { self.harden() }
+            }
             _ => self.settle(),
         }
     }
@@ -401,52 +435,80 @@ impl<T: Fn(DiskEvent)> Worker<T> {
 
     /// The images belong to no VM any more, and are marked so.
     fn give_up_images(&mut self) -> Result<(), ReplicaError> {
+        self.give_up_audits();
         self.applier = None;
         let obsolete = self.journal.take();
         self.say_first(Saying { obsolete, ..self.replica(false, 0, None) })
     }
 
-    /// Compares parts of the images with the VM's disks at the checkpoint that was committed last. A takeover does not
-    /// wait for it.
+    /// Begins to compare parts of the images with the VM's disks at the checkpoint that was committed last. Another thread
+    /// reads them, and this one waits for none of it.
     fn audit(
         &mut self,
         number: u64,
-        ranges: &[AuditRange],
-        budget: &Arc<Budget>,
+        ranges: Vec<AuditRange>,
+        budget: Arc<Budget>,
     ) -> Result<(), ReplicaError> {
-        self.comparing.begin(number);
-        for range in ranges {
-            let disk = self.disks.get(usize::from(range.chunks.disk)).and_then(Option::as_ref);
-            let disk = disk.ok_or(ReplicaError::NotReplicated(range.chunks.disk))?;
-            let Some(applier) = self.applier.as_ref() else { break };
-            let may_go_on = || !self.queue.is_urgent();
-            let compared = self.comparing.compare(disk, applier, range, budget, may_go_on);
-            if let Some(chunks) = compared.map_err(unread(&disk.path))? {
-                let why = ReplicaError::Audit { checkpoint: number, chunks, image: disk.path.clone() };
-                self.report();
-                // If the primary's image is lost too, this one is better with all writes than without the last.
-                // Whether that succeeds changes nothing.
-                self.settle().ok();
-                self.give_up_images()?;
-                return Err(why);
-            }
+        for range in &ranges {
+            self.disk(range.chunks.disk)?;
         }
-        self.report();
+        if self.applier.is_some() {
+            self.audits.ask(number, ranges, budget);
+            self.go_on_auditing();
+        }
         Ok(())
     }
 
-    /// Tells how far the audit is.
-    fn report(&mut self) {
-        if let Some((audited, more)) = self.comparing.due() {
+    fn go_on_auditing(&mut self) {
+        while let Some((audited, more)) = self.audits.go_on() {
             (self.tell)(DiskEvent::Audited(audited, more));
         }
+        self.queue.audits(self.audits.count(), self.audits.is_reading());
+    }
+
+    /// A part of an image was read.
+    fn compare_read(&mut self, read: Read) -> Result<(), ReplicaError> {
+        let waiting = self.applier.iter().flat_map(Applier::waiting);
+        let Some(Compared { checkpoint, disk, differs }) = self.audits.compare(read, waiting) else {
+            return Ok(());
+        };
+        let path = &self.disk(disk)?.path;
+        if let Some(chunks) = differs.map_err(unread(path))? {
+            let why = ReplicaError::Audit { checkpoint, chunks, image: path.clone() };
+            if let Some((audited, more)) = self.audits.due() {
+                (self.tell)(DiskEvent::Audited(audited, more));
+            }
+            // If the primary's image is lost too, this one is better with all writes than without the last.
+            // Whether that succeeds changes nothing.
+            self.settle().ok();
+            self.give_up_images()?;
+            return Err(why);
+        }
+        self.go_on_auditing();
+        Ok(())
+    }
+
+    /// Nobody waits for a read, and what comes of it counts no more.
+    fn give_up_audits(&mut self) {
+        self.audits.give_up();
+        self.queue.audits(0, false);
+    }
+
+    /// Readers of the images.
+    fn images(&self) -> Result<Vec<Option<ImageReader>>, ReplicaError> {
+        let reader = |disk: &ReplicaDisk| {
+            let file = disk.file.try_clone().map_err(unread(&disk.path))?;
+            Ok(ImageReader { file, bytes: disk.bytes })
+        };
+        self.disks.iter().map(|disk| disk.as_ref().map(reader).transpose()).collect()
     }
 
     fn settle(&mut self) -> Result<(), ReplicaError> {
         self.flush = false;
         self.pending_since = None;
         let failed = journal_failed(&self.journal);
-        let settled = self.applier.as_mut().map_or(Ok(()), |applier| applier.settle().map(drop));
+        let audits = &mut self.audits;
+        let settled = self.applier.as_mut().map_or(Ok(()), |applier| applier.settle(audits).map(drop));
         self.give_back();
         settled.map_err(failed)
     }
@@ -504,6 +566,8 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     /// without a journal. If the sidecars cannot be written now, the empty journal stays, because they name
     /// it; replaying it changes nothing.
     fn leave(&mut self, end: Option<CopyEnd>) -> Result<(), ReplicaError> {
+        // From here on the images are the guest's, or nobody's.
+        self.give_up_audits();
         self.settle()?;
         if let Some(applier) = self.applier.take() {
             self.left_at = applier.applied();

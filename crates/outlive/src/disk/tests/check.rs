@@ -10,14 +10,15 @@ use outlive_epoch::{DiskOp, VmId};
 use outlive_machine::DiskHash;
 
 use super::provenance;
+use crate::disk::replica::Source;
 use crate::disk::sidecar::{Sidecar, beside};
-use crate::disk::{Book, DiskEvent, Replica, ReplicaDisk, hash_contents};
+use crate::disk::{Book, DiskEvent, Replica, ReplicaDisk, Store, hash_contents};
 
 pub(super) const SIZE: u64 = 64 << 20;
 
 /// A replica of one disk with its base, and a file that is the VM's disk.
 pub(super) struct Standby {
-    directory: tempfile::TempDir,
+    pub(super) directory: tempfile::TempDir,
     pub(super) replica: Replica,
     pub(super) told: Receiver<DiskEvent>,
     pub(super) vm: File,
@@ -25,6 +26,14 @@ pub(super) struct Standby {
 
 impl Standby {
     pub(super) fn new() -> Self {
+        let source = |disk: &ReplicaDisk| Source::of(&disk.file, disk.bytes).unwrap();
+        Self::reading(|disks| disks.iter().map(|disk| disk.as_ref().map(source)).collect())
+    }
+
+    /// One whose audit reads these instead of the images themselves.
+    pub(super) fn reading<S: Store + Sync + 'static>(
+        sources: impl FnOnce(&[Option<ReplicaDisk>]) -> Vec<Option<Source<S>>>,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let open = |name| {
             let path = directory.path().join(name);
@@ -55,8 +64,9 @@ impl Standby {
             }),
         ];
         let (tell, told) = channel();
-        let replica =
-            Replica::start(disks, provenance(VmId([5; 16])), 7, move |it| drop(tell.send(it))).unwrap();
+        let (sources, about) = (sources(&disks), (provenance(VmId([5; 16])), 7));
+        let told_of = move |it| drop(tell.send(it));
+        let replica = Replica::begin(disks, Vec::new(), about, sources, told_of).unwrap();
         let standby = Self { directory, replica, told, vm };
         standby.commit(1, true, 0, b"base");
         standby

@@ -3,6 +3,7 @@ use outlive_epoch::{DiskOp, DiskRecord, Lineage, RecordBuf, VmId};
 use super::provenance::{KnownArbiter, Provenance};
 
 mod audit;
+mod audit_reads;
 mod book;
 mod bookkeeping;
 mod check;

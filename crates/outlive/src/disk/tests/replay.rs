@@ -99,15 +99,16 @@ fn run(epochs: &[Vec<Write>], steps: &[u8], operations: u64) -> Run {
     for (index, epoch) in epochs.iter().enumerate() {
         // An epoch whose append fails half-way may be found all the same: it was acknowledged.
         run.committed = index + 1;
-        if applier.commit(Instant::now(), 101 + index as u64, records(epoch)).is_err() {
+        if applier.commit(Instant::now(), 101 + index as u64, records(epoch), &mut ()).is_err() {
             break;
         }
         let done = match steps[index % steps.len()] % 4 {
-            0 => applier.harden().map(|()| true),
-            1 => applier.settle().map(|at| {
+            0 => applier.harden(&mut ()).map(|()| true),
+            1 => applier.settle(&mut ()).map(|at| {
                 assert_eq!(at, 101 + index as u64);
                 true
             }),
+            2 => applier.make_durable().map(|()| true),
             _ => Ok(false),
         };
         match done {
@@ -213,10 +214,12 @@ fn a_full_journal_is_emptied() {
     let mut applier = Applier::new(journal, vec![Some(image.clone())], 0);
     let data = vec![3; 24 << 20];
     for number in 1..=6 {
-        applier.commit(Instant::now(), number, super::records(&[(0, 0, DiskOp::Data(&data))])).unwrap();
+        applier
+            .commit(Instant::now(), number, super::records(&[(0, 0, DiskOp::Data(&data))]), &mut ())
+            .unwrap();
         assert!(file.seen().len() < 66 << 20);
     }
-    assert_eq!(applier.settle().unwrap(), 6);
+    assert_eq!(applier.settle(&mut ()).unwrap(), 6);
     assert!(applier.is_settled());
     assert_eq!(Journal::open(file).unwrap().1, 6);
 }
@@ -234,8 +237,10 @@ fn a_journal_that_grows_slowly_is_emptied_too() {
     let mut commit = |number: u64, later: Duration| {
         now += later;
         let data = [number as u8; 512];
-        applier.commit(now, number, super::records(&[(0, number * 512, DiskOp::Data(&data))])).unwrap();
-        applier.harden().unwrap();
+        applier
+            .commit(now, number, super::records(&[(0, number * 512, DiskOp::Data(&data))]), &mut ())
+            .unwrap();
+        applier.harden(&mut ()).unwrap();
         // Up to this checkpoint the images are durable and the journal is empty.
         Journal::open(file.clone()).unwrap().1
     };

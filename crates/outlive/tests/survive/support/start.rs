@@ -87,6 +87,11 @@ impl World {
         self.start_for(side, &command, &["--standby", &standby], &[], readers)
     }
 
+    /// `outlive rewind` on a host with these options.
+    pub(crate) fn start_rewind(&self, side: Side, options: &[&str]) -> Process {
+        self.spawn(side, &["rewind"], options, &[])
+    }
+
     /// Starts a process on a host; options that are not given get their usual value.
     fn start(&self, side: Side, command: &[&str], options: &[&str], usual: &[(&str, &str)]) -> Process {
         self.start_for(side, command, options, usual, Readers::default())
@@ -137,7 +142,10 @@ impl World {
             // The usual place is the host's, and a killed process leaves its socket there.
             process.arg("--status").arg(&socket);
         }
-        if options.contains(&"--insecure") {
+        // It has no link to another host.
+        let has_links = command[0] != "rewind";
+        if !has_links {
+        } else if options.contains(&"--insecure") {
             process.env("OUTLIVE_INSECURE_NETWORK", "1");
         } else if self.is_plain {
             process.arg("--insecure").env("OUTLIVE_INSECURE_NETWORK", "1");
@@ -152,7 +160,7 @@ impl World {
         }
         // For machines that are emulated, or have much else to do.
         if let Some(time) =
-            std::env::var_os("OUTLIVE_DEAD_AFTER").filter(|_| !options.contains(&"--dead-after"))
+            std::env::var_os("OUTLIVE_DEAD_AFTER").filter(|_| has_links && !options.contains(&"--dead-after"))
         {
             process.arg("--dead-after").arg(time);
         }

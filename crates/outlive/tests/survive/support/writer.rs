@@ -114,8 +114,6 @@ pub(crate) struct Habits {
     pub(crate) large: Option<u32>,
     /// It crashes, with a request in flight, when it has made so many; so it restarts, and begins anew.
     pub(crate) life: Option<u32>,
-    /// Ticks of the time stamp counter between two requests.
-    pub(crate) rest: Option<u32>,
 }
 
 /// Fills a block of this size, so that it is no hole, and gives the request this length.
@@ -137,37 +135,12 @@ fn large(bytes: u32) -> Vec<u8> {
     code
 }
 
-/// Waits until the time stamp counter has gone on by so much.
-#[rustfmt::skip]
-fn rest(ticks: u32) -> Vec<u8> {
-    let mut code = vec![
-        0x0f, 0x31, // rdtsc
-        0x48, 0xc1, 0xe2, 0x20, // shl rdx, 0x20
-        0x48, 0x09, 0xd0, // or rax, rdx
-        0x49, 0x89, 0xc1, // mov r9, rax
-        0x49, 0x81, 0xc1, // add r9, ticks
-    ];
-    code.extend(ticks.to_le_bytes());
-    code.extend([
-        // rest:
-        0x0f, 0x31, // rdtsc
-        0x48, 0xc1, 0xe2, 0x20, // shl rdx, 0x20
-        0x48, 0x09, 0xd0, // or rax, rdx
-        0x4c, 0x39, 0xc8, // cmp rax, r9
-        0x72, 0xf2, // jb rest
-    ]);
-    code
-}
-
 fn code(habits: Habits) -> Vec<u8> {
     let mut code = START.to_vec();
     if let Some(bytes) = habits.large {
         code.extend(large(bytes));
     }
     let next = code.len();
-    if let Some(ticks) = habits.rest {
-        code.extend(rest(ticks));
-    }
     code.extend(NEXT);
     if habits.discards {
         code.extend(DISCARD);

@@ -14,6 +14,7 @@ use super::announce::{self, Schedule};
 use super::control::Settings;
 use super::frames::{Bounce, Pair, bounce, rx_bit};
 use super::mac::MacAddr;
+use super::nowhere::Nowhere;
 use super::offload::{CTRL_VQ, GUEST_ANNOUNCE, GUEST_OFFLOADS, MQ, effective, offered};
 use super::output::{MAX_PACKET, Output, OutputLimits, Pushed};
 use super::persist::{CardState, ImpossibleSetting};
@@ -48,8 +49,8 @@ const ALL_TX: u32 = 0xaaaa_aaaa;
 #[derive(Clone, Debug)]
 pub struct NetConfig {
     /// The tap, with as many queues as there are pairs. Opening one takes rights that the process of a VM need not
-    /// have, so others may have opened it.
-    pub tap: Arc<Tap>,
+    /// have, so others may have opened it. `None`: the card is connected to nothing.
+    pub tap: Option<Arc<Tap>>,
     /// Address of the guest's interface.
     pub mac: MacAddr,
     /// How many queue pairs the guest may use: 1 to [`MAX_PAIRS`]. The same on both hosts.
@@ -143,12 +144,25 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         if config.limits.bytes < MAX_PACKET {
             return Err(NetError::Limits(config.limits.bytes));
         }
-        let (tap, pairs) = (config.tap.clone(), config.pairs);
-        if tap.pairs() != usize::from(pairs) {
-            return Err(NetError::Queues { tap: tap.name().to_owned(), queues: tap.pairs(), pairs });
+        match &config.tap {
+            Some(tap) => Self::at_port(config, tap.clone(), permit, host),
+            None => Self::at_port(config, Arc::new(Nowhere::with_pairs(config.pairs)?), permit, host),
         }
-        let output = Output::new(tap.clone(), config.limits, permit)?;
-        Ok(Self::with(config.mac, Net::new(tap, Arc::new(output)).telling(config.mtu), host)?)
+    }
+
+    fn at_port<P: FramePort + 'static>(
+        config: &NetConfig,
+        port: Arc<P>,
+        permit: Arc<Permit>,
+        host: DeviceHost<M>,
+    ) -> Result<Self, NetError> {
+        let (queues, pairs) = (port.pairs(), config.pairs);
+        if queues != usize::from(pairs) {
+            let tap = config.tap.as_ref().map(|tap| tap.name().to_owned()).unwrap_or_default();
+            return Err(NetError::Queues { tap, queues, pairs });
+        }
+        let output = Output::new(port.clone(), config.limits, permit)?;
+        Ok(Self::with(config.mac, Net::new(port, Arc::new(output)).telling(config.mtu), host)?)
     }
 
     /// A network device that takes frames from `port`, which has at most [`MAX_PAIRS`] pairs, and gives

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! - [`output`]: when a frame of the guest may leave. It is the reason why this device exists in this form.
-//! - [`tap`]: the host's end of the wire.
+//! - [`tap`]: the host's end of the wire. [`nowhere`]: that of a card that must reach nobody.
 //! - [`device`]: the card as driver, network and machine see it.
 //! - `frames`: moving frames between the queues and the outside.
 //! - [`offload`]: the header in front of each frame. [`control`]: what the driver sets.
@@ -28,6 +28,7 @@ mod frames;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 pub mod mac;
+pub mod nowhere;
 pub mod offload;
 pub mod output;
 pub mod persist;

@@ -6,6 +6,7 @@ use vm_memory::bitmap::Bitmap;
 
 use super::*;
 use crate::devices::virtio::net::OutputStats;
+use crate::devices::virtio::net::nowhere::Nowhere;
 
 const MODERN: u64 = FEATURES & !EVENT_IDX;
 
@@ -41,6 +42,26 @@ fn frames_go_out_in_order() {
         assert_eq!(rig.sink.frames(), frames);
         assert_eq!((rig.device.stats().tx_frames, rig.device.stats().tx_runts), (100, 0));
     }
+}
+
+#[test]
+fn a_card_that_is_connected_to_nothing_takes_every_frame_and_gives_none() {
+    let memory = memory();
+    let mut rig = Rig::usual(&memory);
+    let nowhere = Arc::new(Nowhere::with_pairs(1).unwrap());
+    let output = Held::new(nowhere.clone(), OutputLimits::default(), OutputMode::PassThrough);
+    rig.put_behind(nowhere, &output);
+    let driver = rig.boot(MODERN);
+    rig.device.go_live(true);
+    driver.give_buffer(0, 1526);
+    rig.kick_rx();
+    for n in 0..100_u16 {
+        wait_for("a free slot", || n - driver.tx_used() < QUEUE);
+        driver.send(n % QUEUE, &frame(n.into(), 60));
+        rig.kick_tx();
+    }
+    wait_for("all frames", || driver.tx_used() == 100 && rig.device.stats().tx_frames == 100);
+    assert_eq!((driver.rx_used(), rig.device.stats().rx_frames), (0, 0));
 }
 
 #[test]
