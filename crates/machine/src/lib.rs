@@ -69,7 +69,7 @@ pub use outgoing::{Outgoing, OutgoingError};
 pub use restart::{RESET_ORDER, ResetError, ResetStep, Restarted, StartLinuxError};
 pub use restore::RestoreError;
 pub use shape::{StateShape, StateTooLarge};
-pub use thread::{at_thread_start, precise_timers, spawn, urgent};
+pub use thread::{at_thread_start, keep_alone, precise_timers, spawn, urgent};
 pub use vcpu::VcpuError;
 pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};
 pub use vm_state::{

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::{Once, OnceLock};
 use std::thread::{Builder, JoinHandle};
 
@@ -72,6 +73,28 @@ pub fn urgent() {
     if failed {
         tracing::debug!(error = %io::Error::last_os_error(), "a thread that should be urgent is not");
     }
+}
+
+/// Gives the calling thread a table of descriptors of its own, with this one in it and nothing else: whatever others have
+/// open at that moment, locks and pipes among it, would otherwise stay open for as long as the thread lives. The thread
+/// must own no other descriptor.
+///
+/// # Errors
+/// The operating system's. The table may then be that of the others, or have more in it.
+pub fn keep_alone(fd: RawFd) -> io::Result<()> {
+    let kept = fd as libc::c_uint;
+    // SAFETY: the table is the calling thread's alone before anything in it is closed, so that nobody's descriptor is
+    // closed under them.
+    unsafe {
+        if libc::unshare(libc::CLONE_FILES) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let below = kept == 0 || libc::close_range(0, kept - 1, 0) == 0;
+        if !below || libc::close_range(kept.saturating_add(1), libc::c_uint::MAX, 0) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// The signal that takes a vCPU out of the guest.

@@ -36,7 +36,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use nix::unistd::pipe2;
 
@@ -50,8 +49,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 static SENTINEL: OnceLock<Arc<Shared>> = OnceLock::new();
 
-/// Starts keepers and sentinel. Call it first: descriptors that are open now stay open in the keepers, too.
-/// Without it, or when it fails, links end when the kernel ends them.
+/// Starts keepers and sentinel. Without it, or when it fails, links end when the kernel ends them.
 pub(crate) fn start() {
     if let Err(error) = try_start() {
         tracing::warn!(%error, "no sentinel: a standby will learn late when this process is killed");
@@ -74,11 +72,13 @@ fn try_start() -> io::Result<()> {
 fn keeper(name: &str) -> io::Result<OwnedFd> {
     let (reading, writing) = pipe2(OFlag::O_CLOEXEC)?;
     let (tell, told) = channel();
+    let kept = writing.as_raw_fd();
     outlive_machine::spawn(name, move || {
-        let unshared = unshare(CloneFlags::CLONE_FILES);
+        let alone = outlive_machine::keep_alone(kept);
         // On a host with more work than cores it would otherwise wait for its turn to die.
         outlive_machine::urgent();
-        if tell.send(unshared).is_ok() && unshared.is_ok() {
+        let is_alone = alone.is_ok();
+        if tell.send(alone).is_ok() && is_alone {
             loop {
                 std::thread::park();
             }

@@ -7,4 +7,6 @@ mod damage;
 mod directories;
 mod kinds;
 mod races;
+#[path = "../common/stop.rs"]
+mod stop;
 mod support;

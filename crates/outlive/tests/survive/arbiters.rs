@@ -7,13 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
-use nix::sys::signal::kill;
-use nix::unistd::Pid;
 use outlive::arbiter::{self, FileArbiter};
 use outlive::events::Event;
 use outlive::network::Netlink;
 
-use crate::support::{PROGRAM, Process, Side, Witnesses, World, wait_until};
+use crate::support::{PROGRAM, Process, Side, Witnesses, World, stop, wait_until};
 
 /// A third machine on the clients' network, which both hosts reach.
 const THIRD: &str = "10.77.0.1";
@@ -44,19 +42,7 @@ impl Server {
     }
 
     fn signal(&self, signal: nix::sys::signal::Signal) {
-        kill(Pid::from_raw(self.0.id() as i32), signal).unwrap();
-        if signal == SIGSTOP {
-            // One thread hears of it, and the others run until that one has had its turn.
-            wait_until("a process that stands still", || self.stands_still());
-        }
-    }
-
-    fn stands_still(&self) -> bool {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
-        tasks.flatten().all(|task| {
-            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-            stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
-        })
+        stop::signal(self.0.id(), signal);
     }
 }
 

@@ -363,6 +363,7 @@ pub(super) const MACHINE: &[Call] = &[
 /// or a thread that has a number may be another VM's, which would wait for its turn for ever.
 pub(super) const KEEP: &[Call] = &[
     Call(libc::SYS_unshare, &[Test::Is(0, libc::CLONE_FILES as u64)]),
+    Call(libc::SYS_close_range, &[Test::Is(2, 0)]),
     Call(libc::SYS_sched_setscheduler, &[Test::Is(0, 0)]),
     Call(libc::SYS_setpriority, &[Test::Is(0, libc::PRIO_PROCESS as u64), Test::Is(1, 0)]),
 ];

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::stop;
 use crate::support::directory;
 
 /// How long a cluster may take to answer.
@@ -141,7 +141,7 @@ impl Cluster {
     /// SIGSTOP or SIGCONT.
     pub(crate) fn signal(&self, number: usize, signal: Signal) {
         let child = self.members[number].child.as_ref().expect("it runs");
-        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        stop::signal(child.id(), signal);
     }
 }
 

@@ -18,6 +18,7 @@ use super::keys::{self, Keys};
 use super::proxy::Proxy;
 use super::server::{Server, command};
 use crate::conformance::{Place, Reach, all, answer};
+use crate::stop;
 use crate::support::{VM, directory, empty, why};
 
 /// A server behind a proxy, with keys.
@@ -84,7 +85,7 @@ fn a_frozen_server_is_out_of_reach_within_seconds() {
     let server = Server::start(directory.path(), "127.0.0.1:0", Some(&keys.arbiter()));
     let mut arbiter = arbiter::parse(&keys::place(server.address, &keys.host())).unwrap();
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
-    kill(Pid::from_raw(server.pid()), Signal::SIGSTOP).unwrap();
+    stop::signal(server.pid() as u32, Signal::SIGSTOP);
     let start = Instant::now();
     assert!(why(arbiter.claim(&VM, 2, "primary")).contains("does not answer"));
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());

@@ -24,6 +24,8 @@ mod proxy;
 mod slow;
 mod small;
 mod start;
+#[path = "../../common/stop.rs"]
+pub(crate) mod stop;
 #[path = "../../common/tls.rs"]
 mod tls;
 mod tracer;

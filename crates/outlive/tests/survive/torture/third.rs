@@ -9,14 +9,13 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use outlive::arbiter;
 use outlive::network::{Namespace, Netlink};
 use serde_json::{Value, json};
 
 use super::disk::Place;
-use crate::support::{Dice, PATIENCE, PROGRAM, Pace, Side, World, namespace, wait_until};
+use crate::support::{Dice, PATIENCE, PROGRAM, Pace, Side, World, namespace, stop, wait_until};
 
 /// What it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,7 +198,7 @@ impl Third {
     /// SIGSTOP or SIGCONT of so many, from this one on, that nobody can say who has the VM.
     pub(super) fn signal(&self, signal: Signal, first: usize) {
         for number in self.majority(first) {
-            kill(Pid::from_raw(self.servers[number].id() as i32), signal).unwrap();
+            stop::signal(self.servers[number].id(), signal);
         }
     }
 
