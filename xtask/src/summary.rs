@@ -9,6 +9,8 @@ use std::time::Duration;
 pub(crate) struct Summary {
     passed: usize,
     failed: Vec<String>,
+    /// Tests that failed beside others and passed alone.
+    unsteady: Vec<String>,
     /// Test and reason.
     skipped: BTreeMap<String, String>,
     ignored: usize,
@@ -85,6 +87,25 @@ impl Summary {
         self.ended_badly(&what);
     }
 
+    /// The names of the failed tests, without those of their programs.
+    pub(crate) fn failed_tests(&self) -> Vec<String> {
+        let own_name = |full: &String| full.split_once(": ").map_or(full.as_str(), |it| it.1).to_string();
+        self.failed.iter().map(own_name).collect()
+    }
+
+    /// Records that a failed test has passed whenever it ran alone.
+    pub(crate) fn passes_alone(&mut self, test: &str) {
+        let is_it = |full: &String| full.split_once(": ").map_or(full.as_str(), |it| it.1) == test;
+        let (passing, failed) = std::mem::take(&mut self.failed).into_iter().partition(is_it);
+        self.failed = failed;
+        self.unsteady.extend::<Vec<String>>(passing);
+    }
+
+    /// Tests that failed beside others and passed alone.
+    pub(crate) fn unsteady(&self) -> usize {
+        self.unsteady.len()
+    }
+
     /// Failures so far.
     pub(crate) fn failures(&self) -> usize {
         self.failed.len() + self.broken.len()
@@ -132,11 +153,18 @@ impl fmt::Display for Summary {
         for (name, reason) in &self.skipped {
             writeln!(f, "skipped  {name}: {reason}")?;
         }
+        for name in &self.unsteady {
+            writeln!(f, "UNSTEADY {name}: it failed beside the others, and passed whenever it ran alone")?;
+        }
         for name in self.failed.iter().chain(&self.broken) {
             writeln!(f, "failed   {name}")?;
         }
         let [passed, failed, skipped] = self.counts();
-        write!(f, "{passed} passed, {failed} failed, {skipped} skipped")
+        write!(f, "{passed} passed, {failed} failed, {skipped} skipped")?;
+        match self.unsteady.len() {
+            0 => Ok(()),
+            unsteady => write!(f, ", {unsteady} UNSTEADY: each is a defect, of the test or of what it tests"),
+        }
     }
 }
 
@@ -209,6 +237,21 @@ test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
         let summary = read("outlive-pair", text);
         assert!(!summary.is_good());
         assert_eq!(summary.to_string(), "failed   outlive-pair: module::bad\n1 passed, 1 failed, 0 skipped");
+    }
+
+    #[test]
+    fn a_test_that_passes_alone_is_told_and_no_failure() {
+        let text = "\nfailures:\n\nfailures:\n    module::bad\n    module::worse\n
+test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s\n";
+        let mut summary = read("outlive-pair", text);
+        assert_eq!(summary.failed_tests(), ["module::bad", "module::worse"]);
+        summary.passes_alone("module::bad");
+        assert!(!summary.is_good());
+        let told = summary.to_string();
+        assert!(told.contains("UNSTEADY outlive-pair: module::bad: it failed beside the others"), "{told}");
+        assert!(told.contains("1 passed, 1 failed, 0 skipped, 1 UNSTEADY"), "{told}");
+        summary.passes_alone("module::worse");
+        assert_eq!((summary.is_good(), summary.unsteady()), (true, 2));
     }
 
     #[test]

@@ -25,10 +25,20 @@ pub(crate) struct TestOptions {
     /// Leave emulated hosts out (saves about 8 minutes the first time, 4 later)
     #[arg(long, conflicts_with = "nested")]
     no_nested: bool,
+    /// Fail also if a test fails beside the others and passes alone
+    #[arg(long)]
+    strict: bool,
     /// Do not fuzz; otherwise each target gets ten seconds, beside the tests
     #[arg(long)]
     no_fuzz: bool,
 }
+
+/// How often a test that failed runs alone. If it passes each time, it is unsteady: a defect, which the summary names, but one
+/// that depends on what else this machine does.
+const ALONE: usize = 3;
+
+/// If more tests failed, none runs again: it is no accident.
+const ACCIDENTS: usize = 5;
 
 /// An environment for tests.
 type Environment = Vec<(&'static str, OsString)>;
@@ -44,6 +54,7 @@ pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), St
         environment.push((name, std::env::var_os(name).unwrap_or(seconds.into())));
     }
     build(workspace, options, &mut phases)?;
+    let mut failed = Vec::new();
     thread::scope(|scope| -> Result<(), StepError> {
         // Both leave most of the processors to the tests: torture waits, fuzzing lets everything else go first.
         let all = options.filter.is_none();
@@ -51,6 +62,7 @@ pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), St
         let fuzzing = (all && !options.no_fuzz).then(|| scope.spawn(|| timed(|| fuzz::in_tests(workspace))));
         let mut tests = workspace.cargo(["test", "--release", "--workspace"]);
         phases.time("tests", || test(&mut tests, &environment, options, &mut summary))?;
+        failed = summary.failed_tests();
         for command in &mut models::commands(workspace)? {
             phases.time("loom models", || test(command, &environment, options, &mut summary))?;
         }
@@ -77,6 +89,9 @@ pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), St
         }
         Ok(())
     })?;
+    if (1..=ACCIDENTS).contains(&failed.len()) {
+        phases.time("failed tests alone", || again(workspace, &environment, &failed, &mut summary));
+    }
     if !options.no_nested && options.filter.is_none() {
         let proofs = || nested::in_tests(workspace, !options.no_fetch, options.nested, &mut summary);
         phases.time("emulated hosts", proofs)?;
@@ -84,7 +99,8 @@ pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), St
     let seconds = start.elapsed().as_secs();
     println!("\n{phases}\ntests took {} min {} s, build included", seconds / 60, seconds % 60);
     println!("{summary}");
-    if summary.is_good() { Ok(()) } else { Err(StepError::TestsFailed) }
+    let steady = summary.unsteady() == 0 || !options.strict;
+    if summary.is_good() && steady { Ok(()) } else { Err(StepError::TestsFailed) }
 }
 
 fn fetch_packages(workspace: &Workspace, options: &TestOptions) -> Environment {
@@ -111,6 +127,29 @@ fn build(workspace: &Workspace, options: &TestOptions, phases: &mut Phases) -> R
         }
         Ok(())
     })
+}
+
+/// Runs each failed test alone.
+fn again(
+    workspace: &Workspace,
+    environment: &[(&'static str, OsString)],
+    failed: &[String],
+    summary: &mut Summary,
+) {
+    for test in failed {
+        let alone = (0..ALONE).all(|_| {
+            let mut command = workspace.cargo(["test", "--release", "--workspace"]);
+            command.envs(environment.iter().cloned()).env(torture::SECONDS, "0");
+            command.args(["--", "--show-output", test]);
+            let (ok, mut passed) = (format!("test {test} ... ok"), false);
+            let status = lines(&mut command, |said| passed |= matches!(said, Said::Line(line) if line == ok));
+            // A test that does not run at all has not passed.
+            passed && status.is_ok_and(|it| it.success())
+        });
+        if alone {
+            summary.passes_alone(test);
+        }
+    }
 }
 
 fn test(

@@ -174,6 +174,11 @@ fn a_keeper_holds_nobodys_lock() {
     drop(file);
     let other = fs::File::open(&path).unwrap();
     // A child that another test starts has it for a moment.
-    let taken = (0..500).any(|_| other.try_lock().is_ok() || { std::thread::sleep(Duration::from_millis(10)); false });
+    let taken = (0..500).any(|_| {
+        other.try_lock().is_ok() || {
+            std::thread::sleep(Duration::from_millis(10));
+            false
+        }
+    });
     assert!(taken, "the lock is still held");
 }
